@@ -1,0 +1,46 @@
+"""Dynamic masking for long-context Transformers: masks that depend on the training step.
+
+    step ─► schedule ─► curriculum ─► plan ─► attention
+
+`import dynmask_jax` needs jax alone. Flax modules are in `dynmask_jax.nnx` and `dynmask_jax.linen`,
+pictures in `dynmask_jax.plot`.
+"""
+
+from dynmask_jax.attention import attention as attention
+from dynmask_jax.attention import default_backend as default_backend
+from dynmask_jax.curricula import Curriculum as Curriculum
+from dynmask_jax.curricula import growing_chunks as growing_chunks
+from dynmask_jax.curricula import growing_window as growing_window
+from dynmask_jax.curricula import reveal as reveal
+from dynmask_jax.errors import Unsupported as Unsupported
+from dynmask_jax.masks import Causal as Causal
+from dynmask_jax.masks import Chunks as Chunks
+from dynmask_jax.masks import Everything as Everything
+from dynmask_jax.masks import Mask as Mask
+from dynmask_jax.masks import Predicate as Predicate
+from dynmask_jax.masks import Prefix as Prefix
+from dynmask_jax.masks import RandomChunks as RandomChunks
+from dynmask_jax.masks import SameSegment as SameSegment
+from dynmask_jax.masks import Select as Select
+from dynmask_jax.masks import Sinks as Sinks
+from dynmask_jax.masks import Strided as Strided
+from dynmask_jax.masks import Window as Window
+from dynmask_jax.masks import mask_tensor as mask_tensor
+from dynmask_jax.online_softmax import merge as merge
+from dynmask_jax.plans import Plan as Plan
+from dynmask_jax.plans import plan as plan
+from dynmask_jax.schedules import Schedule as Schedule
+from dynmask_jax.schedules import constant as constant
+from dynmask_jax.schedules import cubic as cubic
+from dynmask_jax.schedules import exponential as exponential
+from dynmask_jax.schedules import linear as linear
+from dynmask_jax.schedules import root as root
+from dynmask_jax.schedules import sine as sine
+from dynmask_jax.schedules import staircase as staircase
+from dynmask_jax.spans import Span as Span
+from dynmask_jax.spans import Verdict as Verdict
+from dynmask_jax.spans import maximum as maximum
+from dynmask_jax.spans import minimum as minimum
+from dynmask_jax.tokens import Tokens as Tokens
+
+__version__ = "0.1.0"

@@ -1,0 +1,170 @@
+"""Attention under a mask or a plan: the checks, the table of backends, the choice between them."""
+
+import math
+from collections.abc import Callable
+from typing import Literal, overload
+
+import jax.numpy as jnp
+import numpy as np
+
+from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.backends import dense, xla
+from dynmask_jax.masks import Mask, head_count
+from dynmask_jax.plans import Plan, plan
+from dynmask_jax.scores import Scores
+from dynmask_jax.tokens import Tokens
+
+BACKENDS: dict[str, Callable] = {"dense": dense.attend, "xla": xla.attend}
+"""name -> `(q, k, v, plan, scores) -> (out, lse)`."""
+
+
+def default_backend(platform: str | None = None) -> str:
+    """The backend that `attention(backend=None)` takes on a platform: "cpu", "gpu", "tpu".
+
+    Without a name, on the platform that JAX computes on now.
+    """
+    del platform  # one backend runs everywhere so far; kernels will take their platforms over
+    return "xla"
+
+
+@overload
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask_or_plan: Mask | Plan,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Float[Array, "B T N H"]: ...
+@overload
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask_or_plan: Mask | Plan,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    backend: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
+def attention(
+    q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, backend=None, return_lse=False
+):
+    """softmax(q·kᵀ · scale, over the keys that each query may see) · v.
+
+    Args:
+      q: queries, `[B, T, N, H]`.
+      k, v: keys and values, `[B, S, K, H]`; K divides N, and query head n reads key head
+        n // (N // K) (grouped queries). All three have one floating dtype; sums are in float32.
+      mask_or_plan: a `Plan` made once for all layers, or a `Mask`, for which one is made here with
+        both queries and keys at positions 0, 1, … of one segment.
+      scale: what products are multiplied by; 1/√H by default.
+      soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
+      sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
+        Xiao et al. 2023, arXiv:2309.17453).
+      backend: "dense", "xla", or None for `default_backend()`. A named backend never falls back.
+      return_lse: give `(out, lse)`.
+
+    Returns:
+      out, `[B, T, N, H]` in q's dtype; and with `return_lse` the float32 log-sum-exp `[B, T, N]` of
+      each query's visible logits, the sink's among them.
+
+    A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
+    logit, where there are sinks). A NaN or infinity in a key or value reaches only the queries that
+    may see it. Differentiable in q, k, v and sinks. Memory is O(T + S) with "xla".
+
+    Raises:
+      ValueError, TypeError: arguments that do not fit, by name.
+      Unsupported: the named backend cannot do this, though another may.
+
+    >>> q = k = v = jnp.ones((1, 4, 2, 8))
+    >>> attention(q, k, v, Causal() & Window(2)).shape
+    (1, 4, 2, 8)
+    """
+    _check_arrays(q, k, v)
+    if sinks is not None and sinks.shape != (q.shape[2],):
+        raise ValueError(f"sinks must have shape [heads] = ({q.shape[2]},), got {sinks.shape}")
+    the_plan = as_plan(mask_or_plan, q.shape[1], k.shape[1])
+    _check_plan(q, k, the_plan)
+    scores = Scores(
+        _positive("scale", scale, 1 / math.sqrt(q.shape[3])), _positive("soft_cap", soft_cap, None)
+    )
+    out, lse = _named(backend)(q, k, v, the_plan, scores)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks.astype(lse.dtype))
+    return (out, lse) if return_lse else out
+
+
+def as_plan(mask_or_plan: Mask | Plan, queries: int, keys: int) -> Plan:
+    """The plan itself, or one for the mask with queries and keys at positions 0, 1, … of one segment.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if isinstance(mask_or_plan, Plan):
+        return mask_or_plan
+    if not isinstance(mask_or_plan, Mask):
+        raise TypeError(
+            f"mask_or_plan must be a Mask or a Plan, got {type(mask_or_plan).__name__}; a curriculum is "
+            "called with the step first: attention(q, k, v, curriculum(step))"
+        )
+    return plan(mask_or_plan, Tokens.sequence(queries), Tokens.sequence(keys))
+
+
+def _named(backend: str | None) -> Callable:
+    name = default_backend() if backend is None else backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+    return BACKENDS[name]
+
+
+def _with_sinks(out, lse, sinks):
+    """One more key for each head, seen by all, with a value of zero: only the total grows."""
+    total = jnp.logaddexp(lse, jnp.broadcast_to(sinks, lse.shape))
+    return (out * jnp.exp(lse - total)[..., None]).astype(out.dtype), total
+
+
+def _check_arrays(q, k, v):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must have shape [batch, tokens, heads, head_dim], got {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have one head dim, got {q.shape[3]} and {k.shape[3]}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key heads ({k.shape[2]})")
+
+
+def _check_plan(q, k, the_plan: Plan):
+    if the_plan.lengths != (q.shape[1], k.shape[1]):
+        planned, given = the_plan.lengths, (q.shape[1], k.shape[1])
+        raise ValueError(
+            f"the plan is for {planned[0]} queries and {planned[1]} keys, got {given[0]} and {given[1]}"
+        )
+    if the_plan.rows not in (1, q.shape[0]):
+        raise ValueError(f"the plan is for a batch of {the_plan.rows}, got {q.shape[0]} sequences")
+    if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
+        raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
+
+
+def _positive(name: str, value, default):
+    if value is None:
+        return default
+    if not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} must be a Python number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)

@@ -1,0 +1,40 @@
+"""The oracle: attention as it is defined, in O(T·S) memory. JAX differentiates it."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.backends.nonfinite import emptied, marks
+from dynmask_jax.masks import mask_tensor
+from dynmask_jax.online_softmax import Partial, finish
+from dynmask_jax.plans import Plan
+from dynmask_jax.scores import Scores
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    plan: Plan,
+    scores: Scores,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attention of every query over the keys that the plan's mask shows it; blocks play no part."""
+    dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
+    q, k, v = (x.astype(wide) for x in (q, k, v))
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    visible = _by_batch_and_head(mask_tensor(plan.mask, plan.q_tokens, plan.kv_tokens))
+
+    products = jnp.einsum("btnh,bsnh->bnts", emptied(q), emptied(k))
+    bad = marks(q).swapaxes(1, 2)[..., :, None] + marks(k, v).swapaxes(1, 2)[..., None, :]
+    logits = jnp.where(visible, scores.logits(products) + bad, -jnp.inf)
+    peak = lax.stop_gradient(logits.max(axis=-1))
+    level = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    weights = jnp.where(visible, jnp.exp(logits - level[..., None]), 0.0)
+    weighted = jnp.einsum("bnts,bsnh->bnth", weights, emptied(v))
+    out, lse = finish(Partial(weighted, peak, weights.sum(axis=-1)))
+    return out.swapaxes(1, 2).astype(dtype), lse.swapaxes(1, 2)
+
+
+def _by_batch_and_head(visible):
+    """`[B, T, S]` as `[B, 1, T, S]`; per-head masks have their N already."""
+    return visible if visible.ndim == 4 else visible[:, None]

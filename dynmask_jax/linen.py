@@ -1,0 +1,83 @@
+"""Attention for Flax Linen: the twin of `dynmask_jax.nnx`, with the same numbers for the same weights."""
+
+import inspect
+from collections.abc import Callable
+
+import flax.linen as nn
+
+from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.attention import as_plan, attention
+from dynmask_jax.flax_call import attend_for_flax, head_shape
+from dynmask_jax.masks import Mask
+from dynmask_jax.plans import Plan
+from dynmask_jax.rotary import rotary
+
+
+class Attention(nn.Module):
+    """Multi-head attention under a plan: projections, rotary positions, attention, projection.
+
+    Parameters, arguments and errors are those of `dynmask_jax.nnx.Attention`.
+    """
+
+    features: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | None = None
+    attention: Callable = attention
+    dtype: object = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask_or_plan: Mask | Plan,
+        context: Float[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The layer's output for queries from `x` and keys from `context` (`x` where left out)."""
+        context = x if context is None else context
+        kv_heads, head_dim = head_shape(self.features, self.num_heads, self.num_kv_heads, self.head_dim)
+        plan = as_plan(mask_or_plan, x.shape[1], context.shape[1])
+
+        def heads(count: int, name: str):
+            return nn.DenseGeneral((count, head_dim), use_bias=False, dtype=self.dtype, name=name)
+
+        q = heads(self.num_heads, "query")(x)
+        k, v = heads(kv_heads, "key")(context), heads(kv_heads, "value")(context)
+        if self.rope_theta is not None:
+            q = rotary(q, plan.q_tokens.position, self.rope_theta)
+            k = rotary(k, plan.kv_tokens.position, self.rope_theta)
+        out = self.attention(q, k, v, plan)
+        return nn.DenseGeneral(self.features, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out")(
+            out
+        )
+
+
+def attention_fn(mask_or_plan: Mask | Plan) -> Callable:
+    """An `attention_fn` for `nn.MultiHeadDotProductAttention`, under a mask or a plan.
+
+    Linen is functional, so the step is an argument: inside a module's `__call__`, make it anew with
+    `attention_fn(curriculum(step))`; traced steps are fine, and a whole curriculum is one compilation.
+
+    Raises:
+      TypeError: neither a mask nor a plan.
+      Unsupported: when called with dropout, a bias, a mask array for several queries, sown weights,
+        or a precision.
+
+    >>> layer = nn.MultiHeadDotProductAttention(
+    ...     num_heads=2, attention_fn=attention_fn(Causal() & Window(4)))
+    >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 16, 8)))[0].shape
+    (1, 16, 8)
+    """
+    if not isinstance(mask_or_plan, Mask | Plan):
+        raise TypeError(
+            f"attention_fn needs a mask or a plan, got {type(mask_or_plan).__name__}; a curriculum is "
+            "called with the step first: attention_fn(curriculum(step))"
+        )
+
+    def attend(query, key, value, **options):
+        return attend_for_flax(nn.dot_product_attention, query, key, value, mask_or_plan, options)
+
+    # Linen passes on only what the signature names, and would silently keep the mask to itself.
+    attend.__signature__ = inspect.signature(nn.dot_product_attention)  # pyright: ignore
+    return attend

@@ -1,0 +1,131 @@
+"""Attention for Flax NNX: a layer of our own, and an `attention_fn` for models that exist already."""
+
+from collections.abc import Callable
+
+import flax.nnx as nnx
+import jax.numpy as jnp
+
+from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.attention import as_plan, attention
+from dynmask_jax.curricula import Curriculum
+from dynmask_jax.flax_call import attend_for_flax, head_shape
+from dynmask_jax.masks import Mask
+from dynmask_jax.plans import Plan
+from dynmask_jax.rotary import rotary
+from dynmask_jax.schedules import Step as StepLike
+
+
+class Attention(nnx.Module):
+    """Multi-head attention under a plan: projections, rotary positions, attention, projection.
+
+    Its parameters have the names and shapes of `nnx.MultiHeadAttention`'s, without biases:
+    query.kernel `[D, N, H]`, key.kernel and value.kernel `[D, K, H]`, out.kernel `[N, H, D]`.
+
+    Args:
+      features: D, the model width in and out.
+      num_heads: N query heads.
+      num_kv_heads: K key heads, which divide N; N by default.
+      head_dim: H, by default D // N.
+      rope_theta: base of rotary positions, read from the plan's tokens; None for no rotation.
+      attention: what computes it, with the signature of `dynmask_jax.attention`:
+        `functools.partial(attention, soft_cap=50.0)`, say.
+      dtype: of the computation; None for that of the inputs and parameters.
+      rngs: `nnx.Rngs` with a `params` stream.
+
+    Raises:
+      ValueError: num_kv_heads does not divide num_heads, or num_heads features without a head_dim.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float | None = None,
+        attention: Callable = attention,
+        dtype=None,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads, head_dim = head_shape(features, num_heads, num_kv_heads, head_dim)
+        self.rope_theta, self.attention = rope_theta, attention
+
+        def heads(count: int) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(features, (count, head_dim), use_bias=False, dtype=dtype, rngs=rngs)
+
+        self.query, self.key, self.value = heads(num_heads), heads(num_kv_heads), heads(num_kv_heads)
+        self.out = nnx.LinearGeneral(
+            (num_heads, head_dim), features, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask_or_plan: Mask | Plan,
+        context: Float[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The layer's output for queries from `x` and keys from `context` (`x` where left out)."""
+        context = x if context is None else context
+        plan = as_plan(mask_or_plan, x.shape[1], context.shape[1])
+        q, k, v = self.query(x), self.key(context), self.value(context)
+        if self.rope_theta is not None:
+            q = rotary(q, plan.q_tokens.position, self.rope_theta)
+            k = rotary(k, plan.kv_tokens.position, self.rope_theta)
+        return self.out(self.attention(q, k, v, plan))
+
+
+class Step(nnx.Variable):
+    """The training step that a curriculum reads inside a Flax model. Set it with `set_step`."""
+
+
+class CurriculumAttention(nnx.Module):
+    """An `attention_fn` that follows a curriculum. Made by `attention_fn`, one for each layer."""
+
+    def __init__(self, curriculum: Curriculum):
+        self.curriculum = curriculum
+        self.step = Step(jnp.zeros((), jnp.int32))
+
+    def __call__(self, query, key, value, **options):
+        """Attention under the curriculum's mask at the step, for what `nnx.MultiHeadAttention` passes."""
+        mask = self.curriculum(self.step[...])
+        return attend_for_flax(nnx.dot_product_attention, query, key, value, mask, options)
+
+
+def attention_fn(curriculum: Curriculum | Mask) -> CurriculumAttention:
+    """An `attention_fn` for `nnx.MultiHeadAttention`, under a curriculum or one mask.
+
+    Make one for each layer: NNX's tree mode refuses a module that two layers share. Positions are
+    0, 1, …; decoding with Flax's cache works. A whole curriculum is one compilation: the step is a
+    variable, moved by `set_step`.
+
+    Raises:
+      TypeError: neither a curriculum nor a mask.
+      Unsupported: when called with dropout, a bias, a mask array for several queries, sown weights,
+        or a precision.
+
+    >>> layer = nnx.MultiHeadAttention(
+    ...     num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0),
+    ...     attention_fn=attention_fn(growing_window(linear(2, 16, steps=10))))
+    >>> set_step(layer, 5)
+    >>> layer(jnp.ones((1, 16, 8))).shape
+    (1, 16, 8)
+    """
+    if isinstance(curriculum, Mask):
+        return CurriculumAttention(lambda step: curriculum)
+    if not callable(curriculum):
+        raise TypeError(f"attention_fn needs a curriculum or a mask, got {type(curriculum).__name__}")
+    return CurriculumAttention(curriculum)
+
+
+def set_step(model: nnx.Module, step: StepLike) -> None:
+    """Moves every `attention_fn` in the model to a training step, which may be traced.
+
+    Raises:
+      ValueError: the model has none.
+    """
+    steps = [node for _, node in nnx.iter_graph(model) if isinstance(node, Step)]
+    if not steps:
+        raise ValueError("set_step found no dynmask_jax.nnx.attention_fn in the model")
+    for variable in steps:
+        variable[...] = jnp.asarray(step, jnp.int32)

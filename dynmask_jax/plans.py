@@ -1,0 +1,273 @@
+"""Plans: which blocks of attention to compute, derived from the mask's own expression.
+
+A plan is made for one mask on one batch, inside `jit`, and serves every layer. For each block of
+queries and block of keys it holds a code: *skip* (no pair is visible), *full* (every pair is) or
+*test* (the mask must be asked pair by pair). The codes come from one reading of the mask over
+`Span`s: O(Tb·Sb) work, never O(T·S).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
+from dynmask_jax.masks import Mask, by_head, head_count, look, visible_pairs
+from dynmask_jax.spans import Span
+from dynmask_jax.tokens import Tokens
+
+SKIP, TEST, FULL = 0, 1, 2
+DEFAULT_BLOCK = 256
+
+
+@pytree
+class BlockList:
+    """For each row of blocks, its active columns: first the full ones, then those to test.
+
+    Attributes:
+      index: `[R, rows, columns]` int32; row r's first `count[r]` entries are columns, in rising order
+        within either kind. What follows them is padding.
+      full: `[R, rows]`, how many are full.
+      count: `[R, rows]`, how many are active.
+    """
+
+    index: Int[Array, "R rows columns"]
+    full: Int[Array, "R rows"]
+    count: Int[Array, "R rows"]
+
+
+@pytree
+class Plan:
+    """What to compute for one mask on one batch. Made by `plan`.
+
+    Attributes:
+      mask: the mask.
+      q_tokens, kv_tokens: the queries `[R, T]` and keys `[R, S]`; R is B, or 1 for all rows alike.
+      codes: `[R, Tb, Sb]` int8: 0 skip, 1 test, 2 full. With per-head leaves, a block is skipped
+        where every head skips it, and full where it is full for every head.
+      by_query: for each block of queries, the blocks of keys it needs.
+      by_key: for each block of keys, the blocks of queries that need it.
+      block_q, block_k: tokens in a block of queries and of keys; the last block may be ragged.
+
+    `print(plan)` draws the blocks; `visible_pairs()` counts what the mask shows.
+    """
+
+    mask: Mask
+    q_tokens: Tokens
+    kv_tokens: Tokens
+    codes: Int[Array, "R Tb Sb"]
+    by_query: BlockList
+    by_key: BlockList
+    block_q: int = static()
+    block_k: int = static()
+
+    @property
+    def rows(self) -> int:
+        """R: 1 where the plan serves every sequence of a batch, else the batch size."""
+        return self.codes.shape[0]
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """T and S."""
+        return self.q_tokens.shape[-1], self.kv_tokens.shape[-1]
+
+    @property
+    def active(self) -> Int[Array, ""]:
+        """How many blocks are not skipped, over all rows."""
+        return (self.codes != SKIP).sum()
+
+    def visible_pairs(self) -> Float[Array, ""]:
+        """How many pairs the mask shows, over all rows, as the mean over heads.
+
+        Exact for full and skipped blocks, and tests the others pair by pair: O(T) memory. Counted in
+        float32 from exact counts per block of queries.
+        """
+        return _count_visible(self)
+
+    def exposure(self, final: "Plan | None" = None) -> Float[Array, ""]:
+        """Visible pairs ÷ those of `final`, a plan for the curriculum's end; by default ÷ all pairs."""
+        if final is None:
+            t, s = self.lengths
+            return self.visible_pairs() / (float(self.rows) * t * s)
+        return self.visible_pairs() / final.visible_pairs()
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def plan(
+    mask: Mask,
+    q_tokens: Tokens,
+    kv_tokens: Tokens | None = None,
+    *,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> Plan:
+    """Finds the blocks that attention under this mask must compute.
+
+    Args:
+      mask: any mask; its leaves may be traced, so that one compilation serves a whole curriculum.
+      q_tokens: the queries, `[T]` for all sequences of a batch alike, or `[B, T]`.
+      kv_tokens: the keys, `[S]` or `[B, S]`; left out, the queries are the keys too.
+      block_q, block_k: tokens in a block; by default 256, or T and S where those are less.
+
+    Returns:
+      the `Plan`, to be given to every layer's `attention` in place of the mask.
+
+    Raises:
+      TypeError: the mask or the tokens are something else.
+      ValueError: blocks below one token, no tokens at all, or batches that differ.
+
+    Warns:
+      once for each mask whose expression has no reading over blocks: it is right, but skips nothing.
+
+    >>> print(plan(Causal() & Window(4), Tokens.sequence(12), block_q=4, block_k=4))
+    12 queries x 12 keys in blocks of 4 x 4: 29.2% of pairs visible, 44.4% of blocks skipped
+    +..
+    ++.
+    .++
+    """
+    kv_tokens = q_tokens if kv_tokens is None else kv_tokens
+    _check_arguments(mask, q_tokens, kv_tokens)
+    block_q = _block_size("block_q", block_q, q_tokens.shape[-1])
+    block_k = _block_size("block_k", block_k, kv_tokens.shape[-1])
+    return _plan(mask, q_tokens, kv_tokens, block_q=block_q, block_k=block_k)
+
+
+@functools.partial(jax.jit, static_argnames=("block_q", "block_k"))
+def _plan(mask, q_tokens, kv_tokens, *, block_q, block_k):
+    q_tokens, kv_tokens = _same_rows(q_tokens, kv_tokens)
+    codes = _codes(mask, _block_spans(q_tokens, block_q), _block_spans(kv_tokens, block_k))
+    whole_q = jnp.arange(codes.shape[1]) < q_tokens.shape[1] // block_q
+    whole_k = jnp.arange(codes.shape[2]) < kv_tokens.shape[1] // block_k
+    # A ragged last block has no pair at its padding: it is tested, never full.
+    codes = jnp.where(whole_q[:, None] & whole_k[None, :], codes, jnp.minimum(codes, TEST))
+    by_query, by_key = _listed(codes), _listed(codes.swapaxes(1, 2))
+    return Plan(mask, q_tokens, kv_tokens, codes, by_query, by_key, block_q, block_k)
+
+
+def _check_arguments(mask, q_tokens, kv_tokens):
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a Mask, got {type(mask).__name__}")
+    head_count(mask)
+    for name, tokens in (("q_tokens", q_tokens), ("kv_tokens", kv_tokens)):
+        if not isinstance(tokens, Tokens):
+            raise TypeError(f"{name} must be Tokens (Tokens.sequence(T), say), got {type(tokens).__name__}")
+        if len(tokens.shape) not in (1, 2) or 0 in tokens.shape:
+            raise ValueError(f"{name} must have shape [T] or [B, T], none of them 0, got {tokens.shape}")
+    batches = {tokens.shape[0] for tokens in (q_tokens, kv_tokens) if len(tokens.shape) == 2}
+    if len(batches) > 1:
+        raise ValueError(
+            f"q_tokens and kv_tokens must have one batch size, got {q_tokens.shape} and {kv_tokens.shape}"
+        )
+
+
+def _block_size(name: str, size: int | None, length: int) -> int:
+    if size is not None and size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return min(DEFAULT_BLOCK if size is None else size, length)
+
+
+def _same_rows(*tokens: Tokens) -> list[Tokens]:
+    rows = max(t.shape[0] if len(t.shape) == 2 else 1 for t in tokens)
+    return [jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, x.shape[-1])), t) for t in tokens]
+
+
+def blocks_of(values: Int[Array, "R T"], size: int) -> Int[Array, "R Tb size"]:
+    """Cut into blocks; the last is filled up with copies of the last value, which widen no span."""
+    values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % size)), mode="edge")
+    return values.reshape(values.shape[0], -1, size)
+
+
+def _block_spans(tokens: Tokens, size: int) -> Tokens:
+    def span(field):
+        blocks = blocks_of(field, size)
+        return Span(blocks.min(axis=-1), blocks.max(axis=-1))
+
+    return Tokens(span(tokens.position), span(tokens.segment))
+
+
+def _codes(mask: Mask, q: Tokens, k: Tokens) -> Int[Array, "R Tb Sb"]:
+    shape = (*q.shape, k.shape[1])
+
+    def verdict(one_head):
+        seen = look(one_head, q[:, :, None], k[:, None, :])
+        return jnp.broadcast_to(seen.some, shape), jnp.broadcast_to(seen.every, shape)
+
+    some, every = by_head(verdict, mask)
+    if head_count(mask) is not None:
+        some, every = some.any(axis=0), every.all(axis=0)
+    return jnp.where(every, FULL, jnp.where(some, TEST, SKIP)).astype(jnp.int8)
+
+
+def _listed(codes: Int[Array, "R rows columns"]) -> BlockList:
+    full, test = codes == FULL, codes == TEST
+    full_count, test_count = (jnp.sum(kind, axis=-1, dtype=jnp.int32) for kind in (full, test))
+    place = jnp.where(full, _rank(full), full_count[..., None] + _rank(test))
+    place = jnp.where(full | test, place, codes.shape[-1])  # out of bounds: dropped
+    index = jax.vmap(jax.vmap(_scattered))(place)
+    return BlockList(index, full_count, full_count + test_count)
+
+
+def _rank(chosen: Bool[Array, "R rows columns"]) -> Int[Array, "R rows columns"]:
+    return jnp.cumsum(chosen, axis=-1, dtype=jnp.int32) - 1
+
+
+def _scattered(place: Int[Array, " columns"]) -> Int[Array, " columns"]:
+    columns = jnp.arange(place.shape[0], dtype=jnp.int32)
+    return jnp.zeros_like(columns).at[place].set(columns, mode="drop", unique_indices=False)
+
+
+def tile_visible(plan: Plan, row, i, j) -> Bool[Array, "*N bq bk"]:
+    """The mask between block i of queries and block j of keys: `[bq, bk]`, or `[N, bq, bk]`.
+
+    False at the padding of a ragged block.
+    """
+    (t, s), (bq, bk) = plan.lengths, (plan.block_q, plan.block_k)
+    q_index, k_index = i * bq + jnp.arange(bq), j * bk + jnp.arange(bk)
+    q = plan.q_tokens[row, jnp.minimum(q_index, t - 1)]
+    k = plan.kv_tokens[row, jnp.minimum(k_index, s - 1)]
+    inside = (q_index < t)[:, None] & (k_index < s)[None, :]
+    seen = visible_pairs(plan.mask, q, k)
+    return seen & jnp.broadcast_to(inside, seen.shape)
+
+
+@jax.jit
+def _count_visible(plan: Plan) -> Float[Array, ""]:
+    heads = head_count(plan.mask) or 1
+
+    def row_of_blocks(at):
+        row, i = at // plan.codes.shape[1], at % plan.codes.shape[1]
+
+        def add(n, count):
+            return count + tile_visible(plan, row, i, plan.by_query.index[row, i, n]).sum(dtype=jnp.int32)
+
+        full, count = plan.by_query.full[row, i], plan.by_query.count[row, i]
+        tested = jax.lax.fori_loop(full, count, add, jnp.int32(0))
+        return full.astype(jnp.float32) * (plan.block_q * plan.block_k) + tested / heads
+
+    return jax.lax.map(row_of_blocks, jnp.arange(plan.rows * plan.codes.shape[1])).sum()
+
+
+def _text(plan: Plan) -> str:
+    t, s = plan.lengths
+    if is_traced(plan.codes):
+        return f"Plan({t} queries x {s} keys, traced)"
+    rows = f"{plan.rows} x " if plan.rows > 1 else ""
+    codes = np.asarray(plan.codes)
+    header = (
+        f"{rows}{t:,} queries x {s:,} keys in blocks of {plan.block_q} x {plan.block_k}: "
+        f"{float(plan.exposure()):.1%} of pairs visible, {(codes == SKIP).mean():.1%} of blocks skipped"
+    )
+    picture = ["".join(".+#"[code] for code in line) for line in _shrunk(codes[0])]
+    return "\n".join([header, *picture])
+
+
+def _shrunk(codes, most: int = 64):
+    """At most 64 x 64 cells; a cell that stands for several blocks is skip or full where all are."""
+    for axis in (0, 1):
+        groups = np.array_split(codes, min(most, codes.shape[axis]), axis=axis)
+        low, high = (np.stack([f(g, axis=axis) for g in groups], axis=axis) for f in (np.min, np.max))
+        codes = np.where(low == high, low, TEST)
+    return codes
