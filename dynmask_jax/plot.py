@@ -28,6 +28,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MultipleLocator
+    from matplotlib.transforms import ScaledTranslation
 except ImportError as cause:
     raise ImportError('pictures need matplotlib: pip install "dynmask_jax[plot]"') from cause
 
@@ -77,7 +78,7 @@ def draw_mask(
     """
     q, k = _sequences(q_tokens, kv_tokens, row)
     mask = _of_head(mask, head)
-    (ax,) = _given_or_new(None if ax is None else [ax], 1)
+    ax = _new_panels(1, (q.shape[0], k.shape[0]))[0] if ax is None else ax
     _draw_pairs(ax, mask, q, k)
     return _figure_of(ax)
 
@@ -186,7 +187,7 @@ def draw_plan(
     """
     _check_plan(plan, row)
     codes = np.asarray(plan.codes[row])
-    (ax,) = _given_or_new(None if ax is None else [ax], 1)
+    ax = _new_panels(1, plan.lengths, legend=legend)[0] if ax is None else ax
     if pairs:
         _draw_blocks_and_pairs(ax, plan, row, codes)
     else:
@@ -211,13 +212,18 @@ class _Picture(Figure):
         return png.getvalue()
 
 
-def _draw_panels(titled: Sequence[tuple[str, Mask]], tokens, axes: Iterable[Axes] | None) -> Figure:
+def _draw_panels(
+    titled: Sequence[tuple[str, Mask]], tokens: tuple[Tokens, Tokens], axes: Iterable[Axes] | None
+) -> Figure:
     if not titled:
         raise ValueError("nothing to draw: there is no mask")
     masks = [_of_head(mask, None) for _, mask in titled]
-    panels = _given_or_new(axes, len(titled))
+    q, k = tokens
+    panels = _new_panels(len(titled), (q.shape[0], k.shape[0])) if axes is None else list(axes)
+    if len(panels) != len(titled):
+        raise ValueError(f"axes must hold one for each of {len(titled)} panels, got {len(panels)}")
     for ax, (title, _), mask in zip(panels, titled, masks, strict=True):
-        _draw_pairs(ax, mask, *tokens)
+        _draw_pairs(ax, mask, q, k)
         ax.set_title(title, fontsize="medium")
     if axes is None:
         _name_outer_axes_only(panels)
@@ -281,13 +287,13 @@ def _draw_cells(ax: Axes, cells: _Cells, colours: Mapping[str, str]):
         extent=(-0.5, columns * cells.pitch[1] - 0.5, rows * cells.pitch[0] - 0.5, -0.5),
     )
     # The last cell may reach beyond the sequence: a ragged block, or the tokens after a drawn one.
-    ax.set(xlim=(-0.5, s - 0.5), ylim=(t - 0.5, -0.5), box_aspect=min(max(t / s, 0.25), 4))
+    ax.set(xlim=(-0.5, s - 0.5), ylim=(t - 0.5, -0.5), box_aspect=_aspect((t, s)))
     for axis, name, length, n in (
         (ax.yaxis, "query", t, cells.every[0]),
         (ax.xaxis, "key", s, cells.every[1]),
     ):
         axis.set_label_text(name if n == 1 else f"{name} (1 {cells.kind} in {n})")
-        axis.set_major_locator(MultipleLocator(_tick_distance(length)))
+        axis.set_major_locator(MultipleLocator(_tick_distance(length, min(1, length / max(t, s)))))
 
 
 def _name_outer_axes_only(panels: Sequence[Axes]):
@@ -313,7 +319,10 @@ def _draw_block_edges(ax: Axes, plan: Plan):
 def _name_colours(ax: Axes, colours: Mapping[str, str]):
     names = [Patch(facecolor=colour, edgecolor="grey", label=name) for name, colour in colours.items()]
     columns = len(names) if len(names) < 4 else 2
-    ax.legend(handles=names, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+    # Below the ticks and the name of the keys, which take up inches, not a share of the axes.
+    below = ax.transAxes + ScaledTranslation(0, -0.45, _figure_of(ax).dpi_scale_trans)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+    ax.legend(handles=names, ncols=columns, frameon=False, **place)
 
 
 def _every(count: int) -> int:
@@ -321,27 +330,27 @@ def _every(count: int) -> int:
     return -(-count // MOST_CELLS)
 
 
-def _tick_distance(length: int) -> int:
-    """A power of two, as block and chunk sizes mostly are, that gives some three to five ticks."""
-    return 2 ** max(0, math.ceil(math.log2(length / 5)))
+def _tick_distance(length: int, share: float) -> int:
+    """A power of two, as block and chunk sizes mostly are, for up to five ticks, or `share` of that.
+
+    `share` is of the picture's longer side: a narrow one has room for two.
+    """
+    return 2 ** max(0, math.ceil(math.log2(length / max(2, 5 * share))))
 
 
-def _given_or_new(axes: Iterable[Axes] | None, count: int) -> list[Axes]:
-    """The axes given, one for each of `count` panels, or those of a new figure."""
-    if axes is None:
-        return _new_panels(count)
-    axes = list(axes)
-    if len(axes) != count:
-        raise ValueError(f"axes must hold one for each of {count} panels, got {len(axes)}")
-    return axes
+def _aspect(lengths: tuple[int, int]) -> float:
+    """Height over width of a picture of T x S tokens: to scale, but never a mere line."""
+    return min(max(lengths[0] / lengths[1], 1 / 4), 4)
 
 
-def _new_panels(count: int) -> list[Axes]:
+def _new_panels(count: int, lengths: tuple[int, int], *, legend: bool = False) -> list[Axes]:
+    """The axes of a new figure, in lines of at most MOST_COLUMNS; T x S tokens fit into each."""
     lines = -(-count // MOST_COLUMNS)
     columns = -(-count // lines)
-    if count == 1:
-        return [_Picture(figsize=(4.2, 4.2), layout="constrained").add_subplot()]
-    figure = _Picture(figsize=(2.2 * columns, 2.5 * lines), layout="constrained")
+    side, aspect = (3.5 if count == 1 else 1.8), _aspect(lengths)  # inches
+    # Beside the picture stand ticks and names: to the left, and below it with the title above.
+    width, height = side * min(1, 1 / aspect) + 0.5, side * min(1, aspect) + 1.0 + 0.6 * legend
+    figure = _Picture(figsize=(width * columns, height * lines), layout="constrained")
     return [figure.add_subplot(lines, columns, place) for place in range(1, count + 1)]
 
 
