@@ -1,0 +1,28 @@
+"""Runs by name. A preset is its parent plus a difference."""
+
+from dataclasses import replace
+
+from train.config import Curriculum, Model, Run
+
+
+def base() -> Run:
+    """A mid-sized run on text of your own: --data.paths FILE_OR_FOLDER …"""
+    return Run()
+
+
+def demo() -> Run:
+    """A few minutes on two CPU cores: chunks of 32 bytes grow to 4,096."""
+    return replace(
+        base(),
+        name="demo",
+        steps=300,
+        block=128,
+        evaluate_rows=8,
+        model=Model(layers=3, width=128, heads=2, kv_heads=1, hidden=384),
+        optimizer=replace(base().optimizer, learning_rate=4e-3),
+        curriculum=Curriculum(multiple_of=32),
+    )
+
+
+PRESETS = {"run": base, "demo": demo}
+"""name -> the `Run` that the command line starts from."""
