@@ -1,7 +1,9 @@
 """Pictures: what is drawn is what the mask and the plan say, and what cannot be drawn is refused."""
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,10 +27,8 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
+from dynmask_jax.cells import BLOCK_COLOURS, MASK_COLOURS, PAIR_COLOURS
 from dynmask_jax.plot import (
-    BLOCK_COLOURS,
-    MASK_COLOURS,
-    PAIR_COLOURS,
     draw_curriculum,
     draw_heads,
     draw_mask,
@@ -230,6 +230,17 @@ def test_pictures_are_drawn_on_the_axes_given():
     assert draw_masks({"a": BANDED}, TOKENS, axes=[within.subplots()]) is within.figure
 
 
+def test_the_readme_s_picture_is_drawn(tmp_path):
+    docs = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "make_pictures.py"))
+    figure, path = docs["curriculum_picture"](), tmp_path / "curriculum.png"
+    panels = [ax.get_title() for ax in figure.axes if ax.images]
+    # Of 16 x 16 blocks the causal mask skips the 120 above the diagonal; the first window needs 31.
+    assert panels[0] == f"step 0\n{225 / 256:.1%} of blocks skipped"
+    assert panels[-1] == f"step 1,000\n{120 / 256:.1%} of blocks skipped"
+    docs["save"](figure, path)
+    assert path.stat().st_size < 200_000
+
+
 def test_a_picture_is_shown_by_a_notebook_without_pyplot():
     code = (
         "import sys; from dynmask_jax import *; from dynmask_jax.plot import draw_mask\n"
@@ -293,3 +304,5 @@ def test_a_tokens_batch_out_of_range_is_refused():
         draw_mask(BANDED, batch, row=2)
     with pytest.raises(ValueError, match=r"kv_tokens must have shape \[T\] or \[B, T\]"):
         draw_mask(BANDED, TOKENS, batch[None])
+    with pytest.raises(ValueError, match=r"one batch size, got \[1, 2\]"):
+        draw_mask(BANDED, batch, batch[:1])
