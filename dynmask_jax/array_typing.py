@@ -21,18 +21,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = [
-    "Array",
-    "Bool",
-    "Float",
-    "Int",
-    "Number",
-    "is_boolean",
-    "is_concrete",
-    "is_traced",
-    "pytree",
-    "static",
-]
+__all__ = ["Array", "Bool", "Float", "Int", "Number", "is_boolean", "is_concrete", "is_traced"]
+__all__ += ["pytree", "static", "sum_dtype"]
 
 Number = int | float | np.ndarray | Array
 """What a mask leaf may be: a Python number, or an array of rank 0 or `[N]`, traced or not."""
@@ -78,6 +68,11 @@ def pytree(cls: type[_Record]) -> type[_Record]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def sum_dtype(dtype) -> np.dtype:
+    """What sums over values of a floating dtype are kept in: float32, or float64 for itself."""
+    return np.dtype(np.float64 if dtype == np.dtype(np.float64) else np.float32)
 
 
 def is_concrete(value: object) -> bool:

@@ -1,5 +1,6 @@
 """Attention under a mask or a plan: the checks, the table of backends, the choice between them."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, overload
@@ -10,6 +11,7 @@ import numpy as np
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.backends import dense, xla
 from dynmask_jax.masks import Mask, head_count
+from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
@@ -76,8 +78,8 @@ def attention(
       each query's visible logits, the sink's among them.
 
     A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
-    logit, where there are sinks). A NaN or infinity in a key or value reaches only the queries that
-    may see it. Differentiable in q, k, v and sinks. Memory is O(T + S) with "xla".
+    logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the
+    out, lse and gradient of the queries that see it, and touches nothing else. Differentiable in q, k, v and sinks. Memory is O(T + S) with "xla".
 
     Raises:
       ValueError, TypeError: arguments that do not fit, by name.
@@ -95,7 +97,8 @@ def attention(
     scores = Scores(
         _positive("scale", scale, 1 / math.sqrt(q.shape[3])), _positive("soft_cap", soft_cap, None)
     )
-    out, lse = _named(backend)(q, k, v, the_plan, scores)
+    attend = functools.partial(_named(backend), plan=the_plan, scores=scores)
+    out, lse = keep_nonfinite_apart(attend, q, k, v, the_plan)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks.astype(lse.dtype))
     return (out, lse) if return_lse else out
@@ -127,7 +130,8 @@ def _named(backend: str | None) -> Callable:
 def _with_sinks(out, lse, sinks):
     """One more key for each head, seen by all, with a value of zero: only the total grows."""
     total = jnp.logaddexp(lse, jnp.broadcast_to(sinks, lse.shape))
-    return (out * jnp.exp(lse - total)[..., None]).astype(out.dtype), total
+    share = jnp.exp(lse - total)[..., None]
+    return (out.astype(total.dtype) * share).astype(out.dtype), total
 
 
 def _check_arrays(q, k, v):

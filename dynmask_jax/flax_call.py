@@ -16,7 +16,17 @@ from dynmask_jax.tokens import Tokens
 
 # Handled below, or without effect here: nothing is dropped out, and the softmax is float32 always.
 UNDERSTOOD = frozenset(
-    ["mask", "is_causal", "dtype", "deterministic", "dropout_rate", "dropout_rng", "broadcast_dropout", "force_fp32_for_softmax", "promote_dtype"]
+    [
+        "mask",
+        "is_causal",
+        "dtype",
+        "deterministic",
+        "dropout_rate",
+        "dropout_rng",
+        "broadcast_dropout",
+        "force_fp32_for_softmax",
+        "promote_dtype",
+    ]
 )
 
 

@@ -225,7 +225,7 @@ def tile_visible(plan: Plan, row, i, j) -> Bool[Array, "*N bq bk"]:
     False at the padding of a ragged block.
     """
     (t, s), (bq, bk) = plan.lengths, (plan.block_q, plan.block_k)
-    q_index, k_index = i * bq + jnp.arange(bq), j * bk + jnp.arange(bk)
+    q_index, k_index = i * bq + jnp.arange(bq, dtype=jnp.int32), j * bk + jnp.arange(bk, dtype=jnp.int32)
     q = plan.q_tokens[row, jnp.minimum(q_index, t - 1)]
     k = plan.kv_tokens[row, jnp.minimum(k_index, s - 1)]
     inside = (q_index < t)[:, None] & (k_index < s)[None, :]
@@ -241,13 +241,15 @@ def _count_visible(plan: Plan) -> Float[Array, ""]:
         row, i = at // plan.codes.shape[1], at % plan.codes.shape[1]
 
         def add(n, count):
-            return count + tile_visible(plan, row, i, plan.by_query.index[row, i, n]).sum(dtype=jnp.int32)
+            return count + tile_visible(plan, row, i, plan.by_query.index[row, i, n]).sum().astype(
+                jnp.float32
+            )
 
         full, count = plan.by_query.full[row, i], plan.by_query.count[row, i]
-        tested = jax.lax.fori_loop(full, count, add, jnp.int32(0))
+        tested = jax.lax.fori_loop(full, count, add, jnp.float32(0.0))
         return full.astype(jnp.float32) * (plan.block_q * plan.block_k) + tested / heads
 
-    return jax.lax.map(row_of_blocks, jnp.arange(plan.rows * plan.codes.shape[1])).sum()
+    return jax.lax.map(row_of_blocks, jnp.arange(plan.rows * plan.codes.shape[1], dtype=jnp.int32)).sum()
 
 
 def _text(plan: Plan) -> str:

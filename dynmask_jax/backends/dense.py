@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from dynmask_jax.array_typing import Array, Float
-from dynmask_jax.backends.nonfinite import emptied, marks
+from dynmask_jax.array_typing import Array, Float, sum_dtype
 from dynmask_jax.masks import mask_tensor
 from dynmask_jax.online_softmax import Partial, finish
 from dynmask_jax.plans import Plan
@@ -19,19 +18,16 @@ def attend(
     scores: Scores,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention of every query over the keys that the plan's mask shows it; blocks play no part."""
-    dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
+    dtype, wide = q.dtype, sum_dtype(q.dtype)
     q, k, v = (x.astype(wide) for x in (q, k, v))
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     visible = _by_batch_and_head(mask_tensor(plan.mask, plan.q_tokens, plan.kv_tokens))
 
-    products = jnp.einsum("btnh,bsnh->bnts", emptied(q), emptied(k))
-    bad = marks(q).swapaxes(1, 2)[..., :, None] + marks(k, v).swapaxes(1, 2)[..., None, :]
-    logits = jnp.where(visible, scores.logits(products) + bad, -jnp.inf)
+    logits = jnp.where(visible, scores.logits(jnp.einsum("btnh,bsnh->bnts", q, k)), -jnp.inf)
     peak = lax.stop_gradient(logits.max(axis=-1))
     level = jnp.where(jnp.isneginf(peak), 0.0, peak)
-    weights = jnp.where(visible, jnp.exp(logits - level[..., None]), 0.0)
-    weighted = jnp.einsum("bnts,bsnh->bnth", weights, emptied(v))
-    out, lse = finish(Partial(weighted, peak, weights.sum(axis=-1)))
+    weights = jnp.exp(logits - level[..., None])
+    out, lse = finish(Partial(jnp.einsum("bnts,bsnh->bnth", weights, v), peak, weights.sum(axis=-1)))
     return out.swapaxes(1, 2).astype(dtype), lse.swapaxes(1, 2)
 
 

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dynmask_jax.array_typing import Array, Bool, Float, pytree
-from dynmask_jax.backends.nonfinite import emptied, marks
+from dynmask_jax.array_typing import Array, Bool, Float, pytree, sum_dtype
 from dynmask_jax.online_softmax import Partial, finish, from_logits, merge
 from dynmask_jax.plans import BlockList, Plan, tile_visible
 from dynmask_jax.scores import Scores
@@ -63,7 +62,7 @@ class QueryBlock:
 
 
 def _forward(scores, q, k, v, plan):
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = sum_dtype(q.dtype)
     q_blocks = _query_blocks(q, k.shape[2], plan)
     k_blocks, v_blocks = (_key_blocks(x, plan) for x in (k, v))
 
@@ -81,25 +80,17 @@ def _forward(scores, q, k, v, plan):
         empty = Partial.empty(queries.shape, wide)
         return finish(_over_active(plan.by_query, row, i, add, empty))
 
-    out, lse = lax.map(query_block, jnp.arange(q_blocks.shape[0] * q_blocks.shape[1]))
+    out, lse = lax.map(query_block, _counted(q_blocks))
     return _from_query_blocks(out, q).astype(q.dtype), _from_query_blocks(lse, q)
 
 
 def _tile(scores, queries, keys, values, visible) -> Partial:
     """Attention of a block of queries `[K, G, bq, H]` over a block of keys `[K, bk, H]`."""
-    if visible is None:
-        logits = scores.logits(_products(queries, keys))
-    else:
-        logits = _masked_logits(scores, queries, keys, values, visible)
-        values = emptied(values)
+    logits = scores.logits(_products(queries, keys))
+    if visible is not None:
+        logits = jnp.where(visible, logits, -jnp.inf)
     weights, peak, total = from_logits(logits)
     return Partial(jnp.einsum("kgqs,ksh->kgqh", weights, values), peak, total)
-
-
-def _masked_logits(scores, queries, keys, values, visible):
-    logits = scores.logits(_products(emptied(queries), emptied(keys)))
-    bad = marks(queries)[..., :, None] + marks(keys, values)[:, None, None, :]
-    return jnp.where(visible, logits + bad, -jnp.inf)
 
 
 def _products(queries, keys):
@@ -111,11 +102,9 @@ def _backward(scores, saved, cotangents):
     wide = lse.dtype
     d_out, d_lse = cotangents
     delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1) - d_lse
-    # A query that sees nothing passes nothing on, whatever gradient it is handed.
-    d_out = jnp.where(jnp.isneginf(lse)[..., None], jnp.zeros_like(d_out), d_out)
     queries = QueryBlock(*(_query_blocks(x, k.shape[2], plan) for x in (q, d_out, lse, delta)))
     k_blocks, v_blocks = (_key_blocks(x, plan) for x in (k, v))
-    batch, key_blocks = k_blocks.shape[:2]
+    key_blocks = k_blocks.shape[1]
 
     def key_block(dq_blocks, at):
         b, j = at // key_blocks, at % key_blocks
@@ -135,7 +124,7 @@ def _backward(scores, saved, cotangents):
         return dq_blocks, (dk, dv)
 
     dq_blocks = jnp.zeros(queries.q.shape, wide)
-    dq, (dk, dv) = lax.scan(key_block, dq_blocks, jnp.arange(batch * key_blocks))
+    dq, (dk, dv) = lax.scan(key_block, dq_blocks, _counted(k_blocks))
     dq = _from_query_blocks(dq.reshape(-1, *dq.shape[2:]), q)
     dk, dv = (_from_key_blocks(x, k) for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
@@ -143,22 +132,23 @@ def _backward(scores, saved, cotangents):
 
 def _tile_gradients(scores, block: QueryBlock, keys, values, visible):
     """What one tile adds to the gradients of its queries, keys and values."""
-    queries, d_out = block.q, block.d_out
-    if visible is None:
-        logits = scores.logits(_products(queries, keys))
-        shown = lambda x: x  # noqa: E731
-    else:
-        logits = _masked_logits(scores, queries, keys, values, visible) + marks(d_out)[..., None]
-        queries, d_out, keys, values = map(emptied, (queries, d_out, keys, values))
-        shown = lambda x: jnp.where(visible, x, 0.0)  # noqa: E731
-    weights = shown(jnp.exp(logits - block.lse[..., None]))
-    d_weights = _products(d_out, values)
-    d_products = shown(weights * (d_weights - block.delta[..., None]) * scores.slope(logits))
+    logits = scores.logits(_products(block.q, keys))
+    weights = jnp.exp(logits - block.lse[..., None])
+    if visible is not None:
+        # After the exponential: a query that sees nothing has lse −inf, and gets inf here.
+        weights = jnp.where(visible, weights, 0.0)
+    d_weights = _products(block.d_out, values)
+    d_products = weights * (d_weights - block.delta[..., None]) * scores.slope(logits)
     return (
         jnp.einsum("kgqs,ksh->kgqh", d_products, keys),
-        jnp.einsum("kgqs,kgqh->ksh", d_products, queries),
-        jnp.einsum("kgqs,kgqh->ksh", weights, d_out),
+        jnp.einsum("kgqs,kgqh->ksh", d_products, block.q),
+        jnp.einsum("kgqs,kgqh->ksh", weights, block.d_out),
     )
+
+
+def _counted(blocks: Float[Array, "B blocks ..."]):
+    """0, 1, … over the blocks of all sequences."""
+    return jnp.arange(blocks.shape[0] * blocks.shape[1], dtype=jnp.int32)
 
 
 def _over_active(blocks: BlockList, row, line, add, start):

@@ -1,0 +1,29 @@
+"""JAX at its strictest for every test and doctest, on eight CPU devices."""
+
+from inspect import ismodule
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import settings
+
+import dynmask_jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compilation comes as it comes, and shared machines stall: no example is too slow.
+settings.register_profile("dynmask", deadline=None)
+settings.load_profile("dynmask")
+# Most of a test's time is compilation; a second run finds it done.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True)
+def _names_in_doctests(doctest_namespace):
+    """What the examples use without an import: the library's own names, jax and jnp."""
+    names = vars(dynmask_jax).items()
+    public = {name: value for name, value in names if not name.startswith("_") and not ismodule(value)}
+    doctest_namespace.update(public, jax=jax, jnp=jnp)

@@ -1,0 +1,76 @@
+"""Keeps a NaN or an infinity to those who may see it, whichever backend computes.
+
+A hidden pair has weight 0, but 0 · NaN is NaN: inside a matrix product one bad key would reach every
+query of its block. So backends are given rows of finite numbers only, and the queries that see a bad
+row are marked afterwards.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+
+from dynmask_jax.array_typing import Array, Bool, Float
+from dynmask_jax.plans import Plan, tile_visible
+
+
+def keep_nonfinite_apart(
+    attend: Callable,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    plan: Plan,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """`attend(q, k, v)` with what is not finite contained.
+
+    A query that is not finite, or sees a key or value that is not, gets NaN as its out, its lse and
+    its gradient, and adds nothing to the gradients of keys. A query that sees nothing passes nothing
+    on, whatever it holds and whatever gradient it is handed.
+    """
+    bad_q, bad_kv = _bad(q), _bad(k) | _bad(v)
+    out, lse = attend(_emptied(q, bad_q), _emptied(k, bad_kv), _emptied(v, bad_kv))
+    blind = jnp.isneginf(lse)
+    poisoned = (bad_q | _sees(plan, bad_kv, bad_q.shape)) & ~blind
+    # A selection, unlike a product, hands no NaN back to the side that it did not take.
+    out = jnp.where(blind[..., None], jnp.zeros_like(out), out)
+    # In the poisoned rows out is q · NaN, so that NaN is also what comes back as q's gradient.
+    mark = jnp.where(poisoned, jnp.nan, 0.0)[..., None].astype(q.dtype)
+    return jnp.where(poisoned[..., None], q * mark, out), jnp.where(poisoned, jnp.nan, lse)
+
+
+def _bad(rows: Float[Array, "B T N H"]) -> Bool[Array, "B T N"]:
+    return ~jnp.isfinite(rows).all(axis=-1)
+
+
+def _emptied(rows: Float[Array, "B T N H"], bad: Bool[Array, "B T N"]) -> Float[Array, "B T N H"]:
+    return jnp.where(bad[..., None], jnp.zeros_like(rows), rows)
+
+
+def _sees(plan: Plan, keys: Bool[Array, "B S K"], shape: tuple[int, int, int]) -> Bool[Array, "B T N"]:
+    """Which queries see any of the marked keys; no work where none is marked."""
+    return lax.cond(
+        keys.any(), lambda: _sees_by_tile(plan, keys, shape), lambda: jnp.zeros(shape, dtype=bool)
+    )
+
+
+def _sees_by_tile(plan, keys, shape):
+    batch, length, heads = shape
+    query_blocks = plan.codes.shape[1]
+    keys = jnp.repeat(keys, heads // keys.shape[2], axis=2).swapaxes(1, 2)
+    keys = jnp.pad(keys, ((0, 0), (0, 0), (0, -keys.shape[2] % plan.block_k)))
+
+    def query_block(at):
+        b, i = at // query_blocks, at % query_blocks
+        row = b if plan.rows > 1 else 0
+
+        def look(n, seen):
+            j = plan.by_query.index[row, i, n]
+            marked = lax.dynamic_slice_in_dim(keys[b], j * plan.block_k, plan.block_k, axis=1)
+            visible = tile_visible(plan, row, i, j).reshape(-1, plan.block_q, plan.block_k)
+            return seen | (visible & marked[:, None, :]).any(axis=-1)
+
+        nothing = jnp.zeros((heads, plan.block_q), dtype=bool)
+        return lax.fori_loop(0, plan.by_query.count[row, i], look, nothing)
+
+    seen = lax.map(query_block, jnp.arange(batch * query_blocks, dtype=jnp.int32))
+    return seen.swapaxes(1, 2).reshape(batch, -1, heads)[:, :length]

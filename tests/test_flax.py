@@ -1,0 +1,312 @@
+"""The Flax layers: NNX and Linen alike, inside Flax's own modules, one compilation over a curriculum."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import MASKS, UNREADABLE
+
+from dynmask_jax import (
+    Causal,
+    Prefix,
+    SameSegment,
+    Tokens,
+    Unsupported,
+    Window,
+    attention,
+    growing_window,
+    linear,
+    mask_tensor,
+    plan,
+    reveal,
+)
+from dynmask_jax import linen as our_linen
+from dynmask_jax import nnx as our_nnx
+
+LENGTH, WIDTH, HEADS = 24, 32, 4
+CURRICULUM = growing_window(linear(2, LENGTH, steps=8))
+OPTIONS = {"num_heads": HEADS, "num_kv_heads": 2, "rope_theta": 100.0}
+
+
+def inputs(seed=0):
+    return jax.random.normal(jax.random.key(seed), (2, LENGTH, WIDTH))
+
+
+def dense_mask(step):
+    return mask_tensor(CURRICULUM(step), Tokens.sequence(LENGTH))[None, None]
+
+
+def twins(**options):
+    layer = our_nnx.Attention(WIDTH, rngs=nnx.Rngs(0), **options)
+    weights = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    return layer, functools.partial(our_linen.Attention(WIDTH, **options).apply, {"params": weights})
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "unreadable"])
+def test_nnx_and_linen_give_the_same_numbers(name):
+    layer, linen_layer = twins(**OPTIONS)
+    tokens = Tokens.packed([10, 12], length=LENGTH)
+    the_plan = plan(MASKS[name], tokens, block_q=8, block_k=8)
+    np.testing.assert_array_equal(layer(inputs(), the_plan), linen_layer(inputs(), the_plan))
+
+
+def test_the_layer_is_projections_rotation_and_attention():
+    """Against jax.nn on the layer's own weights, with rotary positions written as complex numbers."""
+    layer, _ = twins(**OPTIONS)
+    x, start = inputs(), 7
+    the_plan = plan(Causal(), Tokens.sequence(LENGTH, start=start))
+
+    def turned(y):
+        half = y.shape[-1] // 2
+        angle = (start + np.arange(LENGTH))[:, None] * 100.0 ** (-np.arange(half) / half)
+        y = (y[..., :half] + 1j * y[..., half:]) * np.exp(1j * angle)[None, :, None, :]
+        return jnp.asarray(np.concatenate([y.real, y.imag], axis=-1), jnp.float32)
+
+    q, k, v = (
+        np.einsum("btd,dnh->btnh", x, getattr(layer, name).kernel[...]) for name in ("query", "key", "value")
+    )
+    mixed = jax.nn.dot_product_attention(turned(q), turned(k), jnp.asarray(v), is_causal=True)
+    expected = np.einsum("btnh,nhd->btd", mixed, layer.out.kernel[...])
+    np.testing.assert_allclose(layer(x, the_plan), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_rotary_attention_depends_on_distance_alone():
+    layer, _ = twins(**OPTIONS)
+    here, there = (
+        layer(inputs(), plan(Causal(), Tokens.sequence(LENGTH, start=start))) for start in (0, 1_000)
+    )
+    np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-4)
+
+
+def test_cross_attention_and_a_given_attention():
+    capped = functools.partial(attention, soft_cap=0.01)
+    layer, linen_layer = twins(num_heads=HEADS, attention=capped)
+    context = inputs(1)[:, :10]
+    the_plan = plan(Prefix(6), Tokens.sequence(LENGTH), Tokens.sequence(10))
+    out = layer(inputs(), the_plan, context)
+    np.testing.assert_array_equal(out, linen_layer(inputs(), the_plan, context))
+    # Capped to nearly nothing, every visible key weighs the same.
+    values = np.einsum("bsd,dnh->bsnh", context[:, :6], layer.value.kernel[...]).mean(axis=1)
+    expected = np.einsum("bnh,nhd->bd", values, layer.out.kernel[...])
+    np.testing.assert_allclose(out[:, 3], expected, rtol=0.05, atol=0.02)
+
+
+def test_bfloat16_computation_keeps_float32_weights():
+    layer, linen_layer = twins(**OPTIONS, dtype=jnp.bfloat16)
+    out = layer(inputs(), Causal())
+    assert out.dtype == linen_layer(inputs(), Causal()).dtype == jnp.bfloat16
+    assert layer.query.kernel[...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_our_layers_compile_once_over_a_curriculum(api):
+    layer, linen_layer = twins(**OPTIONS)
+    graph, state = nnx.split(layer)
+    apply = {"nnx": lambda x, p: nnx.merge(graph, state)(x, p), "linen": linen_layer}[api]
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(step, x):
+        the_plan = plan(CURRICULUM(step), Tokens.sequence(LENGTH), block_q=8, block_k=8)
+        return apply(x, the_plan)
+
+    seen = {round(float(run(step, inputs()).sum()), 4) for step in range(9)}
+    assert len(seen) == 9, "each step's mask tells"
+
+
+class Stack(nnx.Module):
+    """Two of Flax's own layers."""
+
+    def __init__(self, make_attention_fn, **options):
+        self.layers = nnx.List(
+            nnx.MultiHeadAttention(
+                HEADS,
+                WIDTH,
+                rngs=nnx.Rngs(i),
+                attention_fn=make_attention_fn(),
+                **{"decode": False, **options},
+            )
+            for i in range(2)
+        )
+
+    def __call__(self, x, **options):
+        for layer in self.layers:
+            x = x + layer(x, **options)
+        return x
+
+
+def test_flax_nnx_layers_follow_the_step_in_one_compilation():
+    ours = Stack(lambda: our_nnx.attention_fn(CURRICULUM))
+    theirs = Stack(lambda: nnx.dot_product_attention)
+    chex.clear_trace_counter()
+
+    @nnx.jit
+    @chex.assert_max_traces(n=1)
+    def run(model, step, x):
+        our_nnx.set_step(model, step)
+        return model(x)
+
+    for step in (0, 3, 8):
+        expected = theirs(inputs(), mask=dense_mask(step))
+        np.testing.assert_allclose(run(ours, step, inputs()), expected, rtol=2e-5, atol=5e-6)
+
+
+def test_gradients_flow_through_flax_nnx_layers():
+    ours, theirs = Stack(lambda: our_nnx.attention_fn(CURRICULUM)), Stack(lambda: nnx.dot_product_attention)
+    our_nnx.set_step(ours, 4)
+    actual = nnx.grad(lambda m: jnp.square(m(inputs())).mean())(ours)
+    expected = nnx.grad(lambda m: jnp.square(m(inputs(), mask=dense_mask(4))).mean())(theirs)
+    leaves = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for a, b in leaves:
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+
+
+def test_flax_nnx_decodes_with_its_cache():
+    mask = Causal() & Window(5)
+    decoding = Stack(lambda: our_nnx.attention_fn(mask), decode=True)
+    for layer in decoding.layers:
+        layer.init_cache((2, LENGTH, WIDTH))
+    together = Stack(lambda: our_nnx.attention_fn(mask))(inputs())
+    for t in range(LENGTH):
+        one = decoding(inputs()[:, t : t + 1])
+        np.testing.assert_allclose(one[:, 0], together[:, t], rtol=2e-5, atol=5e-6)
+
+
+def test_flax_linen_layers_take_the_step_as_an_argument():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, step):
+            attend = our_linen.attention_fn(CURRICULUM(step))
+            return nn.MultiHeadDotProductAttention(HEADS, attention_fn=attend, name="layer")(x)
+
+    theirs = nn.MultiHeadDotProductAttention(HEADS)
+    weights = theirs.init(jax.random.key(0), inputs())
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(weights, x, step):
+        return Model().apply(weights, x, step)
+
+    for step in (0, 3, 8):
+        expected = theirs.apply(weights, inputs(), mask=dense_mask(step))
+        actual = run({"params": {"layer": weights["params"]}}, inputs(), step)
+        np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=5e-6)
+
+
+def test_flax_linen_takes_a_plan_and_decodes_with_its_cache():
+    the_plan = plan(Causal() & SameSegment(), Tokens.packed([10, 14]), block_q=8, block_k=8)
+    layer = nn.MultiHeadDotProductAttention(HEADS, attention_fn=our_linen.attention_fn(the_plan))
+    weights = layer.init(jax.random.key(0), inputs())
+    theirs = nn.MultiHeadDotProductAttention(HEADS)
+    expected = theirs.apply(
+        weights, inputs(), mask=mask_tensor(the_plan.mask, Tokens.packed([10, 14]))[None, None]
+    )
+    np.testing.assert_allclose(layer.apply(weights, inputs()), expected, rtol=2e-5, atol=5e-6)
+
+    cached = layer.clone(decode=True, attention_fn=our_linen.attention_fn(Causal()))
+    variables = {**weights, "cache": cached.init(jax.random.key(0), inputs())["cache"]}
+    together = theirs.apply(weights, inputs(), mask=nn.make_causal_mask(jnp.ones((2, LENGTH))))
+    for t in range(4):
+        one, change = cached.apply(variables, inputs()[:, t : t + 1], mutable=["cache"])
+        variables = {**variables, **change}
+        np.testing.assert_allclose(one[:, 0], together[:, t], rtol=2e-5, atol=5e-6)
+
+
+def test_is_causal_and_more_batch_axes():
+    x = jnp.stack([inputs(0), inputs(1)])
+    mask = Causal() & Window(5)
+    layer = nnx.MultiHeadAttention(
+        HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0), attention_fn=our_nnx.attention_fn(Window(5))
+    )
+    causal = nnx.MultiHeadAttention(
+        HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0), attention_fn=our_nnx.attention_fn(mask)
+    )
+    np.testing.assert_allclose(layer(x, is_causal=True), causal(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(causal(x)[1], causal(inputs(1)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "words"),
+    [
+        (
+            {"dropout_rate": 0.5, "deterministic": False},
+            {"rngs": nnx.Rngs(0)},
+            "no dropout, got dropout_rate=0.5",
+        ),
+        ({}, {"mask": jnp.ones((2, 1, LENGTH, LENGTH))}, "give it a mask expression"),
+        ({}, {"sow_weights": True}, "sow_weights must be False"),
+        ({"precision": "highest"}, {}, "does not support precision='highest'"),
+    ],
+)
+def test_what_flax_asks_and_we_have_not_is_refused(options, call, words):
+    model = Stack(lambda: our_nnx.attention_fn(Causal()), **options)
+    with pytest.raises(Unsupported, match=words):
+        model(inputs(), **call)
+
+
+def test_linen_does_not_keep_the_mask_to_itself():
+    layer = nn.MultiHeadDotProductAttention(HEADS, attention_fn=our_linen.attention_fn(Causal()))
+    with pytest.raises(Unsupported, match="give it a mask expression"):
+        layer.init(jax.random.key(0), inputs(), mask=jnp.ones((2, 1, LENGTH, LENGTH)))
+    with pytest.raises(Unsupported, match="sow_weights"):
+        layer.init(jax.random.key(0), inputs(), sow_weights=True)
+
+
+def test_dropout_is_fine_where_it_is_off():
+    model = Stack(lambda: our_nnx.attention_fn(Causal()), dropout_rate=0.5, deterministic=True)
+    assert model(inputs()).shape == inputs().shape
+
+
+def test_an_unreadable_mask_warns_inside_a_layer_too():
+    layer, _ = twins(**OPTIONS)
+    with pytest.warns(UserWarning, match=UNREADABLE):
+        layer(inputs(), MASKS["unreadable"])
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (
+            lambda: twins(num_heads=4, num_kv_heads=3),
+            ValueError,
+            r"num_kv_heads must divide num_heads \(4\), got 3",
+        ),
+        (
+            lambda: twins(num_heads=5),
+            ValueError,
+            r"num_heads must divide features \(32\), got 5; or give head_dim",
+        ),
+        (lambda: our_nnx.attention_fn(3), TypeError, "needs a curriculum or a mask, got int"),
+        (lambda: our_linen.attention_fn(CURRICULUM), TypeError, r"attention_fn\(curriculum\(step\)\)"),
+        (
+            lambda: our_nnx.set_step(twins(**OPTIONS)[0], 3),
+            ValueError,
+            "found no dynmask_jax.nnx.attention_fn",
+        ),
+        (
+            lambda: twins(num_heads=4, head_dim=7, rope_theta=1e4)[0](inputs(), Causal()),
+            ValueError,
+            "even head dim, got 7",
+        ),
+    ],
+)
+def test_wrong_layers_are_refused(build, error, words):
+    with pytest.raises(error, match=words):
+        build()
+
+
+def test_per_head_curricula_reach_every_head():
+    curriculum = reveal(
+        4, linear(0.0, 1.0, steps=8), "random", base=Causal() & Window(jnp.array([1, 4, 8, 24]))
+    )
+    layer, linen_layer = twins(**OPTIONS)
+    expected = linen_layer(inputs(), curriculum(3))
+    np.testing.assert_array_equal(layer(inputs(), curriculum(3)), expected)
+    assert (np.asarray(expected) != np.asarray(layer(inputs(), Causal()))).any()
