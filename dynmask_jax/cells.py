@@ -115,8 +115,9 @@ def new_panels(count: int, lengths: tuple[int, int], *, legend: bool = False) ->
     lines = -(-count // MOST_COLUMNS)
     columns = -(-count // lines)
     side, aspect = (3.5 if count == 1 else 1.8), _aspect(lengths)  # inches
-    # Beside the picture stand ticks and names: to the left, and below it with the title above.
-    width, height = side * min(1, 1 / aspect) + 0.5, side * min(1, aspect) + 1.0 + 0.6 * legend
+    # Ticks and names stand to the left, and below with the title above. Title and legend need width.
+    width = max(side * min(1, 1 / aspect) + 0.5, 3.4 if legend else 1.6)
+    height = side * min(1, aspect) + 1.0 + 0.6 * legend
     figure = Picture(figsize=(width * columns, height * lines), layout="compressed")
     return [figure.add_subplot(lines, columns, place) for place in range(1, count + 1)]
 

@@ -137,9 +137,8 @@ draw_curriculum(dm.growing_chunks(dm.linear(4, 64, steps=100)), steps, tokens)
 
 # %%
 for order in ("nearest", "oldest", "random", "strided", "partial"):
-    figure = draw_curriculum(dm.reveal(8, dm.linear(0.0, 1.0, steps=100), order), steps, tokens)
-    figure.suptitle(f'reveal(order="{order}")')
-    display(figure)
+    print(order)
+    display(draw_curriculum(dm.reveal(8, dm.linear(0.0, 1.0, steps=100), order), steps, tokens))
 
 # %% [markdown]
 # ## Move through training

@@ -217,6 +217,35 @@ def test_a_plan_s_row_has_its_own_blocks_and_share():
     assert titles(draw_plan(the_plan, row=0)) == ["50.0% of blocks skipped"]
     assert titles(draw_plan(the_plan, row=1)) == ["0.0% of blocks skipped"]
     np.testing.assert_array_equal(drawn(draw_plan(the_plan, row=0)), the_plan.codes[0])
+    # One block holds all, so that only the pairs tell the rows apart.
+    whole = plan(SameSegment(), batch, block_q=12, block_k=12)
+    assert [int((drawn(draw_plan(whole, row=row, pairs=True)) >= 2).sum()) for row in (0, 1)] == [72, 144]
+
+
+def test_lines_part_the_blocks_while_there_is_room():
+    ax = draw_plan(plan(BANDED, TOKENS, block_q=5, block_k=4)).axes[0]
+    lines = [line.get_xydata()[0].tolist() for line in ax.lines]
+    # Across at queries 5 and 10, down at keys 4 and 8; an axis line starts at the edge, 0.
+    assert lines == [[0, 4.5], [0, 9.5], [3.5, 0], [7.5, 0]]
+    assert len(draw_plan(plan(BANDED, Tokens.sequence(33), block_q=1, block_k=33)).axes[0].lines) == 0
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (300, 20), (20, 300), (16_384, 16_384)])
+def test_nothing_is_cut_off_at_the_edge(lengths):
+    q, k = map(Tokens.sequence, lengths)
+    the_plan = plan(BANDED, q, k)
+    for figure in (
+        draw_mask(BANDED, q, k),
+        draw_plan(the_plan),
+        draw_plan(the_plan, pairs=True),
+        draw_curriculum(lambda step: BANDED, range(4), q, k),
+        draw_masks({f"Chunks({n})": Chunks(n) for n in (1, 2, 3, 4, 6, 12)}, q, k),
+    ):
+        figure.draw_without_rendering()
+        inches = figure.get_tightbbox()
+        assert min(inches.x0, inches.y0) >= 0
+        assert inches.x1 <= figure.get_figwidth()
+        assert inches.y1 <= figure.get_figheight()
 
 
 def test_pictures_are_drawn_on_the_axes_given():
