@@ -1,7 +1,7 @@
 """The text: files in, rows of tokens out. A token is a byte."""
 
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,38 +60,55 @@ def corpus(data: config.Data, seed: int) -> Corpus:
       ValueError: a named file is not text, or there is too little text for a row to train on and a
         row to hold out.
     """
-    files = text_files(data.paths) if data.paths else standard_library()
-    documents = [text for file in files if (text := _read(file, named=str(file) in data.paths))]
+    found = texts(data.paths) if data.paths else (file.read_bytes() for file in standard_library())
+    documents = [text for text in found if text]
     if not documents:
         raise ValueError(
-            f"data.paths has no text: {_words(data.paths)} hold {len(files)} files, none with text"
+            f"data.paths has no text: {', '.join(data.paths) or 'the standard library is empty'}"
         )
     order = np.random.default_rng(seed).permutation(len(documents))
     text = np.frombuffer(SEPARATOR.join(documents[i] for i in order), np.uint8)
     cut = len(text) - round(len(text) * data.held_out)
     train, held_out = Rows(text[:cut], data.length), Rows(text[cut:], data.length)
-    for name, rows, size in (("train on", train, cut), ("hold out", held_out, len(text) - cut)):
+    for purpose, rows, size in (("train on", train, cut), ("hold out", held_out, len(text) - cut)):
         if not len(rows):
             raise ValueError(
-                f"data.paths has too little text to {name}: {size} bytes of {len(text)}, and a row needs "
+                f"data.paths has too little text to {purpose}: {size} bytes of {len(text)}, and a row needs "
                 f"data.length + 1 = {data.length + 1}"
             )
     batches = grain.MapDataset.source(train).seed(seed).shuffle().repeat().batch(data.batch)
     return Corpus(batches, held_out, len(text))
 
 
-def text_files(paths: Iterable[str]) -> list[Path]:
-    """The files themselves, and those in the folders and below, hidden ones left out; sorted in each.
+def texts(paths: Iterable[str]) -> Iterator[bytes]:
+    """The text of each file, and of the files in each folder and below it, sorted.
+
+    In a folder, hidden files and those that are not text are left out.
 
     Raises:
       FileNotFoundError: a path does not exist.
+      ValueError: a file named itself is not text: UTF-8 without null bytes.
     """
-    files = []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"data.paths: {path} does not exist")
-        files += sorted(p for p in path.rglob("*") if _is_plain(p, path)) if path.is_dir() else [path]
-    return files
+        if path.is_dir():
+            contents = (file.read_bytes() for file in files_below(path))
+            yield from (content for content in contents if _fault(content) is None)
+        else:
+            content = path.read_bytes()
+            if fault := _fault(content):
+                raise ValueError(f"data.paths: {path} is not text: {fault}")
+            yield content
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and below it, sorted, without the hidden ones."""
+
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not hidden(path))
 
 
 def standard_library() -> list[Path]:
@@ -107,21 +124,12 @@ def held_out_rows(rows: Rows, most: int) -> list[np.ndarray]:
     return [rows[i * len(rows) // count][None] for i in range(count)]
 
 
-def _is_plain(path: Path, root: Path) -> bool:
-    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _read(file: Path, *, named: bool) -> bytes:
-    """A file's bytes; none where it is not text and was only found in a folder."""
-    content = file.read_bytes()
+def _fault(content: bytes) -> str | None:
+    """Why some bytes are not text, or None where they are."""
+    if SEPARATOR in content:
+        return "it has null bytes"
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
-        if named:
-            raise ValueError(f"data.paths: {file} is not UTF-8 text ({error})") from None
-        return b""
-    return b"" if SEPARATOR in content else content
-
-
-def _words(paths: Sequence[str]) -> str:
-    return ", ".join(paths) if paths else "the standard library's folder"
+        return f"it is not UTF-8 ({error})"
+    return None

@@ -50,7 +50,9 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, shape: config.Model, vocabulary: int, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(vocabulary, shape.width, rngs=rngs)
+        # As large as what a layer adds: tokens that are drowned in the first layers' noise learn slowly.
+        unit = nnx.initializers.normal(1.0)
+        self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=unit, rngs=rngs)
         self.blocks = nnx.Sequential(*[Block(shape, rngs=rngs) for _ in range(shape.layers)])
         self.norm = nnx.RMSNorm(shape.width, rngs=rngs)
         self.logits = nnx.Linear(

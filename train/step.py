@@ -63,7 +63,9 @@ class Program:
         """
         seen = self._plan(self.growth.mask(state.step), tokens)
         loss, gradients = jax.value_and_grad(self._loss)(state.params, tokens, seen)
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        # optax raises floats to whole-number counts, which strict promotion, if a caller set it, refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         exposure = seen.visible_pairs() / causal_pairs(tokens.shape[1] - 1)
         metrics = Metrics(loss, exposure, jnp.asarray(self.growth.window(state.step)))

@@ -29,7 +29,8 @@ class Summary:
     def _lines(self):
         steps = [r for r in self.records if "loss" in r]
         bits = [r["validation_bits_per_byte"] for r in self.records if "validation_loss" in r]
-        windows = sorted({r["window"] for r in steps})
+        timed = steps[1:] or steps  # the first compiles
+        windows = sorted({r["window"] for r in timed})
         yield "", ("start", "end")
         yield "validation, bits per byte, full mask", (f"{bits[0]:.3f}", f"{bits[-1]:.3f}")
         yield "exposure", (f"{steps[0]['exposure']:.1%}", f"{steps[-1]['exposure']:.1%}")
@@ -37,12 +38,11 @@ class Summary:
         yield "window, tokens", (f"{windows[0]:,}", f"{windows[-1]:,}")
         yield (
             "seconds per step",
-            (f"{seconds_at(steps, windows[0]):.3f}", f"{seconds_at(steps, windows[-1]):.3f}"),
+            (f"{seconds_at(timed, windows[0]):.3f}", f"{seconds_at(timed, windows[-1]):.3f}"),
         )
         yield "compilations of the train step", ("", self.compilations)
 
 
 def seconds_at(steps: list[Record], window: int) -> float:
-    """The median time of the steps at a window. Of several the first is left out: it compiled."""
-    seconds = [r["seconds"] for r in steps if r["window"] == window]
-    return median(seconds[1:] or seconds)
+    """The median time of the steps at a window."""
+    return median(r["seconds"] for r in steps if r["window"] == window)
