@@ -78,8 +78,9 @@ def attention(
       each query's visible logits, the sink's among them.
 
     A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
-    logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the
-    out, lse and gradient of the queries that see it, and touches nothing else. Differentiable in q, k, v and sinks. Memory is O(T + S) with "xla".
+    logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the out, lse
+    and gradient of the queries that see it, and touches nothing else. Differentiable in q, k, v and
+    sinks. Memory is O(T + S) with "xla".
 
     Raises:
       ValueError, TypeError: arguments that do not fit, by name.

@@ -30,7 +30,7 @@ def keep_nonfinite_apart(
     bad_q, bad_kv = _bad(q), _bad(k) | _bad(v)
     out, lse = attend(_emptied(q, bad_q), _emptied(k, bad_kv), _emptied(v, bad_kv))
     blind = jnp.isneginf(lse)
-    poisoned = (bad_q | _sees(plan, bad_kv, bad_q.shape)) & ~blind
+    poisoned = (bad_q | _sees(plan, bad_kv, q.shape[:3])) & ~blind
     # A selection, unlike a product, hands no NaN back to the side that it did not take.
     out = jnp.where(blind[..., None], jnp.zeros_like(out), out)
     # In the poisoned rows out is q · NaN, so that NaN is also what comes back as q's gradient.
@@ -46,7 +46,7 @@ def _emptied(rows: Float[Array, "B T N H"], bad: Bool[Array, "B T N"]) -> Float[
     return jnp.where(bad[..., None], jnp.zeros_like(rows), rows)
 
 
-def _sees(plan: Plan, keys: Bool[Array, "B S K"], shape: tuple[int, int, int]) -> Bool[Array, "B T N"]:
+def _sees(plan: Plan, keys: Bool[Array, "B S K"], shape: tuple[int, ...]) -> Bool[Array, "B T N"]:
     """Which queries see any of the marked keys; no work where none is marked."""
     return lax.cond(
         keys.any(), lambda: _sees_by_tile(plan, keys, shape), lambda: jnp.zeros(shape, dtype=bool)
