@@ -1,0 +1,1 @@
+"""What attention costs, measured against what users would pick instead."""
