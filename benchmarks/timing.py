@@ -5,9 +5,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 
 import jax
-import jaxlib
 
 
 def medians(functions: Mapping[str, Callable], repeats: int) -> dict[str, float]:
@@ -35,7 +35,7 @@ def machine() -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
     }
 
 

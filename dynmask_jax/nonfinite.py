@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float
-from dynmask_jax.plans import Plan, tile_visible
+from dynmask_jax.plans import TEST, Plan, over_blocks, tile_visible
 
 
 def keep_nonfinite_apart(
@@ -63,14 +63,14 @@ def _sees_by_tile(plan, keys, shape):
         b, i = at // query_blocks, at % query_blocks
         row = b if plan.rows > 1 else 0
 
-        def look(n, seen):
-            j = plan.by_query.index[row, i, n]
+        def look(j, seen):
             marked = lax.dynamic_slice_in_dim(keys[b], j * plan.block_k, plan.block_k, axis=1)
             visible = tile_visible(plan, row, i, j).reshape(-1, plan.block_q, plan.block_k)
             return seen | (visible & marked[:, None, :]).any(axis=-1)
 
         nothing = jnp.zeros((heads, plan.block_q), dtype=bool)
-        return lax.fori_loop(0, plan.by_query.count[row, i], look, nothing)
+        active = jnp.minimum(plan.codes[row, i], TEST)
+        return over_blocks(active, TEST, look, nothing)
 
     seen = lax.map(query_block, jnp.arange(batch * query_blocks, dtype=jnp.int32))
     return seen.swapaxes(1, 2).reshape(batch, -1, heads)[:, :length]

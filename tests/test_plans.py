@@ -19,7 +19,7 @@ from dynmask_jax import (
     mask_tensor,
     plan,
 )
-from dynmask_jax.plans import FULL, SKIP, TEST
+from dynmask_jax.plans import FULL, SKIP, TEST, over_blocks
 
 SHAPE = SHAPES["ragged"]
 
@@ -69,16 +69,14 @@ def test_codes_are_exact_where_positions_run_in_order(name):
         assert code == expected, (i, j)
 
 
-@pytest.mark.parametrize("name", ["causal", "sinks", "same_segment", "per_head_window", "random_chunks"])
-def test_the_lists_hold_each_active_block_once(name):
-    the_plan = plan(MASKS[name], *SHAPE.tokens(), block_q=8, block_k=8)
-    codes = np.asarray(the_plan.codes)
-    for blocks, matrix in ((the_plan.by_query, codes), (the_plan.by_key, codes.swapaxes(1, 2))):
-        for row, line in np.ndindex(matrix.shape[:2]):
-            full, count = int(blocks.full[row, line]), int(blocks.count[row, line])
-            index = np.asarray(blocks.index[row, line])
-            assert index[:full].tolist() == np.flatnonzero(matrix[row, line] == FULL).tolist()
-            assert index[full:count].tolist() == np.flatnonzero(matrix[row, line] == TEST).tolist()
+@pytest.mark.parametrize("code", [SKIP, TEST, FULL])
+@pytest.mark.parametrize("line", [[], [0], [2], [1, 0, 2, 0, 1, 1, 0], [0, 0, 1], [2, 0, 0]], ids=str)
+def test_a_line_is_folded_over_the_blocks_of_one_code_in_order(line, code):
+    padded = jnp.array([*line, 1 - min(code, 1)], jnp.int8)
+    expected = [place for place, each in enumerate(padded.tolist()) if each == code]
+    # Digits of a number tell the order as well as the members.
+    folded = over_blocks(padded, code, lambda block, total: total * 10 + block + 1, jnp.int32(0))
+    assert folded == int("".join(str(place + 1) for place in expected) or "0")
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -15,7 +15,7 @@ from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree, sum_dtype
 from dynmask_jax.online_softmax import Partial, finish, from_logits, merge
-from dynmask_jax.plans import BlockList, Plan, tile_visible
+from dynmask_jax.plans import FULL, TEST, Plan, over_blocks, tile_visible
 from dynmask_jax.scores import Scores
 
 
@@ -71,14 +71,13 @@ def _forward(scores, q, k, v, plan):
         row = b if plan.rows > 1 else 0
         queries = q_blocks[b, i].astype(wide)
 
-        def add(n, partial, *, tested):
-            j = plan.by_query.index[row, i, n]
+        def add(j, partial, *, tested):
             keys, values = (blocks[b, j].astype(wide) for blocks in (k_blocks, v_blocks))
             visible = _by_key_head(tile_visible(plan, row, i, j), queries) if tested else None
             return merge(partial, _tile(scores, queries, keys, values, visible))
 
         empty = Partial.empty(queries.shape, wide)
-        return finish(_over_active(plan.by_query, row, i, add, empty))
+        return finish(_over_active(plan.codes[row, i], add, empty))
 
     out, lse = lax.map(query_block, _counted(q_blocks))
     return _from_query_blocks(out, q).astype(q.dtype), _from_query_blocks(lse, q)
@@ -111,16 +110,15 @@ def _backward(scores, saved, cotangents):
         row = b if plan.rows > 1 else 0
         keys, values = (blocks[b, j].astype(wide) for blocks in (k_blocks, v_blocks))
 
-        def add(n, sums, *, tested):
+        def add(i, sums, *, tested):
             dq_blocks, dk, dv = sums
-            i = plan.by_key.index[row, j, n]
             block = jax.tree.map(lambda x: x[b, i].astype(wide), queries)
             visible = _by_key_head(tile_visible(plan, row, i, j), block.q) if tested else None
             dq_tile, dk_tile, dv_tile = _tile_gradients(scores, block, keys, values, visible)
             return dq_blocks.at[b, i].add(dq_tile), dk + dk_tile, dv + dv_tile
 
         start = (dq_blocks, jnp.zeros_like(keys), jnp.zeros_like(values))
-        dq_blocks, dk, dv = _over_active(plan.by_key, row, j, add, start)
+        dq_blocks, dk, dv = _over_active(plan.codes[row, :, j], add, start)
         return dq_blocks, (dk, dv)
 
     dq_blocks = jnp.zeros(queries.q.shape, wide)
@@ -151,11 +149,10 @@ def _counted(blocks: Float[Array, "B blocks ..."]):
     return jnp.arange(blocks.shape[0] * blocks.shape[1], dtype=jnp.int32)
 
 
-def _over_active(blocks: BlockList, row, line, add, start):
+def _over_active(codes, add, start):
     """Folds `add` over a line's active blocks: first the full ones, then those to test."""
-    full, count = blocks.full[row, line], blocks.count[row, line]
-    result = lax.fori_loop(0, full, functools.partial(add, tested=False), start)
-    return lax.fori_loop(full, count, functools.partial(add, tested=True), result)
+    result = over_blocks(codes, FULL, functools.partial(add, tested=False), start)
+    return over_blocks(codes, TEST, functools.partial(add, tested=True), result)
 
 
 def _by_key_head(visible: Bool[Array, "*N bq bk"], queries: Float[Array, "K G bq H"]):
