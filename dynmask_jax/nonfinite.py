@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float
-from dynmask_jax.plans import TEST, Plan, over_blocks, tile_visible
+from dynmask_jax.plans import TEST, Plan, over_blocks, tiles_of
 
 
 def keep_nonfinite_apart(
@@ -55,7 +55,7 @@ def _sees(plan: Plan, keys: Bool[Array, "B S K"], shape: tuple[int, ...]) -> Boo
 
 def _sees_by_tile(plan, keys, shape):
     batch, length, heads = shape
-    query_blocks = plan.codes.shape[1]
+    query_blocks, tiles = plan.codes.shape[1], tiles_of(plan)
     keys = jnp.repeat(keys, heads // keys.shape[2], axis=2).swapaxes(1, 2)
     keys = jnp.pad(keys, ((0, 0), (0, 0), (0, -keys.shape[2] % plan.block_k)))
 
@@ -65,7 +65,7 @@ def _sees_by_tile(plan, keys, shape):
 
         def look(j, seen):
             marked = lax.dynamic_slice_in_dim(keys[b], j * plan.block_k, plan.block_k, axis=1)
-            visible = tile_visible(plan, row, i, j).reshape(-1, plan.block_q, plan.block_k)
+            visible = tiles.visible(row, i, j).reshape(-1, plan.block_q, plan.block_k)
             return seen | (visible & marked[:, None, :]).any(axis=-1)
 
         nothing = jnp.zeros((heads, plan.block_q), dtype=bool)

@@ -200,29 +200,50 @@ def over_blocks(codes: Int[Array, " blocks"], code: int, add: Callable, start):
     return jax.lax.while_loop(lambda state: state[0] < codes.shape[0], body, (first(0), start))[1]
 
 
-def tile_visible(plan: Plan, row, i, j) -> Bool[Array, "*N bq bk"]:
-    """The mask between block i of queries and block j of keys: `[bq, bk]`, or `[N, bq, bk]`.
+@pytree
+class Tiles:
+    """A plan's tokens cut into blocks, so that a loop takes each with one slice. Made by `tiles_of`.
 
-    False at the padding of a ragged block.
+    Attributes:
+      mask: the plan's mask.
+      q: queries, `[R, Tb, bq]`; k: keys, `[R, Sb, bk]`.
+      lengths: T and S.
     """
-    (t, s), (bq, bk) = plan.lengths, (plan.block_q, plan.block_k)
-    q_index, k_index = i * bq + jnp.arange(bq, dtype=jnp.int32), j * bk + jnp.arange(bk, dtype=jnp.int32)
-    q = plan.q_tokens[row, jnp.minimum(q_index, t - 1)]
-    k = plan.kv_tokens[row, jnp.minimum(k_index, s - 1)]
-    inside = (q_index < t)[:, None] & (k_index < s)[None, :]
-    seen = visible_pairs(plan.mask, q, k)
-    return seen & jnp.broadcast_to(inside, seen.shape)
+
+    mask: Mask
+    q: Tokens
+    k: Tokens
+    lengths: tuple[int, int] = static()
+
+    def visible(self, row, i, j) -> Bool[Array, "*N bq bk"]:
+        """The mask between block i of queries and block j of keys: `[bq, bk]`, or `[N, bq, bk]`.
+
+        False at the padding of a ragged block.
+        """
+        seen = visible_pairs(self.mask, self.q[row, i], self.k[row, j])
+        (t, s), (bq, bk) = self.lengths, seen.shape[-2:]
+        if t % bq == 0 and s % bk == 0:
+            return seen
+        q_inside, k_inside = (n * size + jnp.arange(size) < end for n, size, end in ((i, bq, t), (j, bk, s)))
+        return seen & jnp.broadcast_to(q_inside[:, None] & k_inside[None, :], seen.shape)
+
+
+def tiles_of(plan: Plan) -> Tiles:
+    """The plan's tokens, cut into its blocks."""
+    q = jax.tree.map(lambda field: blocks_of(field, plan.block_q), plan.q_tokens)
+    k = jax.tree.map(lambda field: blocks_of(field, plan.block_k), plan.kv_tokens)
+    return Tiles(plan.mask, q, k, plan.lengths)
 
 
 @jax.jit
 def _count_visible(plan: Plan) -> Float[Array, ""]:
-    heads = head_count(plan.mask) or 1
+    heads, tiles = head_count(plan.mask) or 1, tiles_of(plan)
 
     def row_of_blocks(at):
         row, i = at // plan.codes.shape[1], at % plan.codes.shape[1]
 
         def add(j, count):
-            return count + tile_visible(plan, row, i, j).sum().astype(jnp.float32)
+            return count + tiles.visible(row, i, j).sum().astype(jnp.float32)
 
         line = plan.codes[row, i]
         full = (line == FULL).sum().astype(jnp.float32) * (plan.block_q * plan.block_k)

@@ -1,4 +1,4 @@
-"""From query-key products to logits: scale and soft cap, and their slope for the backward pass."""
+"""From query-key products to logits: scale and soft cap, and the slope for the backward pass."""
 
 import dataclasses
 
@@ -10,7 +10,8 @@ class Scores:
     """How a product q·k becomes a logit.
 
     Attributes:
-      scale: what products are multiplied by; 1/√H as a rule.
+      scale: what products are multiplied by, 1/√H as a rule. Backends multiply the queries by it once,
+        not each tile of products.
       soft_cap: logits are squashed into ±soft_cap by c·tanh(x/c) (Gemma 2, arXiv:2408.00118); None
         leaves them alone.
     """
@@ -19,12 +20,9 @@ class Scores:
     soft_cap: float | None = None
 
     def logits(self, products):
-        """The logits, elementwise."""
-        scaled = products * self.scale
-        return scaled if self.soft_cap is None else self.soft_cap * jnp.tanh(scaled / self.soft_cap)
+        """The logits of products whose queries are scaled, elementwise."""
+        return products if self.soft_cap is None else self.soft_cap * jnp.tanh(products / self.soft_cap)
 
     def slope(self, logits):
         """d logit / d product, elementwise, from the logits."""
-        if self.soft_cap is None:
-            return self.scale
-        return self.scale * (1.0 - jnp.square(logits / self.soft_cap))
+        return 1.0 if self.soft_cap is None else 1.0 - jnp.square(logits / self.soft_cap)

@@ -23,7 +23,7 @@ def attend(
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     visible = _by_batch_and_head(mask_tensor(plan.mask, plan.q_tokens, plan.kv_tokens))
 
-    logits = jnp.where(visible, scores.logits(jnp.einsum("btnh,bsnh->bnts", q, k)), -jnp.inf)
+    logits = jnp.where(visible, scores.logits(jnp.einsum("btnh,bsnh->bnts", q * scores.scale, k)), -jnp.inf)
     peak = lax.stop_gradient(logits.max(axis=-1))
     level = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weights = jnp.exp(logits - level[..., None])

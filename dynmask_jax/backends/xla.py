@@ -15,7 +15,7 @@ from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree, sum_dtype
 from dynmask_jax.online_softmax import Partial, finish, from_logits, merge
-from dynmask_jax.plans import FULL, TEST, Plan, over_blocks, tile_visible
+from dynmask_jax.plans import FULL, TEST, Plan, over_blocks, tiles_of
 from dynmask_jax.scores import Scores
 
 
@@ -50,7 +50,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @pytree
 class QueryBlock:
-    """One block of queries and what the backward pass needs of it; G query heads share a key head.
+    """One block of scaled queries and what the backward pass needs of it; G share a key head.
 
     `delta` is Σ out·d_out − d_lse, the part of a logit's gradient that all its row shares.
     """
@@ -65,15 +65,16 @@ def _forward(scores, q, k, v, plan):
     wide = sum_dtype(q.dtype)
     q_blocks = _query_blocks(q, k.shape[2], plan)
     k_blocks, v_blocks = (_key_blocks(x, plan) for x in (k, v))
+    tiles = tiles_of(plan)
 
     def query_block(at):
         b, i = at // q_blocks.shape[1], at % q_blocks.shape[1]
         row = b if plan.rows > 1 else 0
-        queries = q_blocks[b, i].astype(wide)
+        queries = q_blocks[b, i].astype(wide) * scores.scale
 
         def add(j, partial, *, tested):
             keys, values = (blocks[b, j].astype(wide) for blocks in (k_blocks, v_blocks))
-            visible = _by_key_head(tile_visible(plan, row, i, j), queries) if tested else None
+            visible = _by_key_head(tiles.visible(row, i, j), queries) if tested else None
             return merge(partial, _tile(scores, queries, keys, values, visible))
 
         empty = Partial.empty(queries.shape, wide)
@@ -101,9 +102,10 @@ def _backward(scores, saved, cotangents):
     wide = lse.dtype
     d_out, d_lse = cotangents
     delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1) - d_lse
-    queries = QueryBlock(*(_query_blocks(x, k.shape[2], plan) for x in (q, d_out, lse, delta)))
+    scaled = q.astype(wide) * scores.scale
+    queries = QueryBlock(*(_query_blocks(x, k.shape[2], plan) for x in (scaled, d_out, lse, delta)))
     k_blocks, v_blocks = (_key_blocks(x, plan) for x in (k, v))
-    key_blocks = k_blocks.shape[1]
+    key_blocks, tiles = k_blocks.shape[1], tiles_of(plan)
 
     def key_block(dq_blocks, at):
         b, j = at // key_blocks, at % key_blocks
@@ -113,7 +115,7 @@ def _backward(scores, saved, cotangents):
         def add(i, sums, *, tested):
             dq_blocks, dk, dv = sums
             block = jax.tree.map(lambda x: x[b, i].astype(wide), queries)
-            visible = _by_key_head(tile_visible(plan, row, i, j), block.q) if tested else None
+            visible = _by_key_head(tiles.visible(row, i, j), block.q) if tested else None
             dq_tile, dk_tile, dv_tile = _tile_gradients(scores, block, keys, values, visible)
             return dq_blocks.at[b, i].add(dq_tile), dk + dk_tile, dv + dv_tile
 
@@ -123,7 +125,7 @@ def _backward(scores, saved, cotangents):
 
     dq_blocks = jnp.zeros(queries.q.shape, wide)
     dq, (dk, dv) = lax.scan(key_block, dq_blocks, _counted(k_blocks))
-    dq = _from_query_blocks(dq.reshape(-1, *dq.shape[2:]), q)
+    dq = _from_query_blocks(dq.reshape(-1, *dq.shape[2:]), q) * scores.scale
     dk, dv = (_from_key_blocks(x, k) for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
