@@ -224,7 +224,9 @@ class Tiles:
         (t, s), (bq, bk) = self.lengths, seen.shape[-2:]
         if t % bq == 0 and s % bk == 0:
             return seen
-        q_inside, k_inside = (n * size + jnp.arange(size) < end for n, size, end in ((i, bq, t), (j, bk, s)))
+        q_inside, k_inside = (
+            n * size + jnp.arange(size, dtype=jnp.int32) < end for n, size, end in ((i, bq, t), (j, bk, s))
+        )
         return seen & jnp.broadcast_to(q_inside[:, None] & k_inside[None, :], seen.shape)
 
 

@@ -75,22 +75,18 @@ def train(session: Session) -> Summary:
         log = stack.enter_context(Log(session.folder.metrics, run.data.batch * run.data.length, bar))
         checkpoints = stack.enter_context(Checkpoints(session.folder.checkpoints, run.keep))
         if start == 0:
-            log.validation(0, validate(state))
-        log.restart_clock()
+            with log.paused():
+                log.validation(0, validate(state))
         for step in range(start, run.steps):
             state, measured = train_step(state, session.corpus.train[step])
             log.step(step, measured)
-            done, last = step + 1, step + 1 == run.steps
-            evaluating = last or _due(done, run.evaluate_every)
-            saving = last or _due(done, run.checkpoint_every)
-            if evaluating or saving:
-                log.catch_up()
-            if evaluating:
-                log.validation(done, validate(state))
-            if saving:
-                checkpoints.save(state)
-            if evaluating or saving:
-                log.restart_clock()
+            done = step + 1
+            if _due(done, run.evaluate_every, run.steps):
+                with log.paused():
+                    log.validation(done, validate(state))
+            if _due(done, run.checkpoint_every, run.steps):
+                with log.paused():
+                    checkpoints.save(state)
     records = metrics.read(session.folder.metrics)
     draw(records, program.growth, run, session.folder.picture)
     # JAX has no public count of what a jitted function has compiled.
@@ -109,5 +105,5 @@ class _Validation:
         return float(np.mean([self._step(state.params, row) for row in self._rows]))
 
 
-def _due(steps_done: int, every: int) -> bool:
-    return every > 0 and steps_done % every == 0
+def _due(steps_done: int, every: int, last: int) -> bool:
+    return steps_done == last or (every > 0 and steps_done % every == 0)

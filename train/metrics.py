@@ -19,6 +19,8 @@ and each validation:
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,16 @@ class Log:
         self._pending = step, metrics
 
     def validation(self, steps_done: int, loss: float):
-        """Writes a validation's mean loss, in nats a token. Call `catch_up` before it is computed."""
+        """Writes a validation's mean loss, in nats a token."""
         bits = bits_per_byte(loss)
         self._write({"step": steps_done, "validation_loss": loss, "validation_bits_per_byte": bits})
         self._bar.write(f"step {steps_done:,}: validation {bits:.3f} bits per byte, at the full mask")
 
-    def catch_up(self):
-        """Waits for the last step and writes it."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The last step is written first, and what happens within counts for no step's time."""
         self._write_pending()
-
-    def restart_clock(self):
-        """The next step's time begins now."""
+        yield
         self._since = time.perf_counter()
 
     def _write_pending(self):
