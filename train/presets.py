@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from train.config import Curriculum, Model, Run
+from train.config import Curriculum, Model, Optimizer, Run
 
 
 def base() -> Run:
@@ -15,12 +15,12 @@ def demo() -> Run:
     return replace(
         base(),
         name="demo",
-        steps=300,
+        steps=900,
         block=128,
         evaluate_rows=8,
-        model=Model(layers=3, width=128, heads=2, kv_heads=1, hidden=384),
-        optimizer=replace(base().optimizer, learning_rate=4e-3),
-        curriculum=Curriculum(multiple_of=32),
+        model=Model(layers=2, width=64, heads=2, kv_heads=1, hidden=192),
+        optimizer=Optimizer(learning_rate=1e-2, warmup=0.02),
+        curriculum=Curriculum(multiple_of=32, share=0.75),
     )
 
 
