@@ -82,14 +82,15 @@ def reveal(
 
     Args:
       chunk: tokens in a subsequence, the method's T.
-      amount: `step -> 0 … 1`, such as `linear(0.0, 1.0, steps)`; a whole-number 1 shows everything.
+      amount: `step -> 0 … 1` in floats, such as `linear(0.0, 1.0, steps)`.
       order: one of the five.
       base: the mask that training ends with.
       seed: of the random order.
 
     Raises:
       ValueError: an unknown order, a chunk below 1, or an amount outside 0…1 where it can be read.
-      TypeError: an amount that is no schedule, or a base that is no mask.
+      TypeError: an amount that is no schedule or gives whole numbers (`linear(0, 1, steps)` would
+        stay 0 up to its last step), or a base that is no mask.
     """
     _check(amount=amount, base=base)
     if order not in get_args(Order):
@@ -97,7 +98,9 @@ def reveal(
     own, shown = Chunks(chunk), _SHOWN[order]
 
     def curriculum(step: Step) -> Mask:
-        share = amount(step)
+        share = jnp.asarray(amount(step))
+        if not jnp.issubdtype(share.dtype, jnp.floating):
+            raise TypeError(f"amount must give fractions, as linear(0.0, 1.0, steps) does, got {share.dtype}")
         if is_concrete(share) and not 0 <= float(share) <= 1:
             raise ValueError(f"amount must lie in 0…1, got {float(share)} at step {step}")
         return base & (own | Predicate(shown, chunk, _as_float(share), seed))

@@ -153,6 +153,7 @@ def test_a_curriculum_is_any_function_of_the_step():
             ValueError,
             "order must be one of 'nearest', .*, got 'newest'",
         ),
+        (lambda: reveal(8, linear(0, 1, 9))(7), TypeError, "amount must give fractions, .* got int32"),
         (lambda: reveal(8, constant(1.5))(7), ValueError, "amount must lie in 0…1, got 1.5 at step 7"),
     ],
 )
