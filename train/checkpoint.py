@@ -1,6 +1,7 @@
 """Checkpoints: the whole state of training on disk, by step."""
 
 from pathlib import Path
+from textwrap import shorten
 
 import orbax.checkpoint as ocp
 
@@ -47,7 +48,8 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         try:
             return self._manager.restore(step, args=args)["state"]
-        except Exception as error:  # whatever the storage layers below raise
+        except Exception as error:  # whatever the storage layers below raise, at whatever length
             raise ValueError(
-                f"the checkpoint {self.folder / str(step)} is corrupted or belongs to another model: {error}"
+                f"the checkpoint {self.folder / str(step)} is corrupted or belongs to another model "
+                f"({shorten(str(error), 120)}); delete it to go on from an older one, or start anew"
             ) from error

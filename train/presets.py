@@ -15,11 +15,11 @@ def demo() -> Run:
     return replace(
         base(),
         name="demo",
-        steps=900,
+        steps=800,
         block=128,
         evaluate_rows=8,
         model=Model(layers=2, width=64, heads=2, kv_heads=1, hidden=192),
-        optimizer=Optimizer(learning_rate=1e-2, warmup=0.02),
+        optimizer=Optimizer(learning_rate=5e-3, warmup=0.02),
         curriculum=Curriculum(multiple_of=32, share=0.75),
     )
 
