@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +16,7 @@ from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
+from dynmask_jax.varying import vary_like
 
 BACKENDS: dict[str, Callable] = {"dense": dense.attend, "xla": xla.attend}
 """name -> `(q, k, v, plan, scores) -> (out, lse)`."""
@@ -91,18 +93,25 @@ def attention(
     (1, 4, 2, 8)
     """
     _check_arrays(q, k, v)
-    if sinks is not None and sinks.shape != (q.shape[2],):
-        raise ValueError(f"sinks must have shape [heads] = ({q.shape[2]},), got {sinks.shape}")
+    if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
+        raise ValueError(f"sinks must have shape [heads] = ({q.shape[2]},), got {jnp.shape(sinks)}")
     the_plan = as_plan(mask_or_plan, q.shape[1], k.shape[1])
     _check_plan(q, k, the_plan)
     scores = Scores(
         _positive("scale", scale, 1 / math.sqrt(q.shape[3])), _positive("soft_cap", soft_cap, None)
     )
-    attend = functools.partial(_named(backend), plan=the_plan, scores=scores)
-    out, lse = keep_nonfinite_apart(attend, q, k, v, the_plan)
-    if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks.astype(lse.dtype))
+    out, lse = _attend(q, k, v, sinks, the_plan, backend=_known(backend), scores=scores)
     return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "scores"))
+def _attend(q, k, v, sinks, the_plan, *, backend, scores):
+    # One type for all: inside shard_map a gradient must vary over the same axes as its array.
+    q, k, v = vary_like((q, k, v), q, k, v, the_plan)
+    out, lse = keep_nonfinite_apart(
+        functools.partial(BACKENDS[backend], plan=the_plan, scores=scores), q, k, v, the_plan
+    )
+    return (out, lse) if sinks is None else _with_sinks(out, lse, jnp.asarray(sinks, lse.dtype))
 
 
 def as_plan(mask_or_plan: Mask | Plan, queries: int, keys: int) -> Plan:
@@ -121,22 +130,27 @@ def as_plan(mask_or_plan: Mask | Plan, queries: int, keys: int) -> Plan:
     return plan(mask_or_plan, Tokens.sequence(queries), Tokens.sequence(keys))
 
 
-def _named(backend: str | None) -> Callable:
+def _known(backend: str | None) -> str:
     name = default_backend() if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
-    return BACKENDS[name]
+    return name
 
 
 def _with_sinks(out, lse, sinks):
     """One more key for each head, seen by all, with a value of zero: only the total grows."""
-    total = jnp.logaddexp(lse, jnp.broadcast_to(sinks, lse.shape))
-    share = jnp.exp(lse - total)[..., None]
-    return (out.astype(total.dtype) * share).astype(out.dtype), total
+    sinks = jnp.broadcast_to(sinks, lse.shape)
+    # A query that sees nothing and has no sink either: neither side of the sum may be differentiated.
+    nothing = jnp.isneginf(lse) & jnp.isneginf(sinks)
+    total = jnp.logaddexp(jnp.where(nothing, 0.0, lse), sinks)
+    share = jnp.where(nothing, 0.0, jnp.exp(lse - total))[..., None]
+    return (out.astype(total.dtype) * share).astype(out.dtype), jnp.where(nothing, -jnp.inf, total)
 
 
 def _check_arrays(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(f"{name} must have shape [batch, tokens, heads, head_dim], got {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -154,6 +168,11 @@ def _check_arrays(q, k, v):
 
 
 def _check_plan(q, k, the_plan: Plan):
+    if the_plan.codes.ndim != 3:
+        raise ValueError(
+            f"the plan's codes must have shape [rows, Tb, Sb], got {the_plan.codes.shape}; of plans made "
+            "under vmap each goes to its own attention, under vmap too"
+        )
     if the_plan.lengths != (q.shape[1], k.shape[1]):
         planned, given = the_plan.lengths, (q.shape[1], k.shape[1])
         raise ValueError(

@@ -12,6 +12,7 @@ from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float
 from dynmask_jax.plans import TEST, Plan, over_blocks, tiles_of
+from dynmask_jax.varying import vary_like
 
 
 def keep_nonfinite_apart(
@@ -35,7 +36,8 @@ def keep_nonfinite_apart(
     out = jnp.where(blind[..., None], jnp.zeros_like(out), out)
     # In the poisoned rows out is q · NaN, so that NaN is also what comes back as q's gradient.
     mark = jnp.where(poisoned, jnp.nan, 0.0)[..., None].astype(q.dtype)
-    return jnp.where(poisoned[..., None], q * mark, out), jnp.where(poisoned, jnp.nan, lse)
+    lse = jnp.where(blind, -jnp.inf, jnp.where(poisoned, jnp.nan, lse))
+    return jnp.where(poisoned[..., None], q * mark, out), lse
 
 
 def _bad(rows: Float[Array, "B T N H"]) -> Bool[Array, "B T N"]:
@@ -48,9 +50,8 @@ def _emptied(rows: Float[Array, "B T N H"], bad: Bool[Array, "B T N"]) -> Float[
 
 def _sees(plan: Plan, keys: Bool[Array, "B S K"], shape: tuple[int, ...]) -> Bool[Array, "B T N"]:
     """Which queries see any of the marked keys; no work where none is marked."""
-    return lax.cond(
-        keys.any(), lambda: _sees_by_tile(plan, keys, shape), lambda: jnp.zeros(shape, dtype=bool)
-    )
+    nobody = vary_like(jnp.zeros(shape, dtype=bool), plan, keys)
+    return lax.cond(keys.any(), lambda: _sees_by_tile(plan, keys, shape), lambda: nobody)
 
 
 def _sees_by_tile(plan, keys, shape):
@@ -68,7 +69,7 @@ def _sees_by_tile(plan, keys, shape):
             visible = tiles.visible(row, i, j).reshape(-1, plan.block_q, plan.block_k)
             return seen | (visible & marked[:, None, :]).any(axis=-1)
 
-        nothing = jnp.zeros((heads, plan.block_q), dtype=bool)
+        nothing = vary_like(jnp.zeros((heads, plan.block_q), dtype=bool), tiles, keys)
         active = jnp.minimum(plan.codes[row, i], TEST)
         return over_blocks(active, TEST, look, nothing)
 

@@ -17,6 +17,7 @@ from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree,
 from dynmask_jax.masks import Mask, by_head, head_count, look, visible_pairs
 from dynmask_jax.spans import Span
 from dynmask_jax.tokens import Tokens
+from dynmask_jax.varying import vary_like
 
 SKIP, TEST, FULL = 0, 1, 2
 DEFAULT_BLOCK = 256
@@ -197,6 +198,7 @@ def over_blocks(codes: Int[Array, " blocks"], code: int, add: Callable, start):
         block, result = state
         return first(block + 1), add(block, result)
 
+    start = vary_like(start, codes)
     return jax.lax.while_loop(lambda state: state[0] < codes.shape[0], body, (first(0), start))[1]
 
 
@@ -249,7 +251,8 @@ def _count_visible(plan: Plan) -> Float[Array, ""]:
 
         line = plan.codes[row, i]
         full = (line == FULL).sum().astype(jnp.float32) * (plan.block_q * plan.block_k)
-        return full + over_blocks(line, TEST, add, jnp.float32(0.0)) / heads
+        nothing = vary_like(jnp.float32(0.0), tiles)
+        return full + over_blocks(line, TEST, add, nothing) / heads
 
     return jax.lax.map(row_of_blocks, jnp.arange(plan.rows * plan.codes.shape[1], dtype=jnp.int32)).sum()
 

@@ -177,6 +177,46 @@ def test_a_query_that_sees_nothing(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_nan_for_the_lse_of_a_blind_query_stays_there(backend):
+    """As a loss on lse gives it, which −inf makes NaN: z-loss without a mask, say."""
+    shape = SHAPES["ragged"]
+    the_plan = plan(SameSegment(), *shape.tokens(), block_q=16, block_k=8)
+    _, vjp = jax.vjp(lambda *a: attention(*a, the_plan, backend=backend, return_lse=True)[1], *shape.qkv())
+    blind = np.asarray(shape.tokens()[0].segment) == 0
+    gradients = vjp(jnp.broadcast_to(jnp.where(blind[..., None], jnp.nan, 1.0), (2, 37, HEADS)))
+    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sink_of_minus_infinity_is_no_sink(backend):
+    shape = SHAPES["ragged"]
+    the_plan = plan(SameSegment(), *shape.tokens(), block_q=16, block_k=8)
+    sinks = jnp.array([-jnp.inf, 0.5, -jnp.inf, 1.0])
+    with_sinks = results(*shape.qkv(), the_plan, backend, sinks=sinks)
+    without = results(*shape.qkv(), the_plan, backend)
+    assert_same(
+        [with_sinks[0][:, :, ::2], with_sinks[1][:, :, ::2], with_sinks[2][:, :, ::2]],
+        [without[0][:, :, ::2], without[1][:, :, ::2], without[2][:, :, ::2]],
+        jnp.float32,
+    )
+    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in with_sinks[2:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_calls_outside_jit_compile_once(backend, caplog):
+    q, k, v = Shape(queries=31).qkv()
+
+    def compiled(length):
+        caplog.clear()
+        with jax.log_compiles():
+            jax.grad(lambda q: attention(q, k, v, Causal() & Window(length), backend=backend).sum())(q)
+        return [record for record in caplog.records if "ompil" in record.getMessage()]
+
+    assert compiled(3)
+    assert not compiled(4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_what_is_hidden_may_be_nan(backend, bad, where):
@@ -357,6 +397,12 @@ Q = (1, 4, 4, 8)
         ({"scale": "big"}, TypeError, "scale must be a Python number"),
         ({"scale": -1.0}, ValueError, "scale must be positive"),
         ({"soft_cap": 0.0}, ValueError, "soft_cap must be positive and finite, got 0"),
+        ({"sinks": 1.0}, ValueError, r"sinks must have shape \[heads\] = \(4,\), got \(\)"),
+        (
+            {"mask": jax.vmap(lambda n: plan(Causal() & Window(n), Tokens.sequence(4)))(jnp.arange(3))},
+            ValueError,
+            "plans made under vmap",
+        ),
         ({"sinks": jnp.zeros(3)}, ValueError, r"sinks must have shape \[heads\] = \(4,\), got \(3,\)"),
     ],
 )

@@ -9,7 +9,7 @@ import dynmask_jax
 
 PACKAGE = Path(dynmask_jax.__file__).parent
 FLOORS = [
-    {"array_typing", "errors"},
+    {"array_typing", "errors", "varying"},
     {"schedules", "spans", "online_softmax", "scores", "rotary"},
     {"tokens"},
     {"masks"},

@@ -17,6 +17,7 @@ from dynmask_jax.array_typing import Array, Bool, Float, pytree, sum_dtype
 from dynmask_jax.online_softmax import Partial, finish, from_logits, merge
 from dynmask_jax.plans import FULL, TEST, Plan, over_blocks, tiles_of
 from dynmask_jax.scores import Scores
+from dynmask_jax.varying import vary_like
 
 
 def attend(
@@ -77,7 +78,7 @@ def _forward(scores, q, k, v, plan):
             visible = _by_key_head(tiles.visible(row, i, j), queries) if tested else None
             return merge(partial, _tile(scores, queries, keys, values, visible))
 
-        empty = Partial.empty(queries.shape, wide)
+        empty = vary_like(Partial.empty(queries.shape, wide), queries)
         return finish(_over_active(plan.codes[row, i], add, empty))
 
     out, lse = lax.map(query_block, _counted(q_blocks))
@@ -119,11 +120,11 @@ def _backward(scores, saved, cotangents):
             dq_tile, dk_tile, dv_tile = _tile_gradients(scores, block, keys, values, visible)
             return dq_blocks.at[b, i].add(dq_tile), dk + dk_tile, dv + dv_tile
 
-        start = (dq_blocks, jnp.zeros_like(keys), jnp.zeros_like(values))
+        start = (dq_blocks, *vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys))
         dq_blocks, dk, dv = _over_active(plan.codes[row, :, j], add, start)
         return dq_blocks, (dk, dv)
 
-    dq_blocks = jnp.zeros(queries.q.shape, wide)
+    dq_blocks = vary_like(jnp.zeros(queries.q.shape, wide), queries)
     dq, (dk, dv) = lax.scan(key_block, dq_blocks, _counted(k_blocks))
     dq = _from_query_blocks(dq.reshape(-1, *dq.shape[2:]), q) * scores.scale
     dk, dv = (_from_key_blocks(x, k) for x in (dk, dv))
@@ -133,12 +134,10 @@ def _backward(scores, saved, cotangents):
 def _tile_gradients(scores, block: QueryBlock, keys, values, visible):
     """What one tile adds to the gradients of its queries, keys and values."""
     logits = scores.logits(_products(block.q, keys))
-    weights = jnp.exp(logits - block.lse[..., None])
-    if visible is not None:
-        # After the exponential: a query that sees nothing has lse −inf, and gets inf here.
-        weights = jnp.where(visible, weights, 0.0)
-    d_weights = _products(block.d_out, values)
-    d_products = weights * (d_weights - block.delta[..., None]) * scores.slope(logits)
+    # After the exponential: a query that sees nothing has lse −inf, and gets inf there.
+    weights = _shown(jnp.exp(logits - block.lse[..., None]), visible)
+    d_logits = weights * (_products(block.d_out, values) - block.delta[..., None])
+    d_products = _shown(d_logits, visible) * scores.slope(logits)
     return (
         jnp.einsum("kgqs,ksh->kgqh", d_products, keys),
         jnp.einsum("kgqs,kgqh->ksh", d_products, block.q),
@@ -149,6 +148,11 @@ def _tile_gradients(scores, block: QueryBlock, keys, values, visible):
 def _counted(blocks: Float[Array, "B blocks ..."]):
     """0, 1, … over the blocks of all sequences."""
     return jnp.arange(blocks.shape[0] * blocks.shape[1], dtype=jnp.int32)
+
+
+def _shown(pairs, visible):
+    """Zero for hidden pairs, whatever was there."""
+    return pairs if visible is None else jnp.where(visible, pairs, 0.0)
 
 
 def _over_active(codes, add, start):
