@@ -59,4 +59,5 @@ def _draw_loss(ax: Axes, steps: list[Record], validations: list[Record]):
     exposure.plot(numbers, [r["exposure"] for r in steps], color="grey", linestyle=":", label="exposure")
     exposure.set(ylabel="exposure", ylim=(0, 1.05))
     lines = [*ax.lines, *exposure.lines]
-    ax.legend(lines, [str(line.get_label()) for line in lines])
+    names = [str(line.get_label()) for line in lines]
+    ax.legend(lines, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines), frameon=False)
