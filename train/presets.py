@@ -17,10 +17,10 @@ def demo() -> Run:
         name="demo",
         steps=800,
         block=128,
-        evaluate_rows=8,
+        evaluate_every=160,
         model=Model(layers=2, width=64, heads=2, kv_heads=1, hidden=192),
         optimizer=Optimizer(learning_rate=5e-3, warmup=0.02),
-        curriculum=Curriculum(multiple_of=32, share=0.75),
+        curriculum=Curriculum(multiple_of=32, share=0.8),
     )
 
 
