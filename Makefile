@@ -11,7 +11,7 @@ demo: $(VENV)/train.installed
 test: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/train.installed

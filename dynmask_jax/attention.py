@@ -95,8 +95,9 @@ def attention(
     _check_arrays(q, k, v)
     if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
         raise ValueError(f"sinks must have shape [heads] = ({q.shape[2]},), got {jnp.shape(sinks)}")
-    the_plan = as_plan(mask_or_plan, q.shape[1], k.shape[1])
-    _check_plan(q, k, the_plan)
+    the_plan = as_plan(mask_or_plan, q.shape[0], q.shape[1], k.shape[1])
+    if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
+        raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
     scores = Scores(
         _positive("scale", scale, 1 / math.sqrt(q.shape[3])), _positive("soft_cap", soft_cap, None)
     )
@@ -114,18 +115,21 @@ def _attend(q, k, v, sinks, the_plan, *, backend, scores):
     return (out, lse) if sinks is None else _with_sinks(out, lse, jnp.asarray(sinks, lse.dtype))
 
 
-def as_plan(mask_or_plan: Mask | Plan, queries: int, keys: int) -> Plan:
+def as_plan(mask_or_plan: Mask | Plan, batch: int, queries: int, keys: int) -> Plan:
     """The plan itself, or one for the mask with queries and keys at positions 0, 1, … of one segment.
 
     Raises:
       TypeError: it is neither.
+      ValueError: the plan is for another batch, or other numbers of queries and keys.
     """
     if isinstance(mask_or_plan, Plan):
+        _check_plan(mask_or_plan, batch, queries, keys)
         return mask_or_plan
     if not isinstance(mask_or_plan, Mask):
+        given = mask_or_plan.__name__ if isinstance(mask_or_plan, type) else type(mask_or_plan).__name__
         raise TypeError(
-            f"mask_or_plan must be a Mask or a Plan, got {type(mask_or_plan).__name__}; a curriculum is "
-            "called with the step first: attention(q, k, v, curriculum(step))"
+            f"mask_or_plan must be a Mask or a Plan, got {given}; a curriculum is called with the step "
+            "first: attention(q, k, v, curriculum(step))"
         )
     return plan(mask_or_plan, Tokens.sequence(queries), Tokens.sequence(keys))
 
@@ -167,21 +171,17 @@ def _check_arrays(q, k, v):
         raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key heads ({k.shape[2]})")
 
 
-def _check_plan(q, k, the_plan: Plan):
+def _check_plan(the_plan: Plan, batch: int, queries: int, keys: int):
     if the_plan.codes.ndim != 3:
         raise ValueError(
             f"the plan's codes must have shape [rows, Tb, Sb], got {the_plan.codes.shape}; of plans made "
             "under vmap each goes to its own attention, under vmap too"
         )
-    if the_plan.lengths != (q.shape[1], k.shape[1]):
-        planned, given = the_plan.lengths, (q.shape[1], k.shape[1])
-        raise ValueError(
-            f"the plan is for {planned[0]} queries and {planned[1]} keys, got {given[0]} and {given[1]}"
-        )
-    if the_plan.rows not in (1, q.shape[0]):
-        raise ValueError(f"the plan is for a batch of {the_plan.rows}, got {q.shape[0]} sequences")
-    if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
-        raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
+    if the_plan.lengths != (queries, keys):
+        t, s = the_plan.lengths
+        raise ValueError(f"the plan is for {t} queries and {s} keys, got {queries} and {keys}")
+    if the_plan.rows not in (1, batch):
+        raise ValueError(f"the plan is for a batch of {the_plan.rows}, got {batch} sequences")
 
 
 def _positive(name: str, value, default):

@@ -36,9 +36,12 @@ def head_shape(
     """The layer's key heads K and head dim H, with the defaults filled in: N and D // N.
 
     Raises:
-      ValueError: K does not divide N, or N does not divide D where there is no head dim.
+      ValueError: heads below 1; K does not divide N; or N does not divide D where there is no head dim.
     """
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads ({num_heads}), got {num_kv_heads}")
     if head_dim is None and features % num_heads:

@@ -37,7 +37,7 @@ class Attention(nn.Module):
         """The layer's output for queries from `x` and keys from `context` (`x` where left out)."""
         context = x if context is None else context
         kv_heads, head_dim = head_shape(self.features, self.num_heads, self.num_kv_heads, self.head_dim)
-        plan = as_plan(mask_or_plan, x.shape[1], context.shape[1])
+        plan = as_plan(mask_or_plan, x.shape[0], x.shape[1], context.shape[1])
 
         def heads(count: int, name: str):
             return nn.DenseGeneral((count, head_dim), use_bias=False, dtype=self.dtype, name=name)

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import flax.nnx as nnx
+import jax
 import jax.numpy as jnp
 
-from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.array_typing import Array, Float, is_traced
 from dynmask_jax.attention import as_plan, attention
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.flax_call import attend_for_flax, head_shape
@@ -67,7 +68,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The layer's output for queries from `x` and keys from `context` (`x` where left out)."""
         context = x if context is None else context
-        plan = as_plan(mask_or_plan, x.shape[1], context.shape[1])
+        plan = as_plan(mask_or_plan, x.shape[0], x.shape[1], context.shape[1])
         q, k, v = self.query(x), self.key(context), self.value(context)
         if self.rope_theta is not None:
             q = rotary(q, plan.q_tokens.position, self.rope_theta)
@@ -101,6 +102,7 @@ def attention_fn(curriculum: Curriculum | Mask) -> CurriculumAttention:
 
     Raises:
       TypeError: neither a curriculum nor a mask.
+      ValueError: a mask with traced numbers.
       Unsupported: when called with dropout, a bias, a mask array for several queries, sown weights,
         or a precision.
 
@@ -112,6 +114,11 @@ def attention_fn(curriculum: Curriculum | Mask) -> CurriculumAttention:
     (1, 16, 8)
     """
     if isinstance(curriculum, Mask):
+        if any(map(is_traced, jax.tree.leaves(curriculum))):
+            raise ValueError(
+                "attention_fn keeps its mask, whose numbers must outlive the transformation that the model "
+                "is made in: use Python or NumPy numbers, not jnp arrays"
+            )
         return CurriculumAttention(lambda step: curriculum)
     if not callable(curriculum):
         raise TypeError(f"attention_fn needs a curriculum or a mask, got {type(curriculum).__name__}")
@@ -123,9 +130,14 @@ def set_step(model: nnx.Module, step: StepLike) -> None:
 
     Raises:
       ValueError: the model has none.
+      TypeError: the step is not one whole number.
     """
+    if not (isinstance(step, int) or hasattr(step, "dtype")) or jnp.shape(step) != ():
+        raise TypeError(f"step must be one whole number, got {step!r}")
+    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise TypeError(f"step must be a whole number, got {step!r}")
     steps = [node for _, node in nnx.iter_graph(model) if isinstance(node, Step)]
     if not steps:
         raise ValueError("set_step found no dynmask_jax.nnx.attention_fn in the model")
     for variable in steps:
-        variable[...] = jnp.asarray(step, jnp.int32)
+        variable[...] = jnp.broadcast_to(step, variable[...].shape).astype(jnp.int32)
