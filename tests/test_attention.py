@@ -381,6 +381,7 @@ Q = (1, 4, 4, 8)
         ({"dtype": jnp.bfloat16}, TypeError, "one dtype, got float32, bfloat16"),
         ({"dtype": jnp.int32}, TypeError, "k must be floating, got int32"),
         ({"mask": jnp.ones((4, 4), bool)}, TypeError, "must be a Mask or a Plan, got ArrayImpl"),
+        ({"mask": Causal}, TypeError, "must be a Mask or a Plan, got Causal"),
         ({"mask": growing_window(linear(1, 4, 2))}, TypeError, r"curriculum\(step\)"),
         ({"mask": Window(jnp.array([1, 2, 3]))}, ValueError, "leaves for 3 heads, got 4 query heads"),
         (
