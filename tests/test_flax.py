@@ -286,6 +286,27 @@ def test_an_unreadable_mask_warns_inside_a_layer_too():
         (lambda: our_nnx.attention_fn(3), TypeError, "needs a curriculum or a mask, got int"),
         (lambda: our_linen.attention_fn(CURRICULUM), TypeError, r"attention_fn\(curriculum\(step\)\)"),
         (
+            lambda: our_nnx.set_step(Stack(lambda: our_nnx.attention_fn(CURRICULUM)), 2.5),
+            TypeError,
+            "got 2.5",
+        ),
+        (
+            lambda: our_nnx.set_step(Stack(lambda: our_nnx.attention_fn(CURRICULUM)), "3"),
+            TypeError,
+            "got '3'",
+        ),
+        (lambda: twins(num_heads=0), ValueError, "num_heads must be at least 1, got 0"),
+        (
+            lambda: twins(**OPTIONS)[0](inputs()[:, :8], plan(Causal(), Tokens.sequence(16))),
+            ValueError,
+            "plan is for 16 queries and 16 keys, got 8 and 8",
+        ),
+        (
+            lambda: jax.eval_shape(lambda n: our_nnx.attention_fn(Window(n)).step[...], jnp.int32(3)),
+            ValueError,
+            "use Python or NumPy numbers",
+        ),
+        (
             lambda: our_nnx.set_step(twins(**OPTIONS)[0], 3),
             ValueError,
             "found no dynmask_jax.nnx.attention_fn",
