@@ -68,7 +68,9 @@ def attend_for_flax(
     _refuse(original, options)
     if (dtype := options.get("dtype")) is not None:
         query, key, value = (x.astype(dtype) for x in (query, key, value))
-    if options.get("is_causal") and isinstance(mask_or_plan, Mask):
+    if options.get("is_causal"):
+        if isinstance(mask_or_plan, Plan):
+            raise Unsupported("attention_fn cannot add is_causal to a plan: make the plan with & Causal()")
         mask_or_plan = mask_or_plan & Causal()
     batch = query.shape[:-3]
     query, key, value = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))

@@ -259,6 +259,15 @@ def test_linen_does_not_keep_the_mask_to_itself():
         layer.init(jax.random.key(0), inputs(), sow_weights=True)
 
 
+def test_a_plan_cannot_become_causal_or_decode_afterwards():
+    attend = our_linen.attention_fn(plan(Window(3), Tokens.sequence(1), Tokens.sequence(LENGTH)))
+    x = inputs().reshape(2, LENGTH, HEADS, -1)
+    with pytest.raises(Unsupported, match="cannot add is_causal to a plan"):
+        attend(x[:, :1], x, x, is_causal=True)
+    with pytest.raises(Unsupported, match="decodes with a mask or a curriculum, not with a plan"):
+        attend(x[:, :1], x, x, mask=jnp.ones((2, 1, 1, LENGTH)))
+
+
 def test_dropout_is_fine_where_it_is_off():
     model = Stack(lambda: our_nnx.attention_fn(Causal()), dropout_rate=0.5, deterministic=True)
     assert model(inputs()).shape == inputs().shape
