@@ -38,7 +38,7 @@ def test_options_alone_are_those_of_run():
 )
 def test_an_unknown_option_lists_the_valid_ones(typed, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["run", *typed])
+        main(["run", "--data.paths", "nowhere.txt", *typed])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "unknown option --model.layer (did you mean --model.layers?); the options are --name, " in said
@@ -48,7 +48,7 @@ def test_an_unknown_option_lists_the_valid_ones(typed, capsys):
 
 def test_a_stray_word_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["run", "--steps", "3", "fast"])
+        main(["run", "--data.paths", "nowhere.txt", "--steps", "3", "fast"])
     assert stopped.value.code == 2
     assert "unknown option fast" in capsys.readouterr().err
 
