@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Array", "Bool", "Float", "Int", "Number", "is_boolean", "is_concrete", "is_traced"]
+__all__ = ["Array", "Bool", "Float", "Int", "Number", "fits_int32", "is_boolean", "is_concrete", "is_traced"]
 __all__ += ["pytree", "static", "sum_dtype"]
 
 Number = int | float | np.ndarray | Array
@@ -84,6 +84,12 @@ def is_concrete(value: object) -> bool:
 def is_traced(value: object) -> bool:
     """Whether `value` stands for data that is not there yet, inside `jit`, `grad` or `vmap`."""
     return isinstance(value, Tracer)
+
+
+def fits_int32(values) -> bool:
+    """Whether concrete whole numbers are all in the range of int32."""
+    values = np.asarray(values)
+    return int(values.min()) >= -(2**31) and int(values.max()) < 2**31
 
 
 def is_boolean(value: object) -> bool:

@@ -80,9 +80,9 @@ def attention(
       each query's visible logits, the sink's among them.
 
     A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
-    logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the out, lse
-    and gradient of the queries that see it, and touches nothing else. Differentiable in q, k, v and
-    sinks. Memory is O(T + S) with "xla".
+    logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the out and
+    lse of the queries that see it, and of what comes back through out to them, and touches nothing
+    else. Differentiable in q, k, v and sinks, in reverse mode and once. Memory is O(T + S) with "xla".
 
     Raises:
       ValueError, TypeError: arguments that do not fit, by name.
@@ -136,7 +136,7 @@ def as_plan(mask_or_plan: Mask | Plan, batch: int, queries: int, keys: int) -> P
 
 def _known(backend: str | None) -> str:
     name = default_backend() if backend is None else backend
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     return name
 
@@ -187,8 +187,8 @@ def _check_plan(the_plan: Plan, batch: int, queries: int, keys: int):
 def _positive(name: str, value, default):
     if value is None:
         return default
-    if not isinstance(value, int | float | np.number):
-        raise TypeError(f"{name} must be a Python number, got {value!r}")
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a Python number, fixed when compiled, got {value!r}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)

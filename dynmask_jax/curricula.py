@@ -9,12 +9,22 @@ A curriculum is *nested* where what is shown stays shown. `growing_window` and `
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, get_args
 
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, is_concrete
-from dynmask_jax.masks import Causal, Chunks, Mask, Predicate, Window, radical_inverse, random_draw
+from dynmask_jax.masks import (
+    Causal,
+    Chunks,
+    Mask,
+    Predicate,
+    RandomChunks,
+    Window,
+    radical_inverse,
+    random_draw,
+)
 from dynmask_jax.schedules import Schedule, Step
 from dynmask_jax.spans import maximum, minimum, rising
 
@@ -41,7 +51,9 @@ def growing_window(length: Schedule, *, base: Mask = Causal()) -> Curriculum:
 
     def curriculum(step: Step) -> Mask:
         tokens = _rounded_down(length(step))
-        return base & Window(tokens, ahead=tokens - 1)
+        # Before `ahead` is built, so that a negative length is refused by its own name.
+        window = Window(tokens)
+        return base & replace(window, ahead=jnp.maximum(tokens - 1, 0))
 
     return curriculum
 
@@ -53,13 +65,19 @@ def growing_chunks(length: Schedule, *, base: Mask = Causal()) -> Curriculum:
     is static masking.
 
     Args:
-      length: `step -> tokens` in a chunk; fractions are rounded down.
+      length: `step -> tokens` in a chunk, at least 1; fractions are rounded down.
       base: the mask that training ends with.
 
     Source: Zhu et al. 2025, "SkyLadder", arXiv:2503.15450.
     """
     _check(length=length, base=base)
-    return lambda step: base & Chunks(_rounded_down(length(step)))
+
+    def curriculum(step: Step) -> Mask:
+        tokens = _rounded_down(length(step))
+        # A concrete length below 1 is refused; a traced one cannot be, and must not divide by zero.
+        return base & Chunks(tokens if is_concrete(tokens) else jnp.maximum(tokens, 1))
+
+    return curriculum
 
 
 def reveal(
@@ -96,13 +114,14 @@ def reveal(
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, got {order!r}")
     own, shown = Chunks(chunk), _SHOWN[order]
+    RandomChunks(chunk, 0.0, seed)  # refuses a seed that is no whole number
 
     def curriculum(step: Step) -> Mask:
         share = jnp.asarray(amount(step))
         if not jnp.issubdtype(share.dtype, jnp.floating):
             raise TypeError(f"amount must give fractions, as linear(0.0, 1.0, steps) does, got {share.dtype}")
-        if is_concrete(share) and not 0 <= float(share) <= 1:
-            raise ValueError(f"amount must lie in 0…1, got {float(share)} at step {step}")
+        if is_concrete(share) and not ((share >= 0) & (share <= 1)).all():
+            raise ValueError(f"amount must lie in 0…1, got {share} at step {step}")
         return base & (own | Predicate(shown, chunk, _as_float(share), seed))
 
     return curriculum
@@ -142,7 +161,8 @@ _SHOWN: dict[str, Callable] = {
 
 def _rounded_down(length) -> Array:
     """A schedule's value as whole tokens: optax schedules give floats."""
-    return _as_whole(jnp.floor(_as_float(length)))
+    length = jnp.asarray(length)
+    return _as_whole(length if jnp.issubdtype(length.dtype, jnp.integer) else jnp.floor(length))
 
 
 def _as_float(value) -> Array:

@@ -12,15 +12,26 @@ data, never a new compilation. A leaf is a scalar, or an array `[N]` with a valu
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from types import CellType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynmask_jax.array_typing import Array, Bool, Number, is_boolean, is_concrete, pytree, static
+from dynmask_jax.array_typing import (
+    Array,
+    Bool,
+    Number,
+    fits_int32,
+    is_boolean,
+    is_concrete,
+    is_traced,
+    pytree,
+    static,
+)
 from dynmask_jax.spans import Span, Verdict, lift, opaque
-from dynmask_jax.tokens import Tokens
+from dynmask_jax.tokens import Tokens, check_tokens
 
 
 class Mask(ABC):
@@ -49,6 +60,23 @@ class Mask(ABC):
 
     def __bool__(self):
         raise TypeError("a mask has no single truth value: combine masks with & | ~")
+
+
+def check_mask(value):
+    """Refuses what is no mask.
+
+    Raises:
+      TypeError: with the remedy, where it is a mask's class or a curriculum.
+    """
+    if isinstance(value, Mask):
+        return
+    given = value.__name__ if isinstance(value, type) else type(value).__name__
+    remedy = ""
+    if isinstance(value, type) and issubclass(value, Mask):
+        remedy = f": an instance, {given}(…)"
+    elif callable(value):
+        remedy = "; a curriculum is called with the step first: curriculum(step)"
+    raise TypeError(f"mask must be a Mask, got {given}{remedy}")
 
 
 @pytree
@@ -263,6 +291,8 @@ class Select(Mask):
     b: Mask
 
     def __post_init__(self):
+        for mask in (self.a, self.b):
+            check_mask(mask)
         if not is_boolean(self.flag):
             raise TypeError(f"Select: flag must be boolean, got {self.flag!r}")
 
@@ -280,7 +310,11 @@ class Predicate(Mask):
         comparisons, `& | ~`, and `maximum` and `minimum` of `dynmask_jax` are followed; a function
         that does anything else is right all the same, but skips no block, and says so once. It is
         part of the mask's structure: define it once, not anew in each step, or each step recompiles.
-      parameters: numbers it depends on, as leaves: they may change from step to step.
+      parameters: numbers it depends on, as leaves: they may change from step to step, and be traced.
+
+    Raises:
+      TypeError: the function is not callable.
+      ValueError: it closes over a traced value, which must be a parameter.
 
     >>> blocks_of_8_in_64 = Predicate(lambda q, k: (q.position - k.position) % 64 < 8)
     >>> near = Predicate(lambda q, k, n: abs(q.position - k.position) < n, 16)
@@ -292,6 +326,12 @@ class Predicate(Mask):
     def __init__(self, function: Callable, *parameters):
         if not callable(function):
             raise TypeError(f"Predicate: function must be callable, got {function!r}")
+        for name, value in _closed_over(function):
+            if is_traced(value):
+                raise ValueError(
+                    f"Predicate: the function closes over {name}, which is traced; give it as a parameter: "
+                    f"Predicate(lambda q, k, {name}: …, {name})"
+                )
         object.__setattr__(self, "function", function)
         object.__setattr__(self, "parameters", parameters)
 
@@ -301,6 +341,14 @@ class Predicate(Mask):
     def __repr__(self):
         name = getattr(self.function, "__name__", repr(self.function))
         return f"Predicate({', '.join([name, *map(repr, self.parameters)])})"
+
+
+def _closed_over(function) -> list[tuple[str, Any]]:
+    """The variables of an enclosing function that it uses, with their values."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or cells is None:
+        return []
+    return [(n, c.cell_contents) for n, c in zip(code.co_freevars, cells, strict=True) if c != CellType()]
 
 
 def look(mask: Mask, q: Tokens, k: Tokens) -> Any:
@@ -359,7 +407,6 @@ def head_count(mask: Mask) -> int | None:
     return shapes.pop()[0]
 
 
-@jax.jit
 def mask_tensor(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens | None = None) -> Bool[Array, "*BN T S"]:
     """The whole mask as booleans, for any other attention (True is visible).
 
@@ -367,6 +414,10 @@ def mask_tensor(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens | None = None) -
       mask: any mask.
       q_tokens: the queries, `[T]` or `[B, T]`.
       kv_tokens: the keys, `[S]` or `[B, S]`; left out, the queries are the keys too.
+
+    Raises:
+      TypeError: the mask or the tokens are something else.
+      ValueError: tokens of another shape, batches that differ, leaves of different lengths.
 
     Returns:
       `[T, S]`, with N before it where a leaf is per-head and B before that where tokens are batched:
@@ -377,6 +428,13 @@ def mask_tensor(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens | None = None) -
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     kv_tokens = q_tokens if kv_tokens is None else kv_tokens
+    check_mask(mask)
+    check_tokens(q_tokens, kv_tokens)
+    return _mask_tensor(mask, q_tokens, kv_tokens)
+
+
+@jax.jit
+def _mask_tensor(mask, q_tokens, kv_tokens):
     batched = [tokens.position.ndim == 2 for tokens in (q_tokens, kv_tokens)]
     if not any(batched):
         return visible_pairs(mask, q_tokens, kv_tokens)
@@ -423,10 +481,14 @@ def _whole(owner: str, name: str, value, *, least: int | None = None):
     dtype = getattr(value, "dtype", np.dtype(int) if isinstance(value, int) else None)
     if dtype is None or is_boolean(value) or not jnp.issubdtype(dtype, jnp.signedinteger):
         raise TypeError(f"{owner}: {name} must be a whole number, got {value!r}")
+    if is_concrete(value) and not fits_int32(value):
+        raise ValueError(f"{owner}: {name} must fit int32, got {value!r}")
     if least is not None and is_concrete(value) and np.min(np.asarray(value)) < least:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value!r}")
 
 
 def _fraction(owner: str, name: str, value):
+    if is_boolean(value) or not (isinstance(value, int | float) or hasattr(value, "dtype")):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     if is_concrete(value) and not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 1)):
         raise ValueError(f"{owner}: {name} must lie in 0…1, got {value!r}")

@@ -98,7 +98,8 @@ def attention_fn(curriculum: Curriculum | Mask) -> CurriculumAttention:
 
     Make one for each layer: NNX's tree mode refuses a module that two layers share. Positions are
     0, 1, …; decoding with Flax's cache works. A whole curriculum is one compilation: the step is a
-    variable, moved by `set_step`.
+    variable, moved by `set_step`. Numbers that the mask or curriculum keeps must outlive the
+    transformation that the model is made in: use NumPy arrays for per-head values, not jnp.
 
     Raises:
       TypeError: neither a curriculum nor a mask.

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
-from dynmask_jax.masks import Mask, by_head, head_count, look, visible_pairs
+from dynmask_jax.masks import Mask, by_head, check_mask, head_count, look, visible_pairs
 from dynmask_jax.spans import Span
-from dynmask_jax.tokens import Tokens
+from dynmask_jax.tokens import Tokens, check_tokens
 from dynmask_jax.varying import vary_like
 
 SKIP, TEST, FULL = 0, 1, 2
@@ -111,7 +111,9 @@ def plan(
     .++
     """
     kv_tokens = q_tokens if kv_tokens is None else kv_tokens
-    _check_arguments(mask, q_tokens, kv_tokens)
+    check_mask(mask)
+    check_tokens(q_tokens, kv_tokens)
+    head_count(mask)  # refuses leaves that do not fit together
     block_q = _block_size("block_q", block_q, q_tokens.shape[-1])
     block_k = _block_size("block_k", block_k, kv_tokens.shape[-1])
     return _plan(mask, q_tokens, kv_tokens, block_q=block_q, block_k=block_k)
@@ -128,26 +130,12 @@ def _plan(mask, q_tokens, kv_tokens, *, block_q, block_k):
     return Plan(mask, q_tokens, kv_tokens, codes, block_q, block_k)
 
 
-def _check_arguments(mask, q_tokens, kv_tokens):
-    if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a Mask, got {type(mask).__name__}")
-    head_count(mask)
-    for name, tokens in (("q_tokens", q_tokens), ("kv_tokens", kv_tokens)):
-        if not isinstance(tokens, Tokens):
-            raise TypeError(f"{name} must be Tokens (Tokens.sequence(T), say), got {type(tokens).__name__}")
-        if len(tokens.shape) not in (1, 2) or 0 in tokens.shape:
-            raise ValueError(f"{name} must have shape [T] or [B, T], none of them 0, got {tokens.shape}")
-    batches = {tokens.shape[0] for tokens in (q_tokens, kv_tokens) if len(tokens.shape) == 2}
-    if len(batches) > 1:
-        raise ValueError(
-            f"q_tokens and kv_tokens must have one batch size, got {q_tokens.shape} and {kv_tokens.shape}"
-        )
-
-
 def _block_size(name: str, size: int | None, length: int) -> int:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer)):
+        raise TypeError(f"{name} must be a Python int, got {size!r}")
     if size is not None and size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
-    return min(DEFAULT_BLOCK if size is None else size, length)
+    return min(DEFAULT_BLOCK if size is None else int(size), length)
 
 
 def _same_rows(*tokens: Tokens) -> list[Tokens]:

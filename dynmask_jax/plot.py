@@ -32,7 +32,7 @@ from dynmask_jax.cells import (
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.masks import Mask, head_count, mask_tensor
 from dynmask_jax.plans import FULL, SKIP, Plan, plan
-from dynmask_jax.tokens import Tokens
+from dynmask_jax.tokens import Tokens, check_tokens
 
 __all__ = ["draw_curriculum", "draw_heads", "draw_mask", "draw_masks", "draw_plan"]
 
@@ -236,15 +236,9 @@ def _draw_blocks_and_pairs(ax: Axes, plan: Plan, row: int, codes: np.ndarray):
 def _sequences(q_tokens: Tokens, kv_tokens: Tokens | None, row: int) -> tuple[Tokens, Tokens]:
     """The queries `[T]` and keys `[S]` of one sequence of the batch."""
     both = q_tokens, q_tokens if kv_tokens is None else kv_tokens
-    for name, tokens in zip(("q_tokens", "kv_tokens"), both, strict=True):
-        if not isinstance(tokens, Tokens):
-            raise TypeError(f"{name} must be Tokens (Tokens.sequence(T), say), got {type(tokens).__name__}")
-        if len(tokens.shape) not in (1, 2) or 0 in tokens.shape:
-            raise ValueError(f"{name} must have shape [T] or [B, T], none of them 0, got {tokens.shape}")
+    check_tokens(*both)
     _check_concrete(both, "tokens")
     batches = {tokens.shape[0] for tokens in both if len(tokens.shape) == 2}
-    if len(batches) > 1:
-        raise ValueError(f"q_tokens and kv_tokens must have one batch size, got {sorted(batches)}")
     _check_range("row", row, max(batches, default=1))
     q, k = (tokens[row] if len(tokens.shape) == 2 else tokens for tokens in both)
     return q, k

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from dynmask_jax.array_typing import Array, Float, Int
+from dynmask_jax.array_typing import Array, Float, Int, fits_int32
 
 Step = int | Int[Array, ""]
 Schedule = Callable[[Step], Array]
@@ -162,5 +162,7 @@ def _check_count(name: str, value):
 def _check_number(name: str, value):
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a Python number, got {value!r}")
+    if isinstance(value, int) and not fits_int32(value):
+        raise ValueError(f"{name} must fit int32, got {value}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

@@ -48,9 +48,12 @@ class Verdict:
         return _verdict(other, lambda b: (self & ~b) | (~self & b))
 
     def __eq__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _verdict(other, lambda b: ~(self ^ b))
+        return _ruled(_verdict(other, lambda b: ~(self ^ b)))
 
-    __rand__, __ror__, __rxor__, __ne__ = __and__, __or__, __xor__, __xor__  # pyright: ignore
+    def __ne__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _ruled(_verdict(other, lambda b: self ^ b))
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
 
     def __bool__(self):
         raise TypeError("a verdict has no single truth value: combine conditions with & | ~")
@@ -69,6 +72,7 @@ class Span:
     hi: Any
 
     __array_ufunc__ = None
+    __iter__ = None  # indexing alone would make Python iterate without end
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __getitem__(self, index):
@@ -128,10 +132,10 @@ class Span:
         return _span(other, lambda b: b <= self)
 
     def __eq__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _span(other, lambda b: (self <= b) & (b <= self))
+        return _ruled(_span(other, lambda b: (self <= b) & (b <= self)))
 
     def __ne__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _span(other, lambda b: ~(self == b))
+        return _ruled(_span(other, lambda b: ~(self == b)))
 
     def __bool__(self):
         raise TypeError("a span has no single truth value: combine conditions with & | ~")
@@ -195,6 +199,13 @@ def _verdict(other, rule):
         return NotImplemented
     truth = jnp.asarray(other)
     return rule(Verdict(truth, truth))
+
+
+def _ruled(answer):
+    """The answer of == or !=, for which Python would put identity where there is no rule."""
+    if answer is NotImplemented:
+        raise TypeError("spans compare with spans and numbers, verdicts with verdicts and booleans")
+    return answer
 
 
 def _as_span(value) -> Span:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dynmask_jax.array_typing import pytree
+from dynmask_jax.array_typing import fits_int32, is_concrete, pytree
 from dynmask_jax.spans import Span
 
 
@@ -32,6 +32,8 @@ class Tokens:
 
     position: Any
     segment: Any = None
+
+    __iter__ = None  # indexing alone would make Python iterate without end
 
     def __post_init__(self):
         if isinstance(self.position, Span):
@@ -93,4 +95,25 @@ def _whole(name: str, values):
     dtype = jnp.result_type(values) if hasattr(values, "dtype") else np.asarray(values).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers, got {dtype}")
+    if is_concrete(values) and np.size(values) and not fits_int32(values):
+        raise ValueError(f"{name} must fit int32, got {np.min(values)} … {np.max(values)}")
     return jnp.asarray(values).astype(jnp.int32)
+
+
+def check_tokens(q_tokens, kv_tokens):
+    """Refuses what cannot be the queries and keys of one batch.
+
+    Raises:
+      TypeError: one is not `Tokens`.
+      ValueError: one is neither `[T]` nor `[B, T]` or has no tokens, or the batches differ.
+    """
+    for name, tokens in (("q_tokens", q_tokens), ("kv_tokens", kv_tokens)):
+        if not isinstance(tokens, Tokens):
+            raise TypeError(f"{name} must be Tokens (Tokens.sequence(T), say), got {type(tokens).__name__}")
+        if len(tokens.shape) not in (1, 2) or 0 in tokens.shape:
+            raise ValueError(f"{name} must have shape [T] or [B, T], none of them 0, got {tokens.shape}")
+    batches = {tokens.shape[0] for tokens in (q_tokens, kv_tokens) if len(tokens.shape) == 2}
+    if len(batches) > 1:
+        raise ValueError(
+            f"q_tokens and kv_tokens must have one batch size, got {q_tokens.shape} and {kv_tokens.shape}"
+        )

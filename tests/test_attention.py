@@ -234,10 +234,33 @@ def test_what_is_hidden_may_be_nan(backend, bad, where):
     clean = run(q, k, v)
     k, v = (x.at[:, 20].set(bad) if name == where else x for name, x in (("k", k), ("v", v)))
     out, lse, dq, dk, dv = (np.asarray(x) for x in run(q, k, v))
-    assert not np.isfinite(out[:, sees]).any(axis=-1).all()
+    assert not np.isfinite(out[:, sees]).any()
+    assert np.isnan(lse[:, sees]).all()
+    assert np.isnan(dq[:, sees]).all()
     assert_same([out[:, ~sees], lse[:, ~sees]], [np.asarray(x)[:, ~sees] for x in clean[:2]], jnp.float32)
     assert_same([dq[:, ~sees]], [np.asarray(clean[2])[:, ~sees]], jnp.float32)
     assert_same([dk[:, apart], dv[:, apart]], [np.asarray(x)[:, apart] for x in clean[3:]], jnp.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", ["key", "query"])
+def test_just_those_who_see_a_bad_row_are_marked(backend, bad):
+    """One bad key of one head in the second sequence; one bad query of one head in the same."""
+    shape = SHAPES["ragged"]
+    q, k, v = shape.qkv()
+    the_plan = plan(Causal() & SameSegment(), *shape.tokens(), block_q=16, block_k=8)
+    visible = np.asarray(mask_tensor(the_plan.mask, *shape.tokens()))
+    expected = np.zeros((2, 37, HEADS), bool)
+    if bad == "key":
+        k = k.at[1, 20, 1].set(jnp.nan)
+        expected[1, :, 2:] = visible[1, :, 20, None]  # key head 1 serves query heads 2 and 3
+    else:
+        q = q.at[1, 20, 2].set(jnp.inf)
+        expected[1, 20, 2] = True
+    assert expected.any()
+    out, lse = attention(q, k, v, the_plan, backend=backend, return_lse=True)
+    np.testing.assert_array_equal(np.isnan(np.asarray(lse)), expected)
+    np.testing.assert_array_equal(~np.isfinite(np.asarray(out)).all(axis=-1), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -394,6 +417,8 @@ Q = (1, 4, 4, 8)
             ValueError,
             "plan is for a batch of 3, got 1",
         ),
+        ({"backend": ["xla"]}, ValueError, "backend must be one of"),
+        ({"scale": True}, TypeError, "scale must be a Python number"),
         ({"backend": "cuda"}, ValueError, "backend must be one of 'dense', 'xla'.* or None, got 'cuda'"),
         ({"scale": "big"}, TypeError, "scale must be a Python number"),
         ({"scale": -1.0}, ValueError, "scale must be positive"),

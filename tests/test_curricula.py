@@ -132,6 +132,18 @@ def test_blocks_are_skipped_in_every_order(order):
     assert skipped == (~pairs.any(axis=(1, 3))).mean(), "chunks aligned with blocks: every empty one"
 
 
+def test_a_window_of_nothing_is_the_same_inside_jit_and_outside():
+    curriculum = growing_window(linear(0, 8, 8))
+    assert not shown_at(curriculum, 0).any()
+    assert not jax.jit(lambda step: mask_tensor(curriculum(step), TOKENS))(0).any()
+
+
+def test_reveal_may_differ_by_head():
+    shown = shown_at(reveal(CHUNK, lambda step: jnp.array([0.0, 0.5, 1.0])), 0)
+    assert shown.shape == (3, LENGTH, LENGTH)
+    assert shown[0].sum() < shown[1].sum() < shown[2].sum() == LENGTH * (LENGTH + 1) // 2
+
+
 def test_a_curriculum_is_any_function_of_the_step():
     def of_my_own(step):
         return Causal() & Predicate(lambda q, k, n: abs(q.position - k.position) < n, step + 1)
@@ -147,6 +159,8 @@ def test_a_curriculum_is_any_function_of_the_step():
         (lambda: growing_chunks(8), TypeError, "length must be a schedule"),
         (lambda: growing_window(constant(-3))(0), ValueError, "Window: length must be at least 0"),
         (lambda: reveal(0, constant(0.5)), ValueError, "Chunks: length must be at least 1, got 0"),
+        (lambda: growing_chunks(linear(0, 8, 8))(0), ValueError, "Chunks: length must be at least 1"),
+        (lambda: reveal(8, constant(0.5), seed=1.5), TypeError, "seed must be a whole number, got 1.5"),
         (lambda: reveal(8, 0.5), TypeError, "amount must be a schedule"),
         (
             lambda: reveal(8, constant(0.5), "newest"),

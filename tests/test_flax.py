@@ -178,6 +178,16 @@ def test_flax_nnx_decodes_with_its_cache():
         np.testing.assert_allclose(one[:, 0], together[:, t], rtol=2e-5, atol=5e-6)
 
 
+def test_decoding_keeps_hidden_what_flax_hides():
+    """A hole before the cursor: padding at the start of a cached prompt."""
+    attend = our_linen.attention_fn(Causal())
+    x = inputs().reshape(2, LENGTH, HEADS, -1)
+    shown = (jnp.arange(LENGTH) <= 9) & (jnp.arange(LENGTH) != 4)
+    actual = attend(x[:, :1], x, x, mask=shown[None, None, None].astype(jnp.float32))
+    expected = nn.dot_product_attention(x[:, :1], x, x, mask=shown[None, None, None])
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_flax_linen_layers_take_the_step_as_an_argument():
     class Model(nn.Module):
         @nn.compact

@@ -183,6 +183,17 @@ def test_a_predicate_may_use_what_spans_cannot_follow():
         assert not look(~Causal() & mask, block, Tokens(Span(-9, -5), Span(1, 1))).some, "others still skip"
 
 
+def test_a_verdict_is_not_a_number():
+    """A flag of 0 or 1 compares with booleans pair by pair; over blocks that must not pass for False."""
+    mask = Predicate(lambda q, k, flag: (k.position <= q.position) == flag, 1)
+    block = Tokens(Span(jnp.array(4), jnp.array(7)), Span(jnp.array(1), jnp.array(1)))
+    warns = pytest.warns(UserWarning, match="cannot be read over blocks")
+    with jax.numpy_dtype_promotion("standard"), warns:
+        verdict = look(mask, block, block)
+    assert verdict.some
+    assert not verdict.every
+
+
 def test_a_predicate_that_is_wrong_raises_its_own_error():
     mask = Predicate(lambda q, k: q.place < k.place)
     block = Tokens(Span(0, 3), Span(1, 1))
@@ -218,6 +229,20 @@ def test_a_new_mask_is_one_class():
         (lambda: Prefix("all"), TypeError, "Prefix: length must be a whole number, got 'all'"),
         (lambda: RandomChunks(4, 1.5), ValueError, "RandomChunks: fraction must lie in 0…1, got 1.5"),
         (lambda: Select(1, Causal(), Everything()), TypeError, "Select: flag must be boolean, got 1"),
+        (lambda: Window(2**40), ValueError, "Window: length must fit int32"),
+        (lambda: RandomChunks(4, "half"), TypeError, "RandomChunks: fraction must be a number, got 'half'"),
+        (lambda: Select(True, Causal, Everything()), TypeError, r"got Causal: an instance, Causal\("),
+        (lambda: mask_tensor(Causal(), 16), TypeError, r"q_tokens must be Tokens \(Tokens.sequence"),
+        (
+            lambda: mask_tensor(lambda step: Causal(), Tokens.sequence(3)),
+            TypeError,
+            r"mask must be a Mask, got function; .* curriculum\(step\)",
+        ),
+        (
+            lambda: jax.eval_shape(lambda n: Predicate(lambda q, k: q.position < n).function and n, 3),
+            ValueError,
+            r"closes over n, which is traced; .* Predicate\(lambda q, k, n: …, n\)",
+        ),
         (lambda: Predicate(3), TypeError, "Predicate: function must be callable, got 3"),
         (lambda: bool(Causal()), TypeError, "combine masks with & | ~"),
         (lambda: Causal() and Window(3), TypeError, "no single truth value"),

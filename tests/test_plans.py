@@ -163,6 +163,12 @@ def test_a_plan_prints_its_blocks():
             ValueError,
             "block_q must be at least 1, got 0",
         ),
+        (
+            lambda: plan(Causal(), Tokens.sequence(4), block_q=8.0),
+            TypeError,
+            "block_q must be a Python int, got 8.0",
+        ),
+        (lambda: plan(Causal, Tokens.sequence(4)), TypeError, "mask must be a Mask, got Causal: an instance"),
         (lambda: plan(Causal(), Tokens.sequence(0)), ValueError, r"q_tokens must have shape .* got \(0,\)"),
         (
             lambda: plan(

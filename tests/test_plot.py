@@ -333,5 +333,5 @@ def test_a_tokens_batch_out_of_range_is_refused():
         draw_mask(BANDED, batch, row=2)
     with pytest.raises(ValueError, match=r"kv_tokens must have shape \[T\] or \[B, T\]"):
         draw_mask(BANDED, TOKENS, batch[None])
-    with pytest.raises(ValueError, match=r"one batch size, got \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"one batch size, got \(2, 12\) and \(1, 12\)"):
         draw_mask(BANDED, batch, batch[:1])

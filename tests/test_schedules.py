@@ -105,6 +105,7 @@ def test_optax_schedules_will_do():
         (lambda: exponential(8, -1, 10), ValueError, "exponential: end must be positive, got -1"),
         (lambda: root(0, 8, 10, degree=0), ValueError, "root: degree must be positive, got 0"),
         (lambda: staircase(0, 8, 10, stairs=0), ValueError, "stairs must be at least 1, got 0"),
+        (lambda: constant(2**40), ValueError, "value must fit int32"),
         (lambda: constant(None), TypeError, "value must be a Python number"),
     ],
 )

@@ -188,6 +188,13 @@ def test_nan_says_nothing():
         lambda: span([1, 2]) + jnp.uint32(3),
         lambda: max(span([1, 2]), span([1, 3])),
         lambda: hash(span([1, 2])),
+        lambda: list(span([1, 2])),
+        lambda: (span([1, 2]) < 3) == 1,
+        lambda: (span([1, 2]) < 3) != 0,
+        lambda: operator.eq(1.0, span([1, 2]) < 3),
+        lambda: (span([1, 2]) < 3) == np.int32(1),
+        lambda: span([1, 2]) == (span([1, 2]) < 3),
+        lambda: span([1, 2]) != "a",
     ],
 )
 def test_what_has_no_rule_raises(wrong):

@@ -38,6 +38,8 @@ def test_tokens_index_like_arrays_and_go_through_jit():
         ),
         (lambda: Tokens(jnp.arange(4.0)), TypeError, "position must hold integers, got float32"),
         (lambda: Tokens([0, 1], [True, False]), TypeError, "segment must hold integers, got bool"),
+        (lambda: Tokens(np.array([2**32 + 5])), ValueError, "position must fit int32, got 4294967301"),
+        (lambda: list(Tokens.sequence(3)), TypeError, "not iterable"),
         (lambda: Tokens.packed([3, 0]), ValueError, r"lengths must each be at least 1, got \[3, 0\]"),
         (
             lambda: Tokens.packed([3, 2], length=4),
