@@ -122,8 +122,9 @@ def test_one_plan_serves_a_batch_or_each_row_has_its_own():
 
 def test_blocks_by_default_and_at_most_the_sequence():
     the_plan = plan(Causal(), Tokens.sequence(1000), Tokens.sequence(100))
-    assert (the_plan.block_q, the_plan.block_k) == (256, 100)
-    assert the_plan.codes.shape == (1, 4, 1)
+    assert (the_plan.block_q, the_plan.block_k) == (512, 100)
+    assert plan(Causal(), Tokens.sequence(1000)).block_k == 256
+    assert the_plan.codes.shape == (1, 2, 1)
 
 
 def test_a_plan_prints_its_blocks():
