@@ -15,16 +15,9 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, is_concrete
-from dynmask_jax.masks import (
-    Causal,
-    Chunks,
-    Mask,
-    Predicate,
-    RandomChunks,
-    Window,
-    radical_inverse,
-    random_draw,
-)
+from dynmask_jax.draws import radical_inverse, random_draw
+from dynmask_jax.leaves import check_whole
+from dynmask_jax.masks import Causal, Chunks, Mask, Predicate, Window
 from dynmask_jax.schedules import Schedule, Step
 from dynmask_jax.spans import maximum, minimum, rising
 
@@ -114,7 +107,7 @@ def reveal(
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, got {order!r}")
     own, shown = Chunks(chunk), _SHOWN[order]
-    RandomChunks(chunk, 0.0, seed)  # refuses a seed that is no whole number
+    check_whole("reveal", "seed", seed)
 
     def curriculum(step: Step) -> Mask:
         share = jnp.asarray(amount(step))

@@ -17,20 +17,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dynmask_jax.array_typing import (
     Array,
     Bool,
     Number,
-    fits_int32,
     is_boolean,
-    is_concrete,
     is_traced,
     pytree,
     static,
 )
-from dynmask_jax.spans import Span, Verdict, lift, opaque
+from dynmask_jax.draws import random_draw
+from dynmask_jax.leaves import check_fraction, check_whole
+from dynmask_jax.spans import Span, Verdict, lift
 from dynmask_jax.tokens import Tokens, check_tokens
 
 
@@ -151,9 +150,9 @@ class Window(Mask):
     ahead: Number | None = None
 
     def __post_init__(self):
-        _whole("Window", "length", self.length, least=0)
+        check_whole("Window", "length", self.length, least=0)
         if self.ahead is not None:
-            _whole("Window", "ahead", self.ahead, least=0)
+            check_whole("Window", "ahead", self.ahead, least=0)
 
     def visible(self, q, k):
         recent = q.position - k.position < self.length
@@ -174,7 +173,7 @@ class Chunks(Mask):
     length: Number
 
     def __post_init__(self):
-        _whole("Chunks", "length", self.length, least=1)
+        check_whole("Chunks", "length", self.length, least=1)
 
     def visible(self, q, k):
         return q.position // self.length == k.position // self.length
@@ -195,7 +194,7 @@ class Prefix(Mask):
     length: Number
 
     def __post_init__(self):
-        _whole("Prefix", "length", self.length)
+        check_whole("Prefix", "length", self.length)
 
     def visible(self, q, k):
         return k.position < self.length
@@ -215,7 +214,7 @@ class Sinks(Mask):
     count: Number
 
     def __post_init__(self):
-        _whole("Sinks", "count", self.count, least=0)
+        check_whole("Sinks", "count", self.count, least=0)
 
     def visible(self, q, k):
         return k.position < self.count
@@ -244,7 +243,7 @@ class Strided(Mask):
     stride: Number
 
     def __post_init__(self):
-        _whole("Strided", "stride", self.stride, least=1)
+        check_whole("Strided", "stride", self.stride, least=1)
 
     def visible(self, q, k):
         return (q.position - k.position) % self.stride == 0
@@ -267,9 +266,9 @@ class RandomChunks(Mask):
     seed: Number = 0
 
     def __post_init__(self):
-        _whole("RandomChunks", "chunk", self.chunk, least=1)
-        _whole("RandomChunks", "seed", self.seed)
-        _fraction("RandomChunks", "fraction", self.fraction)
+        check_whole("RandomChunks", "chunk", self.chunk, least=1)
+        check_whole("RandomChunks", "seed", self.seed)
+        check_fraction("RandomChunks", "fraction", self.fraction)
 
     def visible(self, q, k):
         return random_draw(self.seed, q.position // self.chunk, k.position // self.chunk) < self.fraction
@@ -440,55 +439,3 @@ def _mask_tensor(mask, q_tokens, kv_tokens):
         return visible_pairs(mask, q_tokens, kv_tokens)
     axes = [0 if b else None for b in batched]
     return jax.vmap(visible_pairs, in_axes=(None, *axes))(mask, q_tokens, kv_tokens)
-
-
-def random_draw(seed, i, j):
-    """A number in [0, 1) for each (seed, i, j), the same on every device and in every tile."""
-    return opaque(lambda i, j: _unit(_mixed(_mixed(_mixed(seed ^ 0x5BD1E995) ^ i) ^ j)), 0.0, 1.0, i, j)
-
-
-def radical_inverse(n):
-    """The binary digits of n ≥ 0 mirrored at the point, in [0, 1): 1/2, 1/4, 3/4, 1/8, … for n = 1, 2, ….
-
-    Multiples of 2^m are those below 2^−m. Of n's digits the lowest 24 count, which float32 holds.
-    Source: van der Corput 1935.
-    """
-    return opaque(_mirrored, 0.0, 1.0, n)
-
-
-def _mirrored(n):
-    n = jnp.asarray(n).astype(jnp.int32)
-    for shift, low in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
-        n = ((n & low) << shift) | (jax.lax.shift_right_logical(n, jnp.full_like(n, shift)) & low)
-    return _unit(n)
-
-
-def _mixed(x):
-    """A 32-bit integer hash: the multiply-shift scheme of C. Wellons' lowbias32 (2018)."""
-    x = jnp.asarray(x).astype(jnp.int32)
-    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        x = (x ^ jax.lax.shift_right_logical(x, jnp.full_like(x, shift))) * multiplier
-    return x ^ jax.lax.shift_right_logical(x, jnp.full_like(x, 15))
-
-
-def _unit(x):
-    """The upper 24 bits of an int32 as a float32 in [0, 1): exact, so that 1 bounds it strictly."""
-    return jax.lax.shift_right_logical(x, jnp.full_like(x, 8)).astype(jnp.float32) * 2.0**-24
-
-
-def _whole(owner: str, name: str, value, *, least: int | None = None):
-    """Refuses a leaf that is not of whole numbers, or (where it can be read) is below `least`."""
-    dtype = getattr(value, "dtype", np.dtype(int) if isinstance(value, int) else None)
-    if dtype is None or is_boolean(value) or not jnp.issubdtype(dtype, jnp.signedinteger):
-        raise TypeError(f"{owner}: {name} must be a whole number, got {value!r}")
-    if is_concrete(value) and not fits_int32(value):
-        raise ValueError(f"{owner}: {name} must fit int32, got {value!r}")
-    if least is not None and is_concrete(value) and np.min(np.asarray(value)) < least:
-        raise ValueError(f"{owner}: {name} must be at least {least}, got {value!r}")
-
-
-def _fraction(owner: str, name: str, value):
-    if is_boolean(value) or not (isinstance(value, int | float) or hasattr(value, "dtype")):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    if is_concrete(value) and not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 1)):
-        raise ValueError(f"{owner}: {name} must lie in 0…1, got {value!r}")

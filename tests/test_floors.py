@@ -11,7 +11,7 @@ PACKAGE = Path(dynmask_jax.__file__).parent
 FLOORS = [
     {"array_typing", "errors", "varying"},
     {"schedules", "spans", "online_softmax", "scores", "rotary"},
-    {"tokens"},
+    {"tokens", "draws", "leaves"},
     {"masks"},
     {"curricula", "plans"},
     {"backends.dense", "backends.xla", "nonfinite"},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import BLOCK, PREDICATES, blocks, spans_of
 
 from dynmask_jax import Span, Verdict, maximum, minimum
-from dynmask_jax.masks import radical_inverse, random_draw
+from dynmask_jax.draws import radical_inverse, random_draw
 from dynmask_jax.spans import lift
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1

@@ -1,0 +1,40 @@
+"""Numbers in [0, 1) drawn from whole numbers, in both readings: what random and strided orders compare."""
+
+import jax
+import jax.numpy as jnp
+
+from dynmask_jax.spans import opaque
+
+
+def random_draw(seed, i, j):
+    """A number in [0, 1) for each (seed, i, j), the same on every device and in every tile."""
+    return opaque(lambda i, j: _unit(_mixed(_mixed(_mixed(seed ^ 0x5BD1E995) ^ i) ^ j)), 0.0, 1.0, i, j)
+
+
+def radical_inverse(n):
+    """The binary digits of n ≥ 0 mirrored at the point, in [0, 1): 1/2, 1/4, 3/4, 1/8, … for n = 1, 2, ….
+
+    Multiples of 2^m are those below 2^−m. Of n's digits the lowest 24 count, which float32 holds.
+    Source: van der Corput 1935.
+    """
+    return opaque(_mirrored, 0.0, 1.0, n)
+
+
+def _mirrored(n):
+    n = jnp.asarray(n).astype(jnp.int32)
+    for shift, low in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
+        n = ((n & low) << shift) | (jax.lax.shift_right_logical(n, jnp.full_like(n, shift)) & low)
+    return _unit(n)
+
+
+def _mixed(x):
+    """A 32-bit integer hash: the multiply-shift scheme of C. Wellons' lowbias32 (2018)."""
+    x = jnp.asarray(x).astype(jnp.int32)
+    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = (x ^ jax.lax.shift_right_logical(x, jnp.full_like(x, shift))) * multiplier
+    return x ^ jax.lax.shift_right_logical(x, jnp.full_like(x, 15))
+
+
+def _unit(x):
+    """The upper 24 bits of an int32 as a float32 in [0, 1): exact, so that 1 bounds it strictly."""
+    return jax.lax.shift_right_logical(x, jnp.full_like(x, 8)).astype(jnp.float32) * 2.0**-24
