@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Float
-from dynmask_jax.backends import dense, xla
+from dynmask_jax.backends import dense, tpu, xla
 from dynmask_jax.masks import Mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
@@ -18,7 +18,7 @@ from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.varying import vary_like
 
-BACKENDS: dict[str, Callable] = {"dense": dense.attend, "xla": xla.attend}
+BACKENDS: dict[str, Callable] = {"dense": dense.attend, "xla": xla.attend, "tpu": tpu.attend}
 """name -> `(q, k, v, plan, scores) -> (out, lse)`."""
 
 

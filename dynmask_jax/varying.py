@@ -1,6 +1,7 @@
 """Loop carries inside `shard_map`: a value must say that it varies over a mesh axis before it does."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 # JAX 0.7 has `pvary` and `typeof(x).vma`; 0.10 has `pcast` and `typeof(x).manual_axis_type.varying`.
@@ -31,3 +32,8 @@ def _vary(leaf, axes: frozenset):
         return _PCAST(leaf, tuple(axes), to="varying")
     assert _PVARY is not None, "every supported JAX has one of the two"
     return _PVARY(leaf, tuple(axes))
+
+
+def shape_like(shape: tuple[int, ...], dtype, *others) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's output that varies over every mesh axis that arrays of `others` vary over."""
+    return jax.eval_shape(lambda *others: vary_like(jnp.zeros(shape, dtype), *others), *others)

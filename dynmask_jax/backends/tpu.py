@@ -1,0 +1,159 @@
+"""Attention on TPU: Pallas kernels for Mosaic, forward here and backward in `tpu_backward`.
+
+The mask's own expression is traced inside the kernel, on the tokens of the tile, and asked only where
+the plan says that a block must be tested. On other platforms the kernels are interpreted: right, slow,
+for tests.
+
+References: FlashAttention-2, Dao 2023, arXiv:2307.08691; the flat list of blocks as scalar prefetch
+follows JAX's splash attention and Pallas's block-sparse kernels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from dynmask_jax.array_typing import Array, Float, pytree
+from dynmask_jax.backends.tpu_backward import gradients
+from dynmask_jax.backends.tpu_grid import (
+    LANES,
+    Columns,
+    Kernel,
+    Lines,
+    block_type,
+    blocks_by_head,
+    from_blocks,
+    sweep,
+    token_blocks,
+)
+from dynmask_jax.backends.tpu_tile import LOG2E, Tile, dot, in_lanes, lane_sums, widened
+from dynmask_jax.errors import Unsupported
+from dynmask_jax.plans import FULL, TEST, Plan
+from dynmask_jax.scores import Scores
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    plan: Plan,
+    scores: Scores,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attention of every query over the keys that the plan's mask shows it.
+
+    Raises:
+      Unsupported: for dtypes other than float32 and bfloat16.
+    """
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise Unsupported(f"backend 'tpu' computes in float32 and bfloat16, got {q.dtype}")
+    return _attend(scores, q, k, v, plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scores, q, k, v, plan):
+    return _forward(scores, q, k, v, plan)
+
+
+def _attend_forward(scores, q, k, v, plan):
+    out, lse = _forward(scores, q, k, v, plan)
+    return (out, lse), (q, k, v, plan, out, lse)
+
+
+def _attend_backward(scores, saved, cotangents):
+    return *gradients(scores, saved, cotangents), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+@pytree
+class State:
+    """What a line of queries gathers over its blocks, in vector memory.
+
+    `peak` is the same in all lanes; `total` is spread over them until the line's end.
+    """
+
+    tokens: Array  # [2, bq, 128]
+    peak: Array  # [bq, 128]
+    total: Array  # [bq, 128]
+    weighted: Array  # [bq, H]
+
+
+def _kernel(active, mask, tokens, line, column, out, state, *, tile):
+    (q,), (k, v), (out, lse) = line, column, out
+    head, step = pl.program_id(1), pl.program_id(2)
+    code, begins, ends = active.at(step)
+
+    @pl.when(begins)
+    def _():
+        for field in range(2):
+            state.tokens[field] = in_lanes(tokens[0][field : field + 1])
+        state.peak[...] = jnp.full(state.peak.shape, -jnp.inf, jnp.float32)
+        state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
+        state.weighted[...] = jnp.zeros(state.weighted.shape, jnp.float32)
+
+    @pl.when(code == FULL)
+    def _():
+        _add(state, tile.logits(dot(q[...], k[...], 1, 1)), v[...])
+
+    @pl.when(code == TEST)
+    def _():
+        logits = tile.logits(dot(q[...], k[...], 1, 1))
+        both = (state.tokens[...], tokens[1][...])
+        _add(state, tile.hide(logits, mask, head, both), v[...], jnp.finfo(jnp.float32).min)
+
+    @pl.when(ends)
+    def _():
+        total = state.total[...].sum(axis=1, keepdims=True)  # [bq, 1]
+        out[...] = (state.weighted[...] / jnp.where(total == 0, 1.0, total)).astype(out.dtype)
+        lse[...] = ((state.peak[...] + jnp.log2(total)) * (1 / LOG2E)).T[:1]
+
+
+def _add(state: State, logits, values, floor=None):
+    """One more block of keys: logits `[bq, bk]` and values `[bk, H]`.
+
+    A `floor` is for logits of −inf: a row that has seen nothing subtracts it, not its peak of −inf.
+    """
+    before = state.peak[...]
+    peak = jnp.maximum(before, logits.max(axis=1, keepdims=True))  # [bq, 128]
+    level = peak if floor is None else jnp.maximum(peak, floor)
+    weights = jnp.exp2(logits - widened(level, logits.shape[1]))
+    rescale = jnp.exp2(before - level)
+    state.peak[...] = peak
+    state.total[...] = state.total[...] * rescale + lane_sums(weights)
+    fresh = dot(weights.astype(values.dtype), values, 1, 0)
+    state.weighted[...] = state.weighted[...] * widened(rescale, fresh.shape[1]) + fresh
+
+
+def _forward(scores, q, k, v, plan: Plan):
+    (size_q, size_k), rows = (plan.block_q, plan.block_k), plan.rows
+    blocks = [blocks_by_head(x, size, rows) for x, size in ((q, size_q), (k, size_k), (v, size_k))]
+    # A block of keys that is filled up is never full: its filling must be hidden.
+    codes = jnp.minimum(plan.codes, TEST) if size_k % LANES else plan.codes
+    lines = Lines.of(codes, token_blocks(plan.q_tokens, size_q), (blocks[0],))
+    columns = Columns(token_blocks(plan.kv_tokens, size_k), tuple(blocks[1:]))
+    heads, group, (bq, head_dim) = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3:]
+    tile = Tile.of(scores, plan, filled=_is_filled(plan))
+    kernel = Kernel(
+        body=functools.partial(_kernel, tile=tile),
+        name="dynmask_forward",
+        heads=heads,
+        inner=1,
+        column_head=lambda head, _: head // group,
+        out=(block_type((bq, head_dim), q.dtype), block_type((1, bq))),
+        scratch=State(
+            block_type((2, bq, LANES), jnp.int32),
+            block_type((bq, LANES)),
+            block_type((bq, LANES)),
+            block_type((bq, head_dim)),
+        ),
+    )
+    out, lse = sweep(kernel, plan.mask, lines, columns)
+    return from_blocks(out, size_q, q), from_blocks(lse[:, :, :, 0], size_q, q)
+
+
+def _is_filled(plan: Plan) -> bool:
+    """Whether some block of keys holds more than keys."""
+    return bool(plan.lengths[1] % plan.block_k or plan.block_k % LANES)

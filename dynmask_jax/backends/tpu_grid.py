@@ -1,0 +1,257 @@
+"""What the TPU kernels share: blocks in lines, the flat list of active ones, the call itself.
+
+A kernel works through a plan line by line. Forward and for dq a *line* is a block of queries and its
+*columns* are blocks of keys; for dk and dv it is the other way round. The active blocks of all lines
+form one flat list, a grid axis whose length is data: what the mask hides costs nothing, and a new mask
+is no new program. A line's tokens lie along sublanes and its column's along lanes, so a tile is
+`[line, column]` in every kernel.
+
+Blocks of any size will do: each is filled up to whole vector registers of 128 lanes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dynmask_jax.array_typing import Array, Float, Int, pytree
+from dynmask_jax.masks import Mask
+from dynmask_jax.plans import SKIP, blocks_of
+from dynmask_jax.tokens import Tokens
+from dynmask_jax.varying import shape_like
+
+LANES = 128
+MOST_BLOCKS = 2**15
+"""Entries of the flat list in one call: three int32 each, where scalar memory holds 1 MiB. A plan with
+more blocks is worked through in groups of lines."""
+
+
+@pytree
+class Active:
+    """The flat list of active blocks, in the order in which they are computed.
+
+    Attributes:
+      line, column: `[n]` int32, which block on either side.
+      flags: `[n]` int32: the plan's code, plus 4 where a line begins and 8 where it ends.
+
+    A line without an active block has one entry all the same, of code skip: its zeros are written.
+    """
+
+    line: Int[Array, " n"]
+    column: Int[Array, " n"]
+    flags: Int[Array, " n"]
+
+    def at(self, step):
+        """In the kernel: the code, whether the line begins here, and whether it ends here."""
+        flags = self.flags[step]
+        return flags & 3, (flags & 4) != 0, (flags & 8) != 0
+
+
+@pytree
+class Lines:
+    """Lines of a plan, to be worked through.
+
+    Attributes:
+      codes: the plan's, `[L, C]`: all lines of all rows, and the columns of one row.
+      start: number of the first of those columns over all rows, `[L]`.
+      tokens: of each line, `[L, 3, line]`; see `token_blocks`.
+      arrays: a pytree of arrays `[O, heads, L, …]`, of which a kernel gets the line's block.
+    """
+
+    codes: Int[Array, "L C"]
+    start: Int[Array, " L"]
+    tokens: Int[Array, "L 3 line"]
+    arrays: Any
+
+    @classmethod
+    def of(cls, codes: Int[Array, "R lines columns"], tokens, arrays) -> "Lines":
+        """All lines of all rows of a plan's codes."""
+        rows, lines, columns = codes.shape
+        start = jnp.repeat(jnp.arange(rows, dtype=jnp.int32) * columns, lines)
+        return cls(codes.reshape(-1, columns), start, tokens, arrays)
+
+
+@pytree
+class Columns:
+    """What lines attend to: tokens `[C, 3, column]` and arrays `[O, heads, C, …]`, over all rows."""
+
+    tokens: Int[Array, "C 3 column"]
+    arrays: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel and how it is called.
+
+    Attributes:
+      body: `(active, mask, tokens, line, column, out, scratch) -> None`, all of them refs, in the
+        structures of the fields below; mask leaves are `[1]` or `[N]` in scalar memory and tokens is
+        the pair of line's and column's.
+      name: in profiles.
+      heads: how many heads the lines have.
+      inner: how many heads of the columns each works through, one after the other: G for dk and dv.
+      column_head: `(head, inner) -> head` of the columns.
+      out: the shapes and dtypes of one block of results.
+      scratch: those of what is kept in vector memory over a line.
+    """
+
+    body: Callable
+    name: str
+    heads: int
+    inner: int
+    column_head: Callable
+    out: Any
+    scratch: Any
+
+
+def sweep(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns):
+    """Runs the kernel over all lines: results `[O, heads, L, …]`, in the structure of `kernel.out`."""
+    run = functools.partial(_on_platform, kernel, mask, columns)
+    size = max(1, MOST_BLOCKS // lines.codes.shape[1])
+    count = lines.codes.shape[0]
+    if count <= size:
+        return run(lines)
+    groups = -(-count // size)
+    grouped = _split(lines, groups, -(-count // groups))
+    out = lax.map(run, grouped)
+    return jax.tree.map(lambda x: _joined(x)[:, :, :count], out)
+
+
+def _on_platform(kernel, mask, columns, lines):
+    """Compiled where the program is for a TPU, interpreted elsewhere."""
+    compiled, interpreted = (functools.partial(_call, kernel, interpret=flag) for flag in (False, True))
+    return lax.platform_dependent(mask, lines, columns, tpu=compiled, default=interpreted)
+
+
+def _split(lines: Lines, groups: int, size: int) -> Lines:
+    """The lines in groups, stacked; the last is filled up with lines that show nothing."""
+
+    def split(x, axis):
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, groups * size - x.shape[axis])
+        x = jnp.pad(x, padding)
+        x = x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    by_line = (split(x, 0) for x in (lines.codes, lines.start, lines.tokens))
+    return Lines(*by_line, jax.tree.map(lambda x: split(x, 2), lines.arrays))
+
+
+def _joined(x: Array) -> Array:
+    """`[groups, O, heads, size, …]` as `[O, heads, groups · size, …]`."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _call(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns, *, interpret: bool):
+    active, length = active_blocks(lines.codes, lines.start)
+    outer = jax.tree.leaves(lines.arrays)[0].shape[0]
+    mask = jax.tree.map(_scalars, mask)
+    operands = (mask, (lines.tokens, columns.tokens), lines.arrays, columns.arrays)
+
+    def of_line(x):
+        return _block(x, lambda o, h, s, g, active: (o, h, active.line[s]))
+
+    def of_column(x):
+        return _block(x, lambda o, h, s, g, active: (o, kernel.column_head(h, g), active.column[s]))
+
+    blocks = kernel.heads, lines.codes.shape[0]
+    out = jax.tree.map(
+        lambda x: shape_like((outer, *blocks, *x.shape), x.dtype, active, operands), kernel.out
+    )
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(outer, kernel.heads, length, kernel.inner),
+        in_specs=[
+            jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.SMEM), mask),
+            (of_line(lines.tokens), of_column(columns.tokens)),
+            jax.tree.map(of_line, lines.arrays),
+            jax.tree.map(of_column, columns.arrays),
+        ],
+        out_specs=[jax.tree.map(of_line, out)],
+        scratch_shapes=[jax.tree.map(lambda x: pltpu.VMEM(x.shape, x.dtype), kernel.scratch)],
+    )
+    call = pl.pallas_call(
+        kernel.body,
+        out_shape=[out],
+        grid_spec=grid,
+        name=kernel.name,
+        interpret=interpret,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+        ),
+    )
+    return call(active, *operands)[0]
+
+
+def _block(x, place: Callable) -> pl.BlockSpec:
+    """One block of `[O, heads, blocks, a, b]`, or of tokens `[blocks, a, b]`, at that place."""
+    leading = x.ndim - 2
+    return pl.BlockSpec((None,) * leading + x.shape[leading:], lambda *at: (*place(*at)[3 - leading :], 0, 0))
+
+
+def active_blocks(codes: Int[Array, "L C"], start: Int[Array, " L"]) -> tuple[Active, Int[Array, ""]]:
+    """The list for these lines, and how long it is; the rest of it is not looked at."""
+    columns = codes.shape[1]
+    place = jnp.arange(columns, dtype=jnp.int32)
+    active = codes != SKIP
+    first = jnp.argmax(active, axis=1).astype(jnp.int32)  # 0 where none is
+    last = jnp.max(jnp.where(active, place, 0), axis=1)
+    begins, ends = (place[None, :] == x[:, None] for x in (first, last))
+    flags = codes.astype(jnp.int32) + jnp.where(begins, 4, 0) + jnp.where(ends, 8, 0)
+    listed = (active | begins).reshape(-1)
+    at = jnp.nonzero(listed, size=listed.size, fill_value=0)[0].astype(jnp.int32)
+    line = at // columns
+    return Active(line, start[line] + at % columns, flags.reshape(-1)[at]), listed.sum(dtype=jnp.int32)
+
+
+def blocks_by_head(x: Float[Array, "B T N *H"], block: int, rows: int) -> Float[Array, "O N blocks size *H"]:
+    """Cut into blocks, heads first. O is B where one plan serves all sequences, else 1.
+
+    Blocks are numbered over the rows of the plan; size is the block, filled up with zeros.
+    """
+    batch, length, heads, *rest = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)))
+    x = x.reshape(batch // rows, rows, -1, block, heads, *rest)
+    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -block % LANES),) + ((0, 0),) * (x.ndim - 4))
+    x = jnp.moveaxis(x, 4, 1)
+    return x.reshape(batch // rows, heads, -1, x.shape[4], *rest)
+
+
+def from_blocks(x: Float[Array, "O N blocks size *H"], block: int, like: Float[Array, "B T N ..."]):
+    """`[B, T, N, *H]` again, of the batch and length of `like`."""
+    outer, heads, _, _, *rest = x.shape
+    x = x[:, :, :, :block].reshape(outer, heads, like.shape[0] // outer, -1, block, *rest)
+    x = jnp.moveaxis(x, 1, 4)
+    return x.reshape(like.shape[0], -1, heads, *rest)[:, : like.shape[1]]
+
+
+def token_blocks(tokens: Tokens, block: int) -> Int[Array, "blocks 3 size"]:
+    """Of each block, numbered over all rows: position, segment, and 1 where it is no filling."""
+    real = jnp.ones_like(tokens.position)
+    fields = [_filled(blocks_of(field, block), "edge") for field in (tokens.position, tokens.segment)]
+    real = jnp.pad(real, ((0, 0), (0, -real.shape[1] % block))).reshape(*fields[0].shape[:2], block)
+    fields = jnp.stack([*fields, _filled(real, "constant")], axis=2)
+    return fields.reshape(-1, *fields.shape[2:])
+
+
+def _filled(field, mode):
+    return jnp.pad(field, ((0, 0), (0, 0), (0, -field.shape[2] % LANES)), mode=mode)
+
+
+def _scalars(leaf) -> Array:
+    """A mask's leaf as scalar memory holds it: `[1]` or `[N]`, of 32 bits."""
+    leaf = jnp.asarray(leaf)
+    kind = jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32
+    return leaf.astype(kind).reshape(-1)
+
+
+def block_type(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    """The type of a block of results, or of what is kept over a line."""
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,0 +1,110 @@
+"""One tile inside a TPU kernel: products to logits, and the mask on the tile's tokens.
+
+Logits are kept in powers of two, as the hardware's exponential is: scale and log2 e are one factor.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dynmask_jax.array_typing import Array, is_boolean
+from dynmask_jax.backends.tpu_grid import LANES
+from dynmask_jax.masks import Mask, look
+from dynmask_jax.plans import Plan
+from dynmask_jax.scores import Scores
+from dynmask_jax.tokens import Tokens
+
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What is fixed for all tiles of a kernel.
+
+    Attributes:
+      scores: scale and soft cap.
+      mask: the types of the mask's leaves, in its structure.
+      keys_first: whether the line is of keys and its columns of queries.
+      filled: whether columns may hold filling that must be hidden.
+    """
+
+    scores: Scores
+    mask: Mask
+    keys_first: bool = False
+    filled: bool = False
+
+    @classmethod
+    def of(cls, scores: Scores, plan: Plan, **fixed) -> "Tile":
+        """For the plan's mask."""
+        return cls(scores, jax.eval_shape(lambda mask: mask, plan.mask), **fixed)
+
+    def logits(self, products):
+        """Products of unscaled queries as logits · log2 e."""
+        scale, cap = self.scores.scale, self.scores.soft_cap
+        if cap is None:
+            return products * (scale * LOG2E)
+        return (cap * LOG2E) * jnp.tanh(products * (scale / cap))
+
+    def slope(self, logits, gradients):
+        """d loss / d (scaled product) from d loss / d logit."""
+        cap = self.scores.soft_cap
+        return gradients if cap is None else gradients * (1.0 - jnp.square(logits / (cap * LOG2E)))
+
+    def hide(self, logits, mask, head, tokens):
+        """The logits `[line, column]`, −inf where the mask hides the pair.
+
+        `mask` holds refs to scalar memory; `tokens` are the line's, each in all lanes `[2, line, 128]`,
+        and the column's `[3, column]`.
+        """
+        mask, (line, column) = _of_head(mask, self.mask, head), tokens
+        line = Tokens(line[0], line[1])
+        strips = []
+        for start in range(0, logits.shape[1], LANES):
+            strip = column[:, start : start + LANES]
+            visible = self._visible(mask, line, strip)
+            strips.append(jnp.where(visible, logits[:, start : start + LANES], -jnp.inf))
+        return jnp.concatenate(strips, axis=1)
+
+    def _visible(self, mask, line: Tokens, strip):
+        column = Tokens(strip[0:1], strip[1:2])
+        seen = look(mask, column, line) if self.keys_first else look(mask, line, column)
+        seen = jnp.broadcast_to(seen, line.shape)
+        return seen & (jnp.broadcast_to(strip[2:3], line.shape) != 0) if self.filled else seen
+
+
+def _of_head(mask: Mask, types: Mask, head) -> Mask:
+    def leaf(ref, kind):
+        value = ref[head if kind.shape else 0]
+        return value != 0 if is_boolean(kind) else value
+
+    return jax.tree.map(leaf, mask, types)
+
+
+def dot(a, b, a_axis: int, b_axis: int):
+    """A product of matrices over one axis of each, summed in float32.
+
+    Operands in float32 are multiplied in full precision, those in bfloat16 in one pass.
+    """
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
+
+
+def in_lanes(row: Array) -> Array:
+    """A row `[1, n]` turned upright, the same in every lane: `[n, 128]`."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def widened(column: Array, width: int) -> Array:
+    """`[n, 128]`, alike in all lanes, as `[n, width]`."""
+    return jnp.tile(column, (1, -(-width // LANES)))[:, :width]
+
+
+def lane_sums(tile: Array) -> Array:
+    """`[n, m]` summed over registers only, `[n, 128]`: the rest of the sum is left for the line's end."""
+    return (
+        sum(tile[:, start : start + LANES] for start in range(LANES, tile.shape[1], LANES)) + tile[:, :LANES]
+    )
