@@ -262,7 +262,9 @@ class _Flow:
         return None if before is None or after is None else (*before, *after[1:])
 
     def _path(self, start: int, stop: int, avoiding: Collection[int]) -> tuple[int, ...] | None:
-        best: dict[int, tuple[int, tuple[int, ...]]] = {start: (self.costs[start], (start,))}
+        best: dict[int, tuple[int, tuple[int, ...]]] = {}
+        if start not in avoiding:
+            best[start] = (self.costs[start], (start,))
         for number, following in self.edges:  # in program order, so each start is settled before it is left
             if number in best and following not in avoiding:
                 cost, path = best[number]

@@ -96,6 +96,11 @@ def test_a_step_is_the_cheapest_way_through_its_matmuls():
     assert (partial.cycles, partial.bundles, partial.idle_cycles, partial.compares) == (26, 21, 10, 8)
 
 
+def test_matmuls_that_nothing_skips_have_no_idle_step():
+    unconditional = kernel(SCHEDULE.replace("sbr.rel (%p1) target bundleno = 7 (0x7), region = 4", "smov 0"))
+    assert [(step.cycles, step.idle_cycles) for step in unconditional.steps()] == [(12, None), (28, None)]
+
+
 def test_units_count_as_often_as_their_loop_runs():
     full, partial = kernel().steps()
     assert [full.units[unit] for unit in ("MXU", "VALU", "VSTORE", "XLU")] == [8, 2, 2, 0]
