@@ -1,0 +1,101 @@
+"""Compiles for a TPU that is not there, and reads the schedules of the Pallas kernels in the program.
+
+    python -m benchmarks.tpu_compile v5e:2x2 module:function '{"option": 1}'
+
+The function (of a module, or of a file: `file.py:function`) returns a callable and its arguments' shapes.
+libtpu compiles without a device and reads its flags once, at start-up: hence a process for each program.
+"""
+
+import importlib
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.vliw import Kernel, blocks_of, folded, utilization_of
+
+_WITHOUT_DEVICES = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+_SUMMARY = "schedule-analysis_final_bundles"
+
+
+def kernels(topology: str, target: str, options: dict | None = None) -> dict[str, Kernel]:
+    """The scheduled Pallas kernels of a program, by name.
+
+    `target` is `module:function` or `file.py:function`, `options` its keyword arguments, and what it
+    returns a callable and a tuple of `jax.ShapeDtypeStruct`s. Raises RuntimeError with the compiler's words
+    where it does not compile.
+    """
+    with tempfile.TemporaryDirectory() as dumps:
+        flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.tpu_compile",
+            topology,
+            target,
+            json.dumps(options or {}),
+        ]
+        environment = os.environ | _WITHOUT_DEVICES | {"LIBTPU_INIT_ARGS": flags}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{target} does not compile for {topology}:\n{done.stderr[-4000:]}")
+        return read(Path(dumps))
+
+
+def read(dumps: Path) -> dict[str, Kernel]:
+    """The Pallas kernels in a folder of dumps, by name (with XLA's number where a name comes twice)."""
+    found = {}
+    for summary in sorted(dumps.glob(f"*-{_SUMMARY}.txt")):
+        text = summary.read_text()
+        name = re.match(rf"\d+-(.+)-\d+-{_SUMMARY}", summary.name)
+        if name is None or name[1] == "TLP" or 'custom_call_target="tpu_custom_call"' not in text:
+            continue  # XLA's own fusions, and the program around the kernels
+        prefix = summary.name.split(name[1])[0] + name[1]
+        short = re.sub(r"\.\d+$", "", name[1])
+        schedule, final = (
+            _text(dumps, prefix, "packed-bundles-post-ra"),
+            _text(dumps, prefix, "final_bundles"),
+        )
+        use = _text(dumps, prefix, "pre-delay_hlo-static-per-bundle-utilization")
+        blocks = blocks_of(schedule)
+        kernel = Kernel(blocks, folded(blocks, schedule, final), utilization_of(use))
+        found[name[1] if short in found else short] = kernel
+    return found
+
+
+def _text(dumps: Path, prefix: str, what: str) -> str:
+    named = re.compile(re.escape(prefix) + rf"-\d+-{what}\.txt")
+    (path,) = [path for path in dumps.iterdir() if named.fullmatch(path.name)]
+    return path.read_text()
+
+
+def compile_for(topology: str, target: str, options: dict):
+    """Compiles the target's program for one device of the topology, in this process."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    where, name = target.rsplit(":", 1)
+    functions = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
+    program, shapes = functions[name](**options)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("device",), axis_types=(AxisType.Auto,))
+    here = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(program).lower(*placed).compile()
+
+
+if __name__ == "__main__":
+    compile_for(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
