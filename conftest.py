@@ -1,7 +1,10 @@
 """JAX at its strictest for every test and doctest, on eight CPU devices."""
 
+import os
 from inspect import ismodule
 from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is there: libtpu would look for a TPU
 
 import jax
 import jax.numpy as jnp

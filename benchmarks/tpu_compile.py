@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.vliw import Kernel, blocks_of, folded, utilization_of
@@ -37,19 +38,33 @@ def kernels(topology: str, target: str, options: dict | None = None) -> dict[str
     """
     with tempfile.TemporaryDirectory() as dumps:
         flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.tpu_compile",
-            topology,
-            target,
-            json.dumps(options or {}),
-        ]
-        environment = os.environ | _WITHOUT_DEVICES | {"LIBTPU_INIT_ARGS": flags}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{target} does not compile for {topology}:\n{done.stderr[-4000:]}")
+        _in_a_process(topology, target, options, {"LIBTPU_INIT_ARGS": flags})
         return read(Path(dumps))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a compiled program says of itself: its Pallas kernels, and bytes of memory on one device."""
+
+    kernels: frozenset[str]
+    temporary_bytes: int
+    argument_bytes: int
+    output_bytes: int
+
+
+def facts(topology: str, target: str, options: dict | None = None) -> Facts:
+    """Compiles as `kernels` does, and tells what came out. Raises as it does."""
+    told = json.loads(_in_a_process(topology, target, options, {}).splitlines()[-1])
+    return Facts(**told | {"kernels": frozenset(told["kernels"])})
+
+
+def _in_a_process(topology: str, target: str, options: dict | None, environment: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "benchmarks.tpu_compile", topology, target, json.dumps(options or {})]
+    environment = os.environ | _WITHOUT_DEVICES | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{target} does not compile for {topology}:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def read(dumps: Path) -> dict[str, Kernel]:
@@ -97,5 +112,19 @@ def compile_for(topology: str, target: str, options: dict):
         return jax.jit(program).lower(*placed).compile()
 
 
+def _told(program) -> str:
+    memory = program.memory_analysis()
+    call = r'%(\w+?)(?:\.\d+)? = .*custom_call_target="tpu_custom_call"'
+    names = set(re.findall(call, program.as_text()))
+    return json.dumps(
+        {
+            "kernels": sorted(names),
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "output_bytes": memory.output_size_in_bytes,
+        }
+    )
+
+
 if __name__ == "__main__":
-    compile_for(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    print(_told(compile_for(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))

@@ -30,6 +30,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from benchmarks.tpu_compile import kernels
 from benchmarks.vliw import Step
+from dynmask_jax import Causal, Tokens, Window, attention, plan
 
 HEADS, BLOCK = 8, 512
 
@@ -67,9 +68,23 @@ class Program:
 
 
 PROGRAMS = (
+    Program("dynmask_jax", "benchmarks.tpu_schedule:ours", {}, ("full", "partial")),
     Program("splash", "benchmarks.tpu_schedule:splash", {"mask": "full"}, ("full",)),
     Program("splash", "benchmarks.tpu_schedule:splash", {"mask": "causal"}, ("partial",)),
 )
+
+
+def ours(tokens: int, head_dim: int):
+    """Our gradient under a causal window whose length is data: the program of a whole curriculum."""
+
+    def attend(q, k, v, window):
+        mask = Causal() & Window(window)
+        return attention(
+            q, k, v, plan(mask, Tokens.sequence(tokens), block_q=BLOCK, block_k=BLOCK), backend="tpu"
+        )
+
+    array = jax.ShapeDtypeStruct((1, tokens, HEADS, head_dim), jnp.bfloat16)
+    return gradient(attend), (array, array, array, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def splash(mask: str, tokens: int, head_dim: int):
@@ -93,7 +108,7 @@ def splash(mask: str, tokens: int, head_dim: int):
 
 def gradient(attend):
     """The gradient of the output's sum by q, k and v."""
-    return jax.grad(lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+    return jax.grad(lambda *args: attend(*args).astype(jnp.float32).sum(), (0, 1, 2))
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ BACKENDS: dict[str, Callable] = {"dense": dense.attend, "xla": xla.attend, "tpu"
 def default_backend(platform: str | None = None) -> str:
     """The backend that `attention(backend=None)` takes on a platform: "cpu", "gpu", "tpu".
 
-    Without a name, on the platform that JAX computes on now.
+    Without a name, on the platform that JAX computes on now. A program compiled ahead of time for
+    another platform must name its backend.
     """
-    del platform  # one backend runs everywhere so far; kernels will take their platforms over
-    return "xla"
+    return "tpu" if (platform or jax.default_backend()) == "tpu" else "xla"
 
 
 @overload
@@ -72,7 +72,8 @@ def attention(
       soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
       sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
         Xiao et al. 2023, arXiv:2309.17453).
-      backend: "dense", "xla", or None for `default_backend()`. A named backend never falls back.
+      backend: "dense", "xla", "tpu" (interpreted, and slow, on any other platform), or None for
+        `default_backend()`. A named backend never falls back.
       return_lse: give `(out, lse)`.
 
     Returns:
@@ -82,7 +83,7 @@ def attention(
     A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
     logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the out and
     lse of the queries that see it, and of what comes back through out to them, and touches nothing
-    else. Differentiable in q, k, v and sinks, in reverse mode and once. Memory is O(T + S) with "xla".
+    else. Differentiable in q, k, v and sinks, in reverse mode and once. Memory is O(T + S), except with "dense".
 
     Raises:
       ValueError, TypeError: arguments that do not fit, by name.

@@ -138,7 +138,7 @@ def test_soft_cap_and_sinks_are_what_they_say(backend):
     np.testing.assert_allclose(out[0, 2, 0], (weights / weights.sum())[:3] @ v[0, :, 0], rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tpu"])  # it has no float64
 def test_gradients_are_those_of_finite_differences(backend):
     shape = Shape(batch=1, queries=7, keys=6, heads=2, kv_heads=1, head_dim=4, block_q=4, block_k=4)
     with jax.enable_x64(True):
@@ -377,8 +377,9 @@ def array_sizes(hlo: str) -> set[int]:
 
 
 def test_the_choice_of_backend_can_be_asked_for():
-    assert default_backend() in BACKENDS
-    assert default_backend("tpu") in BACKENDS
+    assert default_backend() == default_backend("cpu") == "xla"
+    assert default_backend("tpu") == "tpu"
+    assert default_backend("gpu") in BACKENDS
 
 
 Q = (1, 4, 4, 8)
@@ -419,7 +420,7 @@ Q = (1, 4, 4, 8)
         ),
         ({"backend": ["xla"]}, ValueError, "backend must be one of"),
         ({"scale": True}, TypeError, "scale must be a Python number"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of 'dense', 'xla'.* or None, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'dense', 'xla', 'tpu' or None, got 'cuda'"),
         ({"scale": "big"}, TypeError, "scale must be a Python number"),
         ({"scale": -1.0}, ValueError, "scale must be positive"),
         ({"soft_cap": 0.0}, ValueError, "soft_cap must be positive and finite, got 0"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dynmask_jax.attention import BACKENDS
 from dynmask_jax.curricula import Order
 
 Kind = Literal["full", "static", "window", "chunks", "reveal"]
@@ -32,6 +33,8 @@ class Model:
     """Features inside the feed-forward layer (SwiGLU)."""
     rope_theta: float = 10_000.0
     """Base of the rotary positions; the longest wavelength is about 6 times as many tokens."""
+    backend: str | None = None
+    """What computes attention: "xla", "tpu" or "dense". None: what the platform has."""
 
     def __post_init__(self):
         _at_least("model", self, layers=1, width=1, heads=1, kv_heads=1, hidden=1)
@@ -43,6 +46,8 @@ class Model:
             )
         if self.heads % self.kv_heads:
             raise ValueError(f"model.kv_heads must divide model.heads ({self.heads}), got {self.kv_heads}")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"model.backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """A decoder-only Transformer: tokens and a plan in, logits out."""
 
+from functools import partial
+
 import flax.nnx as nnx
 
-from dynmask_jax import Plan
+from dynmask_jax import Plan, attention
 from dynmask_jax.array_typing import Array, Float, Int
 from dynmask_jax.nnx import Attention
 from train import config
@@ -30,6 +32,7 @@ class Block(nnx.Module):
             shape.heads,
             num_kv_heads=shape.kv_heads,
             rope_theta=shape.rope_theta,
+            attention=attention if shape.backend is None else partial(attention, backend=shape.backend),
             rngs=rngs,
         )
         self.feed_forward_norm = nnx.RMSNorm(shape.width, rngs=rngs)

@@ -12,7 +12,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, Float, pytree
@@ -28,7 +27,15 @@ from dynmask_jax.backends.tpu_grid import (
     sweep,
     token_blocks,
 )
-from dynmask_jax.backends.tpu_tile import LOG2E, Tile, dot, in_lanes, lane_sums, widened
+from dynmask_jax.backends.tpu_tile import (
+    LOG2E,
+    Tile,
+    check_kernel_mask,
+    dot,
+    in_lanes,
+    lane_sums,
+    widened,
+)
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.plans import FULL, TEST, Plan
 from dynmask_jax.scores import Scores
@@ -43,11 +50,17 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention of every query over the keys that the plan's mask shows it.
 
+    A mask may use what Mosaic can compute of arrays: arithmetic, comparisons, logic, but no lookup.
+
     Raises:
-      Unsupported: for dtypes other than float32 and bfloat16.
+      Unsupported: for dtypes other than float32 and bfloat16, and for a mask whose function closes
+        over an array.
     """
     if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise Unsupported(f"backend 'tpu' computes in float32 and bfloat16, got {q.dtype}")
+        raise Unsupported(
+            f"backend 'tpu' computes in float32 and bfloat16, got {q.dtype}; backend 'xla' takes others"
+        )
+    check_kernel_mask(plan.mask)
     return _attend(scores, q, k, v, plan)
 
 

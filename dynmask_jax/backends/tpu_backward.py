@@ -9,7 +9,6 @@ Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 

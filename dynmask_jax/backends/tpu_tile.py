@@ -12,7 +12,8 @@ from jax import lax
 
 from dynmask_jax.array_typing import Array, is_boolean
 from dynmask_jax.backends.tpu_grid import LANES
-from dynmask_jax.masks import Mask, look
+from dynmask_jax.errors import Unsupported
+from dynmask_jax.masks import Mask, look, visible_pairs
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
@@ -73,6 +74,22 @@ class Tile:
         seen = look(mask, column, line) if self.keys_first else look(mask, line, column)
         seen = jnp.broadcast_to(seen, line.shape)
         return seen & (jnp.broadcast_to(strip[2:3], line.shape) != 0) if self.filled else seen
+
+
+def check_kernel_mask(mask: Mask):
+    """Refuses a mask that a kernel cannot trace.
+
+    Raises:
+      Unsupported: its function closes over an array.
+    """
+    tokens = Tokens.sequence(2)
+    constants = jax.make_jaxpr(visible_pairs)(mask, tokens, tokens).consts
+    if constants:
+        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in constants)
+        raise Unsupported(
+            f"backend 'tpu': {mask!r} closes over an array ({shapes}), which a kernel cannot reach; give a "
+            "number as a parameter, Predicate(function, number), or take backend 'xla'"
+        )
 
 
 def _of_head(mask: Mask, types: Mask, head) -> Mask:

@@ -1,0 +1,53 @@
+"""The real TPU compiler takes the kernels, for every generation of TPU; no TPU is needed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tpu_compile import facts
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+PROGRAMS = Path(__file__).with_name("tpu_programs.py")
+TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+KERNELS = {"dynmask_forward", "dynmask_dq", "dynmask_dkv"}
+
+
+@pytest.fixture(autouse=True)
+def _names_of_the_tests(monkeypatch):
+    """The programs import the masks of `cases.py`, in a process of their own."""
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS.parent))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_attention_and_its_gradient(topology):
+    """32,768 tokens, 8 heads: memory stays linear in them."""
+    found = facts(topology, f"{PROGRAMS}:attention_and_gradient")
+    assert found.kernels == KERNELS
+    one_array = 32_768 * 8 * 128 * 2
+    assert found.temporary_bytes < 8 * one_array
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32", "head_dim": 256, "kv_heads": 2},
+        {"head_dim": 64, "kv_heads": 1, "soft_cap": 30.0},
+        {"dtype": "float32", "head_dim": 64, "soft_cap": 30.0},
+    ],
+    ids=lambda options: "+".join(f"{name}_{value}" for name, value in options.items()),
+)
+def test_every_option(options):
+    assert facts("v5e:2x2", f"{PROGRAMS}:attention_and_gradient", options).kernels == KERNELS
+
+
+def test_every_mask():
+    assert facts("v5e:2x2", f"{PROGRAMS}:every_mask").kernels == KERNELS
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_whole_train_step(topology):
+    """It fits the memory of one device, or the compiler would refuse."""
+    assert facts(topology, f"{PROGRAMS}:train_step").kernels == KERNELS

@@ -1,0 +1,66 @@
+"""Programs that the real TPU compiler is given, by name: each returns a function and its arguments' shapes.
+
+Run for `tests/test_tpu_compile.py` in a process of its own.
+"""
+
+import jax
+import jax.numpy as jnp
+from cases import HEADS, MASKS
+
+from dynmask_jax import Causal, SameSegment, Tokens, Window, attention, plan
+from train.config import Curriculum, Data, Model, Run
+from train.step import begin
+
+LENGTH = 32_768
+
+
+def attention_and_gradient(dtype: str = "bfloat16", head_dim: int = 128, kv_heads: int = 8, **options):
+    """Packed documents under a growing window: 32,768 tokens, 8 heads."""
+    q = jax.ShapeDtypeStruct((1, LENGTH, 8, head_dim), dtype)
+    k = jax.ShapeDtypeStruct((1, LENGTH, kv_heads, head_dim), dtype)
+    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    sinks = jax.ShapeDtypeStruct((8,), jnp.float32)
+
+    def loss(arrays, position, segment, window):
+        q, k, v, sinks = arrays
+        seen = plan(
+            Causal() & Window(window) & SameSegment(), Tokens(position, segment), block_q=512, block_k=512
+        )
+        out, lse = attention(q, k, v, seen, sinks=sinks, backend="tpu", return_lse=True, **options)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    return jax.value_and_grad(loss), ((q, k, k, sinks), tokens, tokens, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def every_mask():
+    """Attention and its gradient under each mask of the tests, one after the other, in one program."""
+    q = jax.ShapeDtypeStruct((1, 512, HEADS, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+
+    def loss(arrays, position, segment):
+        tokens, total = Tokens(position, segment), 0.0
+        for mask in MASKS.values():
+            # Leaves that the compiler cannot know: it must compute the mask, as in training.
+            mask = jax.tree.map(
+                lambda leaf: leaf + (position[0, 0] * 0).astype(jnp.asarray(leaf).dtype), mask
+            )
+            out = attention(*arrays, plan(mask, tokens, block_q=256, block_k=128), backend="tpu")
+            total += out.astype(jnp.float32).sum()
+        return total
+
+    return jax.grad(loss), ((q, k, k), tokens, tokens)
+
+
+def train_step():
+    """The trainer's whole step: 32,768 tokens, 8 heads, a growing window."""
+    run = Run(
+        name="tpu",
+        block=512,
+        model=Model(layers=1, width=1024, heads=8, kv_heads=2, hidden=2048, backend="tpu"),
+        data=Data(length=LENGTH),
+        curriculum=Curriculum(start=1024),
+    )
+    program, state = begin(run)
+    rows = jax.ShapeDtypeStruct((1, LENGTH + 1), jnp.int32)
+    return program.train_step, (jax.eval_shape(lambda: state), rows)
