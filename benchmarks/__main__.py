@@ -1,6 +1,6 @@
 """Measures, prints the tables, and writes results and table where asked.
 
-python -m benchmarks                               # the quick form, a few minutes
+python -m benchmarks                               # the quick form, about ten minutes
 python -m benchmarks --only causal plans           # these alone
 python -m benchmarks --full --json docs/benchmarks # the full form, and the documentation's table anew
 python -m benchmarks --table                       # the table from the results that are there
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None):
         for name in options.only or BENCHMARKS:
             benchmark = BENCHMARKS[name]
             settings = benchmark.FULL if options.full else benchmark.QUICK
-            results = measured(name, settings, options.repeats)
+            results = measured(name, settings, options.repeats or (5 if options.full else 3))
             print(report.section(name, results), flush=True)
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--full", action="store_true", help="the sizes of the documentation; takes long")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--repeats", type=_positive, default=5, help="rounds; the median is reported")
+    parser.add_argument(
+        "--repeats", type=_positive, help="rounds, of which the median counts: 3, or 5 in full"
+    )
     parser.add_argument("--json", type=Path, metavar="DIR", help="write DIR/NAME.json, and the table DIR.md")
     parser.add_argument("--table", action="store_true", help="measure nothing: write the table from the JSON")
     return parser

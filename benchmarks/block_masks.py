@@ -56,11 +56,17 @@ def main():
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     make = _call(options.mask, options.tokens, options.compiled)
-    # Refused by its own allocator, not ended by the system's, which may choose another process.
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + free, used + free))
+    _limit_memory_to_what_is_free()
     make()
+
+
+def _limit_memory_to_what_is_free():
+    """So that its own allocator refuses, not the system, which may end another process instead."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        most = int(pages.read_text().split()[0]) + os.sysconf("SC_AVPHYS_PAGES")
+        size = most * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 if __name__ == "__main__":

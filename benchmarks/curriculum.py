@@ -49,7 +49,7 @@ class Settings(Size):
         return round(0.6 * self.steps)
 
 
-QUICK, FULL = Settings(tokens=2_048, chunk=256), Settings(tokens=8_192, points=9)
+QUICK, FULL = Settings(tokens=2_048, chunk=256), Settings(tokens=4_096, points=9)
 
 
 def measure(settings: Settings, repeats: int) -> dict:
@@ -160,7 +160,7 @@ def section(results: dict) -> str:
     return (
         f"{settings}, float32; {settings.steps:,} steps, of which the mask grows over the first "
         f"{settings.growth:,}: linearly from a window of {settings.start}, or by chunks of {settings.chunk}, "
-        f"to the full causal mask. The train step is that of {settings.layers} layers of width "
+        f"to the full causal mask. Layers in the model of the train step: {settings.layers}, of width "
         f"{settings.heads * settings.head_dim}. Measured at {settings.points} steps, straight lines "
         f"between.\n\n{table(columns, rows)}"
     )

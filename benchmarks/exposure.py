@@ -47,6 +47,7 @@ def measure(settings: Settings, repeats: int) -> dict:
             {
                 "tokens": tokens,
                 "window": window,
+                "pairs": pairs(tokens, window),
                 "exposure": pairs(tokens, window) / pairs(tokens, tokens),
                 "times": times[str(window)],
                 "compilations": compilations,
@@ -76,8 +77,10 @@ def section(results: dict) -> str:
         allowed = share(bound(row["exposure"])) if row["tokens"] in full else "–"
         name = f"{row['tokens']:,} tokens, window {row['window']:,}"
         times = [seconds(row["times"][way]) for way in WAYS]
-        lines.append([name, share(row["exposure"]), allowed, times[0], shares[0], times[1], shares[1]])
+        each = seconds(row["times"][BOTH] / row["pairs"] * 1e6)
+        lines.append([name, share(row["exposure"]), allowed, times[0], shares[0], times[1], shares[1], each])
     columns = ["causal window", "exposure", "bound", FORWARD, "of the full mask", BOTH, "of the full mask"]
+    columns += ["a million pairs"]
     settings = results["settings"]
     return (
         f"{settings['heads']} heads of {settings['head_dim']}, float32; one compilation for all windows of a "

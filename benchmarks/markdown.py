@@ -13,12 +13,15 @@ def seconds(value: float | str) -> str:
     """A time with three digits; a reason as it is."""
     if isinstance(value, str):
         return value
-    return f"{value:.3g} s" if value >= 1 else f"{_digits(1e3 * value)} ms"
+    return f"{_digits(value)} s" if value >= 1 else f"{_digits(1e3 * value)} ms"
 
 
 def ratio(value: float | str, to: float | str) -> str:
     """How many times `to`; a dash where either is a reason."""
-    return "–" if isinstance(value, str) or isinstance(to, str) else f"{value / to:.2f}×"
+    if isinstance(value, str) or isinstance(to, str):
+        return "–"
+    times = value / to
+    return f"{times:,.0f}×" if times >= 100 else f"{times:.2f}×"
 
 
 def share(value: float) -> str:
