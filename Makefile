@@ -14,8 +14,10 @@ test: $(VENV)/test.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2
 
-bench: $(VENV)/train.installed
-	$(BIN)/python -m benchmarks.attention
+# PyTorch is among the peers. Its default Linux build holds CUDA, gigabytes that a CPU comparison has no use
+# for: point pip at a CPU build's index (PIP_EXTRA_INDEX_URL), or leave it out: the results then say so.
+bench: $(VENV)/bench.installed
+	$(BIN)/python -m benchmarks
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff format .

@@ -1,0 +1,79 @@
+"""Measures, prints the tables, and writes results and table where asked.
+
+python -m benchmarks                               # the quick form, about ten minutes
+python -m benchmarks --only causal plans           # these alone
+python -m benchmarks --full --json docs/benchmarks # the full form, and the documentation's table anew
+python -m benchmarks --table                       # the table from the results that are there
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks import causal, curriculum, exposure, flashmask, memory, plans, report
+from benchmarks.timing import machine
+
+BENCHMARKS: dict[str, ModuleType] = {
+    "causal": causal,
+    "exposure": exposure,
+    "memory": memory,
+    "curriculum": curriculum,
+    "flashmask": flashmask,
+    "plans": plans,
+}
+
+
+def main(arguments: Sequence[str] | None = None):
+    """Runs the command line; by default with the process's own arguments.
+
+    Raises:
+      SystemExit: an option or a benchmark that does not exist.
+    """
+    options = _parser().parse_args(arguments)
+    folder = options.json or (report.FOLDER if options.table else None)
+    if not options.table:
+        for name in options.only or BENCHMARKS:
+            benchmark = BENCHMARKS[name]
+            settings = benchmark.FULL if options.full else benchmark.QUICK
+            results = measured(name, settings, options.repeats or (5 if options.full else 3))
+            print(report.section(name, results), flush=True)
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    if folder:
+        print(f"The table is {report.write_table(folder)}")
+
+
+def measured(name: str, settings, repeats: int) -> dict:
+    """One benchmark's results, as JSON gives them back."""
+    results = BENCHMARKS[name].measure(settings, repeats)
+    return json.loads(json.dumps({"machine": machine(), "repeats": repeats, **results}))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--full", action="store_true", help="the sizes of the documentation; takes long")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument(
+        "--repeats", type=_positive, help="rounds, of which the median counts: 3, or 5 in full"
+    )
+    parser.add_argument("--json", type=Path, metavar="DIR", help="write DIR/NAME.json, and the table DIR.md")
+    parser.add_argument("--table", action="store_true", help="measure nothing: write the table from the JSON")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    main()
