@@ -37,7 +37,8 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     # A query that sees nothing gets weights of zero: exp2(−inf).
     level = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
     queries = tuple(blocks_by_head(x, plan.block_q, plan.rows) for x in (q, d_out))
-    queries += tuple(blocks_by_head(x, plan.block_q, plan.rows)[:, :, :, None] for x in (level, delta))
+    shared = jnp.stack([blocks_by_head(x, plan.block_q, plan.rows) for x in (level, delta)], axis=3)
+    queries += (shared,)
     keys = tuple(blocks_by_head(x, plan.block_k, plan.rows) for x in (k, v))
     tokens = token_blocks(plan.q_tokens, plan.block_q), token_blocks(plan.kv_tokens, plan.block_k)
     dq = _sweep_queries(scores, plan, tokens, queries, keys)
@@ -60,7 +61,7 @@ class QueryState:
 
 
 def _query_kernel(active, mask, tokens, line, column, out, state, *, tile):
-    (q, d_out, level, delta), (k, v) = line, column
+    (q, d_out, shared), (k, v) = line, column
     head, step = pl.program_id(1), pl.program_id(2)
     code, begins, ends = active.at(step)
 
@@ -68,8 +69,8 @@ def _query_kernel(active, mask, tokens, line, column, out, state, *, tile):
     def _():
         for field in range(2):
             state.tokens[field] = in_lanes(tokens[0][field : field + 1])
-        state.level[...] = in_lanes(level[...])
-        state.delta[...] = in_lanes(delta[...])
+        state.level[...] = in_lanes(shared[:1])
+        state.delta[...] = in_lanes(shared[1:])
         state.dq[...] = jnp.zeros(state.dq.shape, jnp.float32)
 
     def add(hide):
@@ -125,7 +126,7 @@ class KeyState:
 
 
 def _key_kernel(active, mask, tokens, line, column, out, state, *, tile, group):
-    (k, v), (q, d_out, level, delta), (dk, dv) = line, column, out
+    (k, v), (q, d_out, shared), (dk, dv) = line, column, out
     head, step, inner = (pl.program_id(axis) for axis in (1, 2, 3))
     code, begins, ends = active.at(step)
 
@@ -138,9 +139,9 @@ def _key_kernel(active, mask, tokens, line, column, out, state, *, tile, group):
 
     def add(hide):
         logits = tile.logits(dot(k[...], q[...], 1, 1))  # [bk, bq]
-        weights = jnp.exp2(hide(logits) - level[...])
+        weights = jnp.exp2(hide(logits) - shared[:1])
         state.dv[...] += dot(weights.astype(d_out.dtype), d_out[...], 1, 0)
-        d_logits = weights * (dot(v[...], d_out[...], 1, 1) - delta[...])
+        d_logits = weights * (dot(v[...], d_out[...], 1, 1) - shared[1:])
         d_products = tile.slope(logits, d_logits).astype(q.dtype)
         state.dk[...] += dot(d_products, q[...], 1, 0)
 

@@ -139,8 +139,8 @@ def _split(lines: Lines, groups: int, size: int) -> Lines:
         x = x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    by_line = (split(x, 0) for x in (lines.codes, lines.start, lines.tokens))
-    return Lines(*by_line, jax.tree.map(lambda x: split(x, 2), lines.arrays))
+    codes, start, tokens = (split(x, 0) for x in (lines.codes, lines.start, lines.tokens))
+    return Lines(codes, start, tokens, jax.tree.map(lambda x: split(x, 2), lines.arrays))
 
 
 def _joined(x: Array) -> Array:
@@ -193,7 +193,8 @@ def _call(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns, *, interpr
 def _block(x, place: Callable) -> pl.BlockSpec:
     """One block of `[O, heads, blocks, a, b]`, or of tokens `[blocks, a, b]`, at that place."""
     leading = x.ndim - 2
-    return pl.BlockSpec((None,) * leading + x.shape[leading:], lambda *at: (*place(*at)[3 - leading :], 0, 0))
+    shape = (*[None] * leading, *x.shape[leading:])
+    return pl.BlockSpec(shape, lambda *at: (*place(*at)[3 - leading :], 0, 0))
 
 
 def active_blocks(codes: Int[Array, "L C"], start: Int[Array, " L"]) -> tuple[Active, Int[Array, ""]]:
@@ -252,6 +253,6 @@ def _scalars(leaf) -> Array:
     return leaf.astype(kind).reshape(-1)
 
 
-def block_type(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    """The type of a block of results, or of what is kept over a line."""
+def block_type(shape: tuple[int, ...], dtype=jnp.float32) -> Any:
+    """The type of a block of results, or of what is kept over a line, in the place of an array."""
     return jax.ShapeDtypeStruct(shape, dtype)
