@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import causal, curriculum, exposure, flashmask, memory, plans, report
+from benchmarks import causal, curriculum, exposure, flashmask, memory, plans, report, tpu_schedule
 from benchmarks.timing import machine
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "curriculum": curriculum,
     "flashmask": flashmask,
     "plans": plans,
+    "tpu_schedule": tpu_schedule,
 }
 
 

@@ -4,8 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import causal, curriculum, exposure, flashmask, memory, plans
-from benchmarks.markdown import table
+from benchmarks import causal, curriculum, exposure, flashmask, memory, plans, tpu_schedule
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 """Where the results lie that the documentation shows: NAME.json."""
@@ -18,12 +17,6 @@ medians of interleaved rounds of one run, so that ratios hold; each section says
 """
 
 
-def generic(results: dict) -> str:
-    """Results that bring their own table: `text`, `columns` and `rows` of words and numbers."""
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in results["rows"]]
-    return f"{results['text']}\n\n{table(results['columns'], cells)}"
-
-
 SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "causal": ("Full causal attention", causal.section),
     "exposure": ("Time against exposure", exposure.section),
@@ -31,7 +24,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "curriculum": ("A step over a whole curriculum", curriculum.section),
     "flashmask": ("The twelve masks of FlashMask", flashmask.section),
     "plans": ("Finding the blocks to skip", plans.section),
-    "tpu_schedule": ("Static cost on TPU", generic),
+    "tpu_schedule": ("Static cost on TPU", tpu_schedule.section),
 }
 """NAME of the JSON file -> the section's title, and how its results read."""
 

@@ -1,33 +1,20 @@
 """Cycles of one attention block in the TPU compiler's final schedule, beside splash attention's.
 
-    python -m benchmarks.tpu_schedule [--topology v5e:2x2] [--tokens 4096] [--head-dim 128] [--json FILE]
-
-Needs libtpu, no TPU; the same versions give the same numbers. A row is one grid step that runs one block of
-512 queries by 512 keys, 8 heads, bfloat16: a full block (no mask) or a partial one (masked).
-
-- cycles: bundles in the schedule, waits counted; bundles: those left when waits are folded into them;
-  idle: cycles of the same step with its block skipped, where it can be.
-- MXU: cycles its matmuls keep the MXUs busy, as compiled; bound: those matmuls' multiplications over what
-  the chip's MXUs do in a cycle. They part where a matmul is narrower than an MXU.
-- the units: slots used over slots offered in those cycles. `spill` is the part of `store` that parks
-  registers. Waits for DMA, and stalls at run time, are in no schedule and not in these numbers.
-
-Under a mask function splash masks every block it runs, also the full ones: its partial path is all it has
-under a causal mask. Its full path is compiled without a mask.
+Needs libtpu, no TPU; the same versions give the same numbers. See `LEGEND` for what the columns mean.
 """
 
-import argparse
-import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import product
-from pathlib import Path
+from importlib.util import find_spec
+from itertools import groupby, product
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from benchmarks.markdown import ratio, table
 from benchmarks.tpu_compile import kernels
 from benchmarks.vliw import Step
 from dynmask_jax import Causal, Tokens, Window, attention, plan
@@ -163,54 +150,86 @@ _UNITS = {
 }
 
 
-def report(rows: list[Row]) -> str:
-    """The rows as text: a table for each topology and shape."""
-    lines = []
-    for topology, tokens, head_dim in dict.fromkeys((row.topology, row.tokens, row.head_dim) for row in rows):
-        lines += ["", f"{topology}, {tokens:,} tokens, {HEADS} heads, head dim {head_dim}, bfloat16"]
-        units = "".join(f"{unit:>7}" for unit in _UNITS)
-        lines += [
-            f"  {'':<8}{'':<9}{'':<13}{'cycles':>7}{'bundles':>8}{'idle':>6}{'MXU':>6}{'bound':>6} {units}"
-        ]
-        these = [
-            row for row in rows if (row.topology, row.tokens, row.head_dim) == (topology, tokens, head_dim)
-        ]
-        order = [*PASSES]
-        these.sort(key=lambda row: (order.index(row.kernel), row.path, row.library))
-        lines += [_line(row) for row in these]
-    return "\n".join(lines[1:])
+@dataclass(frozen=True)
+class Settings:
+    """What is compiled: every topology with every length and head dim."""
+
+    topologies: tuple[str, ...]
+    tokens: tuple[int, ...]
+    head_dims: tuple[int, ...]
 
 
-def _line(row: Row) -> str:
-    step = row.step
-    idle = "-" if step.idle_cycles is None else step.idle_cycles
-    bound = "-" if row.bound is None else f"{row.bound:.0f}"
-    units = "".join(f"{step.use[unit]:>7.0%}" for unit in _UNITS.values())
-    name = f"  {row.kernel:<8}{row.path:<9}{row.library:<13}"
-    return f"{name}{step.cycles:>7}{step.bundles:>8}{idle:>6}{step.mxu_bound:>6.0f}{bound:>6} {units}"
+QUICK = Settings(("v5e:2x2",), (4_096,), (128,))
+FULL = Settings(("v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"), (32_768,), (128, 64))
 
 
-def main(arguments: list[str] | None = None):
-    """Compiles, prints the tables, and writes the JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--topology", nargs="+", default=["v5e:2x2"], help="as libtpu names them")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[4_096, 32_768])
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[128, 64])
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    options = parser.parse_args(arguments)
-    shapes = product(options.topology, options.head_dim, options.tokens)
+def measure(settings: Settings, repeats: int) -> dict:
+    """The rows, compiled and read; repeats change nothing. Where libtpu is missing, that."""
+    del repeats
+    if find_spec("libtpu") is None:
+        return {"repeats": None, "compiler": "libtpu is not installed", "rows": []}
+    shapes = product(settings.topologies, settings.head_dims, settings.tokens)
     rows = [
-        row
+        asdict(row)
         for topology, head_dim, tokens in shapes
         for program in PROGRAMS
         for row in rows_of(program, topology, tokens, head_dim)
     ]
-    print(report(rows))
-    if options.json:
-        compiler = {name: version(name) for name in ("jax", "libtpu")}
-        results = {"compiler": compiler, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    return {"repeats": None, "compiler": f"libtpu {version('libtpu')}", "rows": rows}
 
 
-if __name__ == "__main__":
-    main()
+LEGEND = f"""The TPU compiler's final schedule of one grid step that runs one block of {BLOCK} queries by
+{BLOCK} keys, {HEADS} heads, bfloat16, without a TPU and the same each time ({{compiler}}). A full block is
+computed without a mask; for splash that is a program without one, since under a mask function it masks every
+block that it runs. A partial block is masked.
+
+- cycles: bundles in the schedule with waits counted; bundles: those left when waits are folded into them;
+  idle: cycles of the same step with its block skipped, where it can be.
+- MXU bound: cycles that the block's matmuls keep the MXUs busy, as compiled: no schedule can be shorter;
+  at peak: those matmuls' multiplications over what the chip's MXUs do in a cycle. They part where a matmul is
+  narrower than an MXU, as with head dim 64.
+- the units: slots used over slots offered in those cycles; spill is the part of store that parks registers.
+  Waits for memory, and stalls at run time, are in no schedule and not in these numbers.
+
+What limits them: the backward kernels wait for the MXU most of the time; what is left is the fixed part of
+a step (idle) and, on chips with one store slot a bundle, spilled registers. The forward kernel's chain from
+product to row maximum to exponential to product leaves the MXU waiting at either end of a block; larger
+blocks (`block_q=1024`) hide more of it and skip more coarsely."""
+
+
+def section(results: dict) -> str:
+    """The rows as a table for each topology and shape, splash's beside ours."""
+    parts = [LEGEND.format(compiler=results["compiler"])]
+    columns = [
+        "kernel",
+        "block",
+        "library",
+        "cycles",
+        "of splash",
+        "bundles",
+        "idle",
+        "MXU bound",
+        "at peak",
+        *_UNITS,
+    ]
+    order = {name: place for place, name in enumerate(PASSES)}
+    shape_of = itemgetter("topology", "tokens", "head_dim")
+    for shape, group in groupby(results["rows"], shape_of):
+        rows = sorted(group, key=lambda row: (order[row["kernel"]], row["path"], row["library"]))
+        splash_cycles = {
+            (r["kernel"], r["path"]): r["step"]["cycles"] for r in rows if r["library"] == "splash"
+        }
+        topology, tokens, head_dim = shape
+        parts.append(f"{topology}, {tokens:,} tokens, head dim {head_dim}:")
+        parts.append(table(columns, [_cells(row, splash_cycles) for row in rows]))
+    return "\n\n".join(parts)
+
+
+def _cells(row: dict, splash_cycles: dict) -> list[str]:
+    step = row["step"]
+    idle = "–" if step["idle_cycles"] is None else str(step["idle_cycles"])
+    theirs = splash_cycles[row["kernel"], row["path"]]
+    counts = [str(step["cycles"]), ratio(step["cycles"], theirs), str(step["bundles"]), idle]
+    use = [f"{step['use'][unit]:.0%}" for unit in _UNITS.values()]
+    bounds = [f"{step['mxu_bound']:.0f}", "–" if row["bound"] is None else f"{row['bound']:.0f}"]
+    return [row["kernel"], row["path"], row["library"], *counts, *bounds, *use]

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tpu_compile import facts
+from benchmarks.tpu_schedule import PROGRAMS, rows_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
 )
-PROGRAMS = Path(__file__).with_name("tpu_programs.py")
+FILE = Path(__file__).with_name("tpu_programs.py")
 TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 KERNELS = {"dynmask_forward", "dynmask_dq", "dynmask_dkv"}
 
@@ -18,13 +19,13 @@ KERNELS = {"dynmask_forward", "dynmask_dq", "dynmask_dkv"}
 @pytest.fixture(autouse=True)
 def _names_of_the_tests(monkeypatch):
     """The programs import the masks of `cases.py`, in a process of their own."""
-    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS.parent))
+    monkeypatch.setenv("PYTHONPATH", str(FILE.parent))
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_attention_and_its_gradient(topology):
     """32,768 tokens, 8 heads: memory stays linear in them."""
-    found = facts(topology, f"{PROGRAMS}:attention_and_gradient")
+    found = facts(topology, f"{FILE}:attention_and_gradient")
     assert found.kernels == KERNELS
     one_array = 32_768 * 8 * 128 * 2
     assert found.temporary_bytes < 8 * one_array
@@ -40,14 +41,27 @@ def test_attention_and_its_gradient(topology):
     ids=lambda options: "+".join(f"{name}_{value}" for name, value in options.items()),
 )
 def test_every_option(options):
-    assert facts("v5e:2x2", f"{PROGRAMS}:attention_and_gradient", options).kernels == KERNELS
+    assert facts("v5e:2x2", f"{FILE}:attention_and_gradient", options).kernels == KERNELS
 
 
 def test_every_mask():
-    assert facts("v5e:2x2", f"{PROGRAMS}:every_mask").kernels == KERNELS
+    assert facts("v5e:2x2", f"{FILE}:every_mask").kernels == KERNELS
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_whole_train_step(topology):
     """It fits the memory of one device, or the compiler would refuse."""
-    assert facts(topology, f"{PROGRAMS}:train_step").kernels == KERNELS
+    assert facts(topology, f"{FILE}:train_step").kernels == KERNELS
+
+
+def test_a_block_costs_no_more_than_splash_attentions():
+    """The compiler's own count, the same each time: see docs/benchmarks.md."""
+    rows = [row for program in PROGRAMS for row in rows_of(program, "v5e:2x2", tokens=4_096, head_dim=128)]
+    cycles = {(row.library, row.kernel, row.path): row.step.cycles for row in rows}
+    most = {
+        "full": {"forward": 1.0, "dq": 1.1, "dkv": 1.1},
+        "partial": {"forward": 1.3, "dq": 1.1, "dkv": 1.1},
+    }
+    for path, by_kernel in most.items():
+        for kernel, factor in by_kernel.items():
+            assert cycles["dynmask_jax", kernel, path] <= factor * cycles["splash", kernel, path]

@@ -1,12 +1,12 @@
 """The reader of TPU schedules, on a kernel written by hand in the compiler's format."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from benchmarks import tpu_schedule
 from benchmarks.tpu_compile import read
-from benchmarks.tpu_schedule import MXU_RATE, PASSES, Program, report, rows_of
+from benchmarks.tpu_schedule import MXU_RATE, PASSES, Program, Settings, measure, rows_of, section
 from benchmarks.vliw import Kernel, blocks_of, folded, utilization_of
 
 # One delay slot, as on v4. The grid's loop is 0x1 to 0x10: a full block at 0x5, and at 0xa a partial one,
@@ -172,9 +172,30 @@ def test_rows_pair_paths_with_branches_and_bound_with_pass(compiled):
     assert [row.bound for row in rows[::2]] == [1024, 1536, 2048]
     assert "tpu7x" not in MXU_RATE
     assert rows_of(OURS, "tpu7x:2x2x1", tokens=4_096, head_dim=128)[0].bound is None
-    text = report([*rows, replace(rows[0], library="splash", bound=None)])
-    assert "v5e:2x2, 4,096 tokens, 8 heads, head dim 128, bfloat16" in text
-    assert text.splitlines()[2].split()[:8] == ["forward", "full", "ours", "12", "10", "10", "2", "1024"]
+
+
+def test_the_table_puts_splash_beside_ours(compiled):
+    compiled("dynmask_dkv", "dynmask_forward", "dynmask_dq")
+    ours, *_ = rows_of(OURS, "v5e:2x2", tokens=4_096, head_dim=128)
+    theirs = replace(ours, library="splash", bound=None, step=replace(ours.step, cycles=24, bundles=20))
+    text = section({"compiler": "libtpu 1", "rows": [asdict(ours), asdict(theirs)]})
+    assert "v5e:2x2, 4,096 tokens, head dim 128:" in text
+    assert "| forward | full | ours | 12 | 0.50× | 10 | 10 | 2 | 1024 |" in text
+    assert "| forward | full | splash | 24 | 1.00× | 20 | 10 | 2 | – |" in text
+
+
+def test_the_benchmark_measures_every_shape_or_says_why_not(compiled, monkeypatch):
+    compiled("dynmask_dkv", "dynmask_forward", "dynmask_dq")
+    monkeypatch.setattr(tpu_schedule, "PROGRAMS", (OURS,))
+    settings = Settings(("v5e:2x2", "v4:2x2x1"), (4_096,), (128, 64))
+    monkeypatch.setattr(tpu_schedule, "find_spec", lambda name: None)
+    assert measure(settings, 1) == {"repeats": None, "compiler": "libtpu is not installed", "rows": []}
+    monkeypatch.setattr(tpu_schedule, "find_spec", lambda name: name)
+    monkeypatch.setattr(tpu_schedule, "version", lambda name: "7")
+    results = measure(settings, 1)
+    assert results["compiler"] == "libtpu 7"
+    shapes = [(row["topology"], row["head_dim"]) for row in results["rows"][:: 2 * len(PASSES)]]
+    assert shapes == [("v5e:2x2", 128), ("v5e:2x2", 64), ("v4:2x2x1", 128), ("v4:2x2x1", 64)]
 
 
 def test_rows_refuse_other_kernels_than_named(compiled):
