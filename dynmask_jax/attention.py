@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Float
-from dynmask_jax.backends import dense, xla
+from dynmask_jax.backends import dense, xla, xla_wide
 from dynmask_jax.masks import Mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
@@ -18,7 +18,7 @@ from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.varying import vary_like
 
-BACKENDS: dict[str, Callable] = {"dense": dense.attend, "xla": xla.attend}
+BACKENDS: dict[str, Callable] = {"dense": dense.attend, "xla": xla.attend, "xla_wide": xla_wide.attend}
 """name -> `(q, k, v, plan, scores) -> (out, lse)`."""
 
 
@@ -27,8 +27,8 @@ def default_backend(platform: str | None = None) -> str:
 
     Without a name, on the platform that JAX computes on now.
     """
-    del platform  # one backend runs everywhere so far; kernels will take their platforms over
-    return "xla"
+    platform = jax.default_backend() if platform is None else platform
+    return "xla_wide" if platform == "gpu" else "xla"
 
 
 @overload
@@ -72,7 +72,7 @@ def attention(
       soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
       sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
         Xiao et al. 2023, arXiv:2309.17453).
-      backend: "dense", "xla", or None for `default_backend()`. A named backend never falls back.
+      backend: "dense", "xla", "xla_wide", or None for `default_backend()`. A named backend never falls back.
       return_lse: give `(out, lse)`.
 
     Returns:
@@ -82,7 +82,7 @@ def attention(
     A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
     logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the out and
     lse of the queries that see it, and of what comes back through out to them, and touches nothing
-    else. Differentiable in q, k, v and sinks, in reverse mode and once. Memory is O(T + S) with "xla".
+    else. Differentiable in q, k, v and sinks, in reverse mode and once. Memory is O(T + S) but with "dense".
 
     Raises:
       ValueError, TypeError: arguments that do not fit, by name.

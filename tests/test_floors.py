@@ -17,6 +17,7 @@ FLOORS = [
     {"backends.blocks", "backends.dense", "nonfinite"},
     {"backends.xla_backward"},
     {"backends.xla"},
+    {"backends.xla_wide"},
     {"attention", "cells"},
     {"flax_call"},
     {"nnx", "linen", "plot"},

@@ -56,7 +56,7 @@ class Blocks:
 
 
 def by_rows(visible: Bool[Array, "*N bq bk"], heads: int, key_heads: int) -> Bool[Array, "*K rows bk"]:
-    """A tile's mask over the rows of a block: `[1, rows, bk]` where all key heads agree, else `[K, rows, bk]`."""
+    """A tile's mask over the rows of its queries; K is 1 where all heads agree."""
     if visible.ndim == 3:
         return visible.reshape(key_heads, -1, visible.shape[2])
     groups = jnp.broadcast_to(visible, (heads // key_heads, *visible.shape))

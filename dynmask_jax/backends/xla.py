@@ -35,11 +35,11 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(scores, q, k, v, plan):
-    return _forward(scores, q, k, v, plan)
+    return forward(scores, q, k, v, plan)
 
 
 def _attend_forward(scores, q, k, v, plan):
-    out, lse = _forward(scores, q, k, v, plan)
+    out, lse = forward(scores, q, k, v, plan)
     return (out, lse), (q, k, v, plan, out, lse)
 
 
@@ -50,7 +50,8 @@ def _attend_backward(scores, saved, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(scores, q, k, v, plan):
+def forward(scores, q, k, v, plan, over_lines=lax.map):
+    """`(out, lse)`, where `over_lines(line, places)` stacks `line(place)` over lines of blocks."""
     wide, heads, key_heads = sum_dtype(q.dtype), q.shape[2], k.shape[2]
     q_blocks, tiles = Blocks.of(q, plan.block_q), tiles_of(plan)
     k_blocks, v_blocks = (Blocks.of(x, plan.block_k) for x in (k, v))
@@ -69,7 +70,7 @@ def _forward(scores, q, k, v, plan):
         out, lse = finish(over_active(plan.codes[row, i], add, empty))
         return q_blocks.tokens(out).astype(q.dtype), q_blocks.tokens(lse)
 
-    out, lse = lax.map(query_block, q_blocks.every())
+    out, lse = over_lines(query_block, q_blocks.every())
     return q_blocks.whole(out), q_blocks.whole(lse)
 
 

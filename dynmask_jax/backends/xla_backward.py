@@ -30,11 +30,10 @@ class QueryBlock:
 
 def backward(scores, saved, cotangents):
     """The gradients of q, k and v from those of out and lse; d_q is summed in place."""
-    q, k, v, plan, out, lse = saved
-    d_out, d_lse = cotangents
+    q, k, v, plan, _, lse = saved
     wide, (heads, head_dim), key_heads = lse.dtype, q.shape[2:], k.shape[2]
-    delta = jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1) - d_lse
-    q_blocks, *others = (Blocks.of(x, plan.block_q) for x in (q, d_out, lse, delta))
+    of_queries = (q, cotangents[0], lse, delta_of(saved, cotangents))
+    q_blocks, *others = (Blocks.of(x, plan.block_q) for x in of_queries)
     k_blocks, v_blocks = (Blocks.of(x, plan.block_k) for x in (k, v))
     tiles = tiles_of(plan)
 
@@ -49,7 +48,7 @@ def backward(scores, saved, cotangents):
             queries, *rest = (x.rows(b, i, key_heads).astype(wide) for x in (q_blocks, *others))
             block = QueryBlock(queries * scores.scale, *rest)
             visible = by_rows(tiles.visible(row, i, j), heads, key_heads) if tested else None
-            d_products, weights = _tile_gradients(scores, block, keys, values, visible)
+            d_products, weights = tile_gradients(scores, block, keys, values, visible)
             d_q = d_q.at[b, i].add(jnp.einsum("khs,ksr->khr", keys_across, d_products))
             d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
             d_v += jnp.einsum("ksr,krh->ksh", weights, block.d_out)
@@ -67,7 +66,14 @@ def backward(scores, saved, cotangents):
     return d_q, k_blocks.whole(d_k), k_blocks.whole(d_v)
 
 
-def _tile_gradients(scores, block: QueryBlock, keys, values, visible):
+def delta_of(saved, cotangents) -> Float[Array, "B T N"]:
+    """Σ out·d_out − d_lse of every query."""
+    *_, out, lse = saved
+    d_out, d_lse = cotangents
+    return jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
+
+
+def tile_gradients(scores, block: QueryBlock, keys, values, visible):
     """The gradients of a tile's products, and its weights: both `[K, bk, rows]`."""
     logits = scores.logits(jnp.einsum("ksh,krh->ksr", keys, block.q))
     # After the exponential: a query that sees nothing has lse −inf, and gets inf there.
