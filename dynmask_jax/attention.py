@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Float
-from dynmask_jax.backends import dense, tpu, xla
+from dynmask_jax.backends import dense, tpu, xla, xla_wide
 from dynmask_jax.masks import Mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
@@ -18,7 +18,12 @@ from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.varying import vary_like
 
-BACKENDS: dict[str, Callable] = {"dense": dense.attend, "xla": xla.attend, "tpu": tpu.attend}
+BACKENDS: dict[str, Callable] = {
+    "dense": dense.attend,
+    "xla": xla.attend,
+    "xla_wide": xla_wide.attend,
+    "tpu": tpu.attend,
+}
 """name -> `(q, k, v, plan, scores) -> (out, lse)`."""
 
 
@@ -28,7 +33,8 @@ def default_backend(platform: str | None = None) -> str:
     Without a name, on the platform that JAX computes on now. A program compiled ahead of time for
     another platform must name its backend.
     """
-    return "tpu" if (platform or jax.default_backend()) == "tpu" else "xla"
+    platform = jax.default_backend() if platform is None else platform
+    return {"tpu": "tpu", "gpu": "xla_wide"}.get(platform, "xla")
 
 
 @overload
@@ -72,8 +78,8 @@ def attention(
       soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
       sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
         Xiao et al. 2023, arXiv:2309.17453).
-      backend: "dense", "xla", "tpu" (interpreted, and slow, on any other platform), or None for
-        `default_backend()`. A named backend never falls back.
+      backend: "dense", "xla", "xla_wide", "tpu" (interpreted, and slow, on any other platform), or
+        None for `default_backend()`. A named backend never falls back.
       return_lse: give `(out, lse)`.
 
     Returns:

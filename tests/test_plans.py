@@ -19,7 +19,7 @@ from dynmask_jax import (
     mask_tensor,
     plan,
 )
-from dynmask_jax.plans import FULL, SKIP, TEST, over_blocks
+from dynmask_jax.plans import FULL, SKIP, TEST, default_blocks, over_blocks
 
 SHAPE = SHAPES["ragged"]
 
@@ -123,7 +123,8 @@ def test_one_plan_serves_a_batch_or_each_row_has_its_own():
 def test_blocks_by_default_and_at_most_the_sequence():
     the_plan = plan(Causal(), Tokens.sequence(1000), Tokens.sequence(100))
     assert (the_plan.block_q, the_plan.block_k) == (512, 100)
-    assert plan(Causal(), Tokens.sequence(1000)).block_k == 256
+    assert plan(Causal(), Tokens.sequence(1000)).block_k == 512 == default_blocks("tpu")[1]
+    assert default_blocks("gpu") == (128, 128)
     assert the_plan.codes.shape == (1, 2, 1)
 
 

@@ -17,7 +17,7 @@ from train.presets import PRESETS
         (Model, "layers", 0, r"model\.layers must be at least 1, got 0"),
         (Model, "width", 36, r"model\.width must be a multiple of 2 \* model\.heads \(8\).*got 36"),
         (Model, "kv_heads", 3, r"model\.kv_heads must divide model\.heads \(4\), got 3"),
-        (Model, "backend", "cuda", r"model\.backend must be one of dense, xla, tpu, got 'cuda'"),
+        (Model, "backend", "cuda", r"model\.backend must be one of dense, xla, xla_wide, tpu, got 'cuda'"),
         (Model, "rope_theta", 0.0, r"model\.rope_theta must be positive, got 0\.0"),
         (Data, "length", 1, r"data\.length must be at least 2, got 1"),
         (Data, "held_out", 1.0, r"data\.held_out must lie between 0 and 1, got 1\.0"),

@@ -1,0 +1,87 @@
+"""The backward pass of the loop over active blocks: one pass over the blocks of keys.
+
+The tiles lie with their keys first, `[K, bk, rows]`. So in each of the five matrix products of a tile
+the left side contracts along its last axis; where it does not, XLA's CPU backend multiplies at less
+than half the speed. Only d_q comes out transposed, and is turned once at the end.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dynmask_jax.array_typing import Array, Bool, Float, pytree
+from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
+from dynmask_jax.plans import tiles_of
+from dynmask_jax.varying import vary_like
+
+
+@pytree
+class QueryBlock:
+    """One block of scaled queries and what the backward pass needs of it.
+
+    `delta` is Σ out·d_out − d_lse, the part of a logit's gradient that all its row shares.
+    """
+
+    q: Float[Array, "K rows H"]
+    d_out: Float[Array, "K rows H"]
+    lse: Float[Array, "K rows"]
+    delta: Float[Array, "K rows"]
+
+
+def backward(scores, saved, cotangents):
+    """The gradients of q, k and v from those of out and lse; d_q is summed in place."""
+    q, k, v, plan, _, lse = saved
+    wide, (heads, head_dim), key_heads = lse.dtype, q.shape[2:], k.shape[2]
+    of_queries = (q, cotangents[0], lse, delta_of(saved, cotangents))
+    q_blocks, *others = (Blocks.of(x, plan.block_q) for x in of_queries)
+    k_blocks, v_blocks = (Blocks.of(x, plan.block_k) for x in (k, v))
+    tiles = tiles_of(plan)
+
+    def key_block(d_q, at):
+        b, j = at // k_blocks.count, at % k_blocks.count
+        row = b if plan.rows > 1 else 0
+        keys, values = (blocks.rows(b, j, key_heads).astype(wide) for blocks in (k_blocks, v_blocks))
+        keys_across = keys.swapaxes(1, 2)
+
+        def add(i, sums, *, tested):
+            d_q, d_k, d_v = sums
+            queries, *rest = (x.rows(b, i, key_heads).astype(wide) for x in (q_blocks, *others))
+            block = QueryBlock(queries * scores.scale, *rest)
+            visible = by_rows(tiles.visible(row, i, j), heads, key_heads) if tested else None
+            d_products, weights = tile_gradients(scores, block, keys, values, visible)
+            d_q = d_q.at[b, i].add(jnp.einsum("khs,ksr->khr", keys_across, d_products))
+            d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
+            d_v += jnp.einsum("ksr,krh->ksh", weights, block.d_out)
+            return d_q, d_k, d_v
+
+        start = (d_q, *vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys))
+        d_q, *d_kv = over_active(plan.codes[row, :, j], add, start)
+        return d_q, tuple(k_blocks.tokens(x).astype(k.dtype) for x in d_kv)
+
+    rows = heads // key_heads * plan.block_q
+    d_q = jnp.zeros((q.shape[0], q_blocks.count, key_heads, head_dim, rows), wide)
+    d_q, (d_k, d_v) = lax.scan(key_block, vary_like(d_q, q_blocks, others), k_blocks.every())
+    d_q = d_q.reshape(-1, *d_q.shape[2:]).swapaxes(2, 3) * scores.scale
+    d_q = q_blocks.whole(jax.vmap(q_blocks.tokens)(d_q).astype(q.dtype))
+    return d_q, k_blocks.whole(d_k), k_blocks.whole(d_v)
+
+
+def delta_of(saved, cotangents) -> Float[Array, "B T N"]:
+    """Σ out·d_out − d_lse of every query."""
+    *_, out, lse = saved
+    d_out, d_lse = cotangents
+    return jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
+
+
+def tile_gradients(scores, block: QueryBlock, keys, values, visible):
+    """The gradients of a tile's products, and its weights: both `[K, bk, rows]`."""
+    logits = scores.logits(jnp.einsum("ksh,krh->ksr", keys, block.q))
+    # After the exponential: a query that sees nothing has lse −inf, and gets inf there.
+    weights = _shown(jnp.exp(logits - block.lse[:, None]), visible)
+    d_logits = weights * (jnp.einsum("ksh,krh->ksr", values, block.d_out) - block.delta[:, None])
+    return _shown(d_logits, visible) * scores.slope(logits), weights
+
+
+def _shown(pairs: Float[Array, "K bk rows"], visible: Bool[Array, "*K rows bk"] | None):
+    """Zero for hidden pairs, whatever was there."""
+    return pairs if visible is None else jnp.where(visible.swapaxes(1, 2), pairs, 0.0)
