@@ -14,6 +14,7 @@ from dynmask_jax.backends import dense, tpu, xla, xla_wide
 from dynmask_jax.masks import Mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
+from dynmask_jax.platforms import present_platform
 from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.varying import vary_like
@@ -33,7 +34,7 @@ def default_backend(platform: str | None = None) -> str:
     Without a name, on the platform that JAX computes on now. A program compiled ahead of time for
     another platform must name its backend.
     """
-    platform = jax.default_backend() if platform is None else platform
+    platform = present_platform() if platform is None else platform
     return {"tpu": "tpu", "gpu": "xla_wide"}.get(platform, "xla")
 
 
@@ -79,7 +80,8 @@ def attention(
       sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
         Xiao et al. 2023, arXiv:2309.17453).
       backend: "dense", "xla", "xla_wide", "tpu" (interpreted, and slow, on any other platform), or
-        None for `default_backend()`. A named backend never falls back.
+        None for `default_backend()`. Neither a named backend nor the default falls back: on a TPU
+        float16, say, is refused, until "xla" is named.
       return_lse: give `(out, lse)`.
 
     Returns:

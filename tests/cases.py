@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 
 from dynmask_jax import (
@@ -27,6 +28,7 @@ def _bitwise(q, k):
     return ((q.position ^ k.position) & 3) != 1
 
 
+enable_x64 = getattr(jax, "enable_x64", None) or getattr(jax.experimental, "enable_x64")  # noqa: B009, JAX 0.7
 HEADS = 4
 MASKS: dict[str, Mask] = {
     "everything": Everything(),

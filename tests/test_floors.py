@@ -9,12 +9,12 @@ import dynmask_jax
 
 PACKAGE = Path(dynmask_jax.__file__).parent
 FLOORS = [
-    {"array_typing", "errors", "varying"},
+    {"array_typing", "errors", "platforms", "varying"},
     {"schedules", "spans", "online_softmax", "scores", "rotary"},
     {"tokens", "draws", "leaves"},
     {"masks"},
     {"curricula", "plans"},
-    {"backends.blocks", "backends.tpu_grid", "backends.dense", "nonfinite"},
+    {"backends.blocks", "backends.residuals", "backends.tpu_grid", "backends.dense", "nonfinite"},
     {"backends.tpu_tile"},
     {"backends.xla_backward", "backends.tpu_backward"},
     {"backends.xla", "backends.tpu"},

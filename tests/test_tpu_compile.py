@@ -48,6 +48,23 @@ def test_every_mask():
     assert facts("v5e:2x2", f"{FILE}:every_mask").kernels == KERNELS
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"name": "jax_enable_x64", "value": True},
+        {"name": "jax_default_matmul_precision", "value": "highest"},
+        {"name": "jax_numpy_dtype_promotion", "value": "strict"},
+    ],
+    ids=lambda setting: setting["name"],
+)
+def test_settings_of_jax(setting):
+    assert facts("v5e:2x2", f"{FILE}:under_a_setting", setting).kernels == KERNELS
+
+
+def test_under_vmap():
+    assert facts("v5e:2x2", f"{FILE}:under_vmap").kernels == KERNELS
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_whole_train_step(topology):
     """It fits the memory of one device, or the compiler would refuse."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from cases import HEADS, MASKS
 
-from dynmask_jax import Causal, SameSegment, Tokens, Window, attention, plan
+from dynmask_jax import Causal, Predicate, SameSegment, Tokens, Window, attention, plan
 from train.config import Curriculum, Data, Model, Run
 from train.step import begin
 
@@ -50,6 +50,31 @@ def every_mask():
         return total
 
     return jax.grad(loss), ((q, k, k), tokens, tokens)
+
+
+def under_a_setting(name: str, value):
+    """Attention and its gradient where JAX is configured so: the interpreter would not notice."""
+    jax.config.update(name, value)
+    q = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)
+
+    def loss(q, window):
+        seen = plan(Causal() & Window(window) & Window(200), Tokens.sequence(300), block_q=128, block_k=100)
+        return attention(q, q, q, seen, backend="tpu").astype(jnp.float32).sum()
+
+    return jax.grad(loss), (q, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def under_vmap():
+    """Over arrays and masks together; one of the masks has blocks that are the same for all."""
+    q = jax.ShapeDtypeStruct((3, 1, 256, 4, 64), jnp.bfloat16)
+    numbers = jax.ShapeDtypeStruct((3,), jnp.int32)
+
+    def loss(q, n):
+        masks = Causal() & Window(n), Predicate(lambda q, k, n: ((q.position ^ k.position) & n) != 1, n)
+        outs = [attention(q, q, q, mask, backend="tpu").astype(jnp.float32).sum() for mask in masks]
+        return outs[0] + outs[1]
+
+    return jax.vmap(jax.grad(loss)), (q, numbers)
 
 
 def train_step():

@@ -34,7 +34,7 @@ class Model:
     rope_theta: float = 10_000.0
     """Base of the rotary positions; the longest wavelength is about 6 times as many tokens."""
     backend: str | None = None
-    """What computes attention: "xla", "tpu" or "dense". None: what the platform has."""
+    """What computes attention: "xla", "xla_wide", "tpu" or "dense". None: what the platform takes."""
 
     def __post_init__(self):
         _at_least("model", self, layers=1, width=1, heads=1, kv_heads=1, hidden=1)

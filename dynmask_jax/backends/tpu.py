@@ -10,11 +10,11 @@ follows JAX's splash attention and Pallas's block-sparse kernels.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, Float, pytree
+from dynmask_jax.backends.residuals import with_gradients
 from dynmask_jax.backends.tpu_backward import gradients
 from dynmask_jax.backends.tpu_grid import (
     LANES,
@@ -50,11 +50,13 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention of every query over the keys that the plan's mask shows it.
 
-    A mask may use what Mosaic can compute of arrays: arithmetic, comparisons, logic, but no lookup.
+    A mask may use what Mosaic can compute of arrays: arithmetic, comparisons, logic, but no lookup. The
+    compiler refuses blocks that exceed vector memory: 1,024 by 1,024 fit in bfloat16 with H = 128.
 
     Raises:
-      Unsupported: for dtypes other than float32 and bfloat16, and for a mask whose function closes
-        over an array.
+      Unsupported: for dtypes other than float32 and bfloat16, and for a mask that a kernel cannot
+        compute: one that closes over an array, looks things up, or has leaves of other types than
+        bool, int32, uint32 and float32.
     """
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise Unsupported(
@@ -62,23 +64,6 @@ def attend(
         )
     check_kernel_mask(plan.mask)
     return _attend(scores, q, k, v, plan)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scores, q, k, v, plan):
-    return _forward(scores, q, k, v, plan)
-
-
-def _attend_forward(scores, q, k, v, plan):
-    out, lse = _forward(scores, q, k, v, plan)
-    return (out, lse), (q, k, v, plan, out, lse)
-
-
-def _attend_backward(scores, saved, cotangents):
-    return *gradients(scores, saved, cotangents), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 @pytree
@@ -115,7 +100,7 @@ def _kernel(active, mask, tokens, line, column, out, state, *, tile):
     def _():
         logits = tile.logits(dot(q[...], k[...], 1, 1))
         both = (state.tokens[...], tokens[1][...])
-        _add(state, tile.hide(logits, mask, head, both), v[...], jnp.finfo(jnp.float32).min)
+        _add(state, tile.hide(logits, mask, head, both), v[...])
 
     @pl.when(ends)
     def _():
@@ -124,14 +109,12 @@ def _kernel(active, mask, tokens, line, column, out, state, *, tile):
         lse[...] = ((state.peak[...] + jnp.log2(total)) * (1 / LOG2E)).T[:1]
 
 
-def _add(state: State, logits, values, floor=None):
-    """One more block of keys: logits `[bq, bk]` and values `[bk, H]`.
-
-    A `floor` is for logits of −inf: a row that has seen nothing subtracts it, not its peak of −inf.
-    """
+def _add(state: State, logits, values):
+    """One more block of keys: logits `[bq, bk]` and values `[bk, H]`."""
     before = state.peak[...]
     peak = jnp.maximum(before, logits.max(axis=1, keepdims=True))  # [bq, 128]
-    level = peak if floor is None else jnp.maximum(peak, floor)
+    # A row that has seen nothing has a peak of −inf, which cannot be subtracted from −inf.
+    level = jnp.maximum(peak, jnp.finfo(jnp.float32).min)
     weights = jnp.exp2(logits - widened(level, logits.shape[1]))
     rescale = jnp.exp2(before - level)
     state.peak[...] = peak
@@ -143,14 +126,11 @@ def _add(state: State, logits, values, floor=None):
 def _forward(scores, q, k, v, plan: Plan):
     (size_q, size_k), rows = (plan.block_q, plan.block_k), plan.rows
     blocks = [blocks_by_head(x, size, rows) for x, size in ((q, size_q), (k, size_k), (v, size_k))]
-    # A block of keys that is filled up is never full: its filling must be hidden.
-    codes = jnp.minimum(plan.codes, TEST) if size_k % LANES else plan.codes
-    lines = Lines.of(codes, token_blocks(plan.q_tokens, size_q), (blocks[0],))
+    lines = Lines.of_queries(plan, (blocks[0],))
     columns = Columns(token_blocks(plan.kv_tokens, size_k), tuple(blocks[1:]))
     heads, group, (bq, head_dim) = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3:]
-    tile = Tile.of(scores, plan, filled=_is_filled(plan))
     kernel = Kernel(
-        body=functools.partial(_kernel, tile=tile),
+        body=functools.partial(_kernel, tile=Tile.of(scores, plan, keys_first=False)),
         name="dynmask_forward",
         heads=heads,
         inner=1,
@@ -167,6 +147,4 @@ def _forward(scores, q, k, v, plan: Plan):
     return from_blocks(out, size_q, q), from_blocks(lse[:, :, :, 0], size_q, q)
 
 
-def _is_filled(plan: Plan) -> bool:
-    """Whether some block of keys holds more than keys."""
-    return bool(plan.lengths[1] % plan.block_k or plan.block_k % LANES)
+_attend = with_gradients(_forward, gradients)

@@ -40,9 +40,8 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     shared = jnp.stack([blocks_by_head(x, plan.block_q, plan.rows) for x in (level, delta)], axis=3)
     queries += (shared,)
     keys = tuple(blocks_by_head(x, plan.block_k, plan.rows) for x in (k, v))
-    tokens = token_blocks(plan.q_tokens, plan.block_q), token_blocks(plan.kv_tokens, plan.block_k)
-    dq = _sweep_queries(scores, plan, tokens, queries, keys)
-    dk, dv = _sweep_keys(scores, plan, tokens, queries, keys)
+    dq = _sweep_queries(scores, plan, queries, keys)
+    dk, dv = _sweep_keys(scores, plan, queries, keys)
     return (
         from_blocks(dq, plan.block_q, q),
         from_blocks(dk, plan.block_k, k),
@@ -96,11 +95,11 @@ def _query_kernel(active, mask, tokens, line, column, out, state, *, tile):
         out[...] = (state.dq[...] * tile.scores.scale).astype(out.dtype)
 
 
-def _sweep_queries(scores, plan: Plan, tokens, queries, keys):
+def _sweep_queries(scores, plan: Plan, queries, keys):
     heads, (bq, head_dim) = queries[0].shape[1], queries[0].shape[3:]
     group = heads // keys[0].shape[1]
     kernel = Kernel(
-        body=functools.partial(_query_kernel, tile=Tile.of(scores, plan)),
+        body=functools.partial(_query_kernel, tile=Tile.of(scores, plan, keys_first=False)),
         name="dynmask_dq",
         heads=heads,
         inner=1,
@@ -113,7 +112,8 @@ def _sweep_queries(scores, plan: Plan, tokens, queries, keys):
             block_type((bq, head_dim)),
         ),
     )
-    return sweep(kernel, plan.mask, Lines.of(plan.codes, tokens[0], queries), Columns(tokens[1], keys))
+    columns = Columns(token_blocks(plan.kv_tokens, plan.block_k), keys)
+    return sweep(kernel, plan.mask, Lines.of_queries(plan, queries), columns)
 
 
 @pytree
@@ -160,7 +160,7 @@ def _key_kernel(active, mask, tokens, line, column, out, state, *, tile, group):
         dv[...] = state.dv[...].astype(dv.dtype)
 
 
-def _sweep_keys(scores, plan: Plan, tokens, queries, keys):
+def _sweep_keys(scores, plan: Plan, queries, keys):
     heads, (bk, head_dim) = keys[0].shape[1], keys[0].shape[3:]
     group = queries[0].shape[1] // heads
     kernel = Kernel(
@@ -174,5 +174,5 @@ def _sweep_keys(scores, plan: Plan, tokens, queries, keys):
             block_type((2, bk, LANES), jnp.int32), block_type((bk, head_dim)), block_type((bk, head_dim))
         ),
     )
-    lines = Lines.of(plan.codes.swapaxes(1, 2), tokens[1], keys)
-    return sweep(kernel, plan.mask, lines, Columns(tokens[0], queries))
+    columns = Columns(token_blocks(plan.q_tokens, plan.block_q), queries)
+    return sweep(kernel, plan.mask, Lines.of_keys(plan, keys), columns)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dynmask_jax.array_typing import Array, Float, Int, pytree
 from dynmask_jax.masks import Mask
-from dynmask_jax.plans import SKIP, blocks_of
+from dynmask_jax.plans import SKIP, TEST, Plan, blocks_of
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.varying import shape_like
 
@@ -70,8 +70,19 @@ class Lines:
     arrays: Any
 
     @classmethod
-    def of(cls, codes: Int[Array, "R lines columns"], tokens, arrays) -> "Lines":
-        """All lines of all rows of a plan's codes."""
+    def of_queries(cls, plan: Plan, arrays) -> "Lines":
+        """All blocks of queries of all rows of a plan."""
+        # A block of keys that is filled up is never full: its filling must be hidden.
+        codes = jnp.minimum(plan.codes, TEST) if plan.block_k % LANES else plan.codes
+        return cls._of(codes, token_blocks(plan.q_tokens, plan.block_q), arrays)
+
+    @classmethod
+    def of_keys(cls, plan: Plan, arrays) -> "Lines":
+        """All blocks of keys of all rows of a plan."""
+        return cls._of(plan.codes.swapaxes(1, 2), token_blocks(plan.kv_tokens, plan.block_k), arrays)
+
+    @classmethod
+    def _of(cls, codes: Int[Array, "R lines columns"], tokens, arrays) -> "Lines":
         rows, lines, columns = codes.shape
         start = jnp.repeat(jnp.arange(rows, dtype=jnp.int32) * columns, lines)
         return cls(codes.reshape(-1, columns), start, tokens, arrays)
@@ -91,7 +102,7 @@ class Kernel:
 
     Attributes:
       body: `(active, mask, tokens, line, column, out, scratch) -> None`, all of them refs, in the
-        structures of the fields below; mask leaves are `[1]` or `[N]` in scalar memory and tokens is
+        structures of the fields below; mask leaves are `[1, 1]` or `[1, N]` in scalar memory and tokens is
         the pair of line's and column's.
       name: in profiles.
       heads: how many heads the lines have.
@@ -123,10 +134,10 @@ def sweep(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns):
     return jax.tree.map(lambda x: _joined(x)[:, :, :count], out)
 
 
-def _on_platform(kernel, mask, columns, lines):
+def _on_platform(kernel, mask, columns, lines: Lines):
     """Compiled where the program is for a TPU, interpreted elsewhere."""
     compiled, interpreted = (functools.partial(_call, kernel, interpret=flag) for flag in (False, True))
-    return lax.platform_dependent(mask, lines, columns, tpu=compiled, default=interpreted)
+    return lax.platform_dependent(mask, columns, lines, tpu=compiled, default=interpreted)
 
 
 def _split(lines: Lines, groups: int, size: int) -> Lines:
@@ -149,7 +160,7 @@ def _joined(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _call(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns, *, interpret: bool):
+def _call(kernel: Kernel, mask: Mask, columns: Columns, lines: Lines, *, interpret: bool):
     active, length = active_blocks(lines.codes, lines.start)
     outer = jax.tree.leaves(lines.arrays)[0].shape[0]
     mask = jax.tree.map(_scalars, mask)
@@ -169,7 +180,7 @@ def _call(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns, *, interpr
         num_scalar_prefetch=1,
         grid=(outer, kernel.heads, length, kernel.inner),
         in_specs=[
-            jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.SMEM), mask),
+            jax.tree.map(_in_scalar_memory, mask),
             (of_line(lines.tokens), of_column(columns.tokens)),
             jax.tree.map(of_line, lines.arrays),
             jax.tree.map(of_column, columns.arrays),
@@ -191,10 +202,22 @@ def _call(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns, *, interpr
 
 
 def _block(x, place: Callable) -> pl.BlockSpec:
-    """One block of `[O, heads, blocks, a, b]`, or of tokens `[blocks, a, b]`, at that place."""
+    """One block of `[O, heads, blocks, a, b]` at the place (o, head, block).
+
+    Tokens, `[blocks, a, b]`, have no o and no head: of the place the last is theirs.
+    """
     leading = x.ndim - 2
     shape = (*[None] * leading, *x.shape[leading:])
-    return pl.BlockSpec(shape, lambda *at: (*place(*at)[3 - leading :], 0, 0))
+    return pl.BlockSpec(shape, lambda *at: (*place(*at)[-leading:], *_origin()))
+
+
+def _in_scalar_memory(leaf) -> pl.BlockSpec:
+    return pl.BlockSpec(leaf.shape, lambda *_: _origin(), memory_space=pltpu.SMEM)
+
+
+def _origin():
+    """Where a block begins that is whole in both axes. Under x64 a plain 0 has 64 bits: Mosaic refuses."""
+    return jnp.int32(0), jnp.int32(0)
 
 
 def active_blocks(codes: Int[Array, "L C"], start: Int[Array, " L"]) -> tuple[Active, Int[Array, ""]]:
@@ -247,10 +270,10 @@ def _filled(field, mode):
 
 
 def _scalars(leaf) -> Array:
-    """A mask's leaf as scalar memory holds it: `[1]` or `[N]`, of 32 bits."""
+    """A mask's leaf as scalar memory holds it: `[1, 1]` or `[1, N]`, of 32 bits."""
     leaf = jnp.asarray(leaf)
     kind = jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32
-    return leaf.astype(kind).reshape(-1)
+    return leaf.astype(kind).reshape(1, -1)
 
 
 def block_type(shape: tuple[int, ...], dtype=jnp.float32) -> Any:

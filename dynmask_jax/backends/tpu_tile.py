@@ -4,7 +4,9 @@ Logits are kept in powers of two, as the hardware's exponential is: scale and lo
 """
 
 import dataclasses
+import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +29,24 @@ class Tile:
 
     Attributes:
       scores: scale and soft cap.
-      mask: the types of the mask's leaves, in its structure.
+      leaf_types: the types of the mask's leaves, in its structure.
       keys_first: whether the line is of keys and its columns of queries.
-      filled: whether columns may hold filling that must be hidden.
+      filled: whether columns may be of keys that are filling, which must be hidden: their logits of 0
+        can be far above all others. Filling among queries has no gradient, and needs no hiding.
     """
 
     scores: Scores
-    mask: Mask
-    keys_first: bool = False
-    filled: bool = False
+    leaf_types: Mask
+    keys_first: bool
+    filled: bool
 
     @classmethod
-    def of(cls, scores: Scores, plan: Plan, **fixed) -> "Tile":
-        """For the plan's mask."""
-        return cls(scores, jax.eval_shape(lambda mask: mask, plan.mask), **fixed)
+    def of(cls, scores: Scores, plan: Plan, *, keys_first: bool) -> "Tile":
+        """For the plan's mask and blocks."""
+        filled = bool(plan.lengths[1] % plan.block_k or plan.block_k % LANES)
+        return cls(
+            scores, jax.eval_shape(lambda mask: mask, plan.mask), keys_first, filled and not keys_first
+        )
 
     def logits(self, products):
         """Products of unscaled queries as logits · log2 e."""
@@ -60,7 +66,7 @@ class Tile:
         `mask` holds refs to scalar memory; `tokens` are the line's, each in all lanes `[2, line, 128]`,
         and the column's `[3, column]`.
         """
-        mask, (line, column) = _of_head(mask, self.mask, head), tokens
+        mask, (line, column) = _of_head(mask, self.leaf_types, head), tokens
         line = Tokens(line[0], line[1])
         strips = []
         for start in range(0, logits.shape[1], LANES):
@@ -76,26 +82,56 @@ class Tile:
         return seen & (jnp.broadcast_to(strip[2:3], line.shape) != 0) if self.filled else seen
 
 
+_LOOKUPS = {"gather", "dynamic_slice", "dynamic_update_slice", "scatter", "sort", "while", "scan"}
+
+
 def check_kernel_mask(mask: Mask):
-    """Refuses a mask that a kernel cannot trace.
+    """Refuses a mask that a kernel cannot compute.
 
     Raises:
-      Unsupported: its function closes over an array.
+      Unsupported: its function closes over an array or looks things up in one, or a leaf is of a type
+        that scalar memory does not hold.
     """
+    for leaf in jax.tree.leaves(mask):
+        kind = jax.typeof(leaf) if hasattr(leaf, "dtype") else jax.typeof(jnp.asarray(leaf))
+        # Under x64 a Python number is traced with 64 bits, which it does not need.
+        if kind.dtype not in (jnp.bool_, jnp.int32, jnp.uint32, jnp.float32) and not kind.weak_type:
+            raise Unsupported(
+                f"backend 'tpu': {mask!r} has a leaf of {kind.dtype}; a kernel takes bool, int32, uint32 and "
+                "float32"
+            )
     tokens = Tokens.sequence(2)
-    constants = jax.make_jaxpr(visible_pairs)(mask, tokens, tokens).consts
-    if constants:
-        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in constants)
+    traced = jax.make_jaxpr(visible_pairs)(mask, tokens, tokens)
+    if traced.consts:
+        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in traced.consts)
         raise Unsupported(
             f"backend 'tpu': {mask!r} closes over an array ({shapes}), which a kernel cannot reach; give a "
             "number as a parameter, Predicate(function, number), or take backend 'xla'"
         )
+    if lookups := _LOOKUPS & _operations(traced.jaxpr):
+        raise Unsupported(
+            f"backend 'tpu': {mask!r} uses {', '.join(sorted(lookups))}, which a kernel cannot; take backend "
+            "'xla'"
+        )
+
+
+def _operations(jaxpr) -> set[str]:
+    """The names of all operations in a traced function, in what it calls too."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            names |= _operations(inner) if hasattr(inner, "eqns") else set()
+    return names
 
 
 def _of_head(mask: Mask, types: Mask, head) -> Mask:
     def leaf(ref, kind):
-        value = ref[head if kind.shape else 0]
-        return value != 0 if is_boolean(kind) else value
+        value = ref[0, head if kind.shape else 0]
+        if is_boolean(kind):
+            return value != 0
+        return value.astype(jnp.uint32) if kind.dtype == jnp.uint32 else value
 
     return jax.tree.map(leaf, mask, types)
 
@@ -103,11 +139,12 @@ def _of_head(mask: Mask, types: Mask, head) -> Mask:
 def dot(a, b, a_axis: int, b_axis: int):
     """A product of matrices over one axis of each, summed in float32.
 
-    Operands in float32 are multiplied in full precision, those in bfloat16 in one pass.
+    Operands in float32 are multiplied in full precision, those in bfloat16 in the one pass there is,
+    whatever JAX's default is.
     """
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def in_lanes(row: Array) -> Array:
@@ -122,6 +159,5 @@ def widened(column: Array, width: int) -> Array:
 
 def lane_sums(tile: Array) -> Array:
     """`[n, m]` summed over registers only, `[n, 128]`: the rest of the sum is left for the line's end."""
-    return (
-        sum(tile[:, start : start + LANES] for start in range(LANES, tile.shape[1], LANES)) + tile[:, :LANES]
-    )
+    strips = [tile[:, start : start + LANES] for start in range(0, tile.shape[1], LANES)]
+    return functools.reduce(operator.add, strips)

@@ -7,14 +7,12 @@ results are the same bit for bit from run to run.
 Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Float, sum_dtype
 from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
+from dynmask_jax.backends.residuals import with_gradients
 from dynmask_jax.backends.xla_backward import backward
 from dynmask_jax.online_softmax import Partial, finish, from_logits, merge
 from dynmask_jax.plans import Plan, tiles_of
@@ -31,23 +29,6 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention of every query over the keys that the plan's mask shows it."""
     return _attend(scores, q, k, v, plan)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scores, q, k, v, plan):
-    return forward(scores, q, k, v, plan)
-
-
-def _attend_forward(scores, q, k, v, plan):
-    out, lse = forward(scores, q, k, v, plan)
-    return (out, lse), (q, k, v, plan, out, lse)
-
-
-def _attend_backward(scores, saved, cotangents):
-    return *backward(scores, saved, cotangents), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def forward(scores, q, k, v, plan, over_lines=lax.map):
@@ -81,3 +62,6 @@ def _tile(scores, queries, keys, values, visible) -> Partial:
         logits = jnp.where(visible, logits, -jnp.inf)
     weights, peak, total = from_logits(logits)
     return Partial(jnp.einsum("krs,ksh->krh", weights, values), peak, total)
+
+
+_attend = with_gradients(forward, backward)

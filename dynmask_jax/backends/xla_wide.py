@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
+from dynmask_jax.backends.residuals import with_gradients
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, delta_of, tile_gradients
 from dynmask_jax.plans import Plan, tiles_of
@@ -33,24 +34,6 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention of every query over the keys that the plan's mask shows it."""
     return _attend(scores, q, k, v, plan)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scores, q, k, v, plan):
-    return forward(scores, q, k, v, plan, over_lines=_at_once)
-
-
-def _attend_forward(scores, q, k, v, plan):
-    out, lse = forward(scores, q, k, v, plan, over_lines=_at_once)
-    return (out, lse), (q, k, v, plan, out, lse)
-
-
-def _attend_backward(scores, saved, cotangents):
-    d_q, d_k, d_v = _backward(scores, saved, cotangents)
-    return d_q, d_k, d_v, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _at_once(line, places):
@@ -105,3 +88,6 @@ def _backward(scores, saved, cotangents):
     d_q = q_blocks.whole(_at_once(query_line, q_blocks.every()))
     d_k, d_v = (k_blocks.whole(x) for x in _at_once(key_line, k_blocks.every()))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+_attend = with_gradients(functools.partial(forward, over_lines=_at_once), _backward)
