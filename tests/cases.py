@@ -28,7 +28,8 @@ def _bitwise(q, k):
     return ((q.position ^ k.position) & 3) != 1
 
 
-enable_x64 = getattr(jax, "enable_x64", None) or getattr(jax.experimental, "enable_x64")  # noqa: B009, JAX 0.7
+# JAX 0.7 has it in `experimental` alone.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 HEADS = 4
 MASKS: dict[str, Mask] = {
     "everything": Everything(),

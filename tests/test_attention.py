@@ -95,7 +95,10 @@ def test_logits_far_below_zero(mask_name, backend):
     q, k, v = shape.qkv()
     the_plan = plan(MASKS[mask_name], *shape.tokens(), block_q=shape.block_q, block_k=shape.block_k)
     away = 9 * jnp.abs(q) + 9, -9 * jnp.abs(k) - 9, v
-    assert_same(*(results(*away, the_plan, name) for name in (backend, "dense")), jnp.float32)
+    actual, expected = (results(*away, the_plan, name) for name in (backend, "dense"))
+    for a, b in zip(actual, expected, strict=True):
+        # Logits near −1,000 are 6e-5 apart in float32, which is the relative error of a weight.
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * max(1.0, np.abs(b[np.isfinite(b)]).max()))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

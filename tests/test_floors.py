@@ -10,7 +10,7 @@ import dynmask_jax
 PACKAGE = Path(dynmask_jax.__file__).parent
 FLOORS = [
     {"array_typing", "errors", "platforms", "varying"},
-    {"schedules", "spans", "online_softmax", "scores", "rotary"},
+    {"schedules", "spans", "online_softmax", "scores", "rotary", "finite"},
     {"tokens", "draws", "leaves"},
     {"masks"},
     {"curricula", "plans"},

@@ -42,7 +42,7 @@ def test_blocks_of_whole_registers_and_others(block_q, block_k):
 @pytest.mark.parametrize("mask_name", ["everything", "causal"])
 def test_full_blocks_beside_tested_ones(mask_name, block_q, block_k):
     """Only blocks of whole registers are ever full in the forward pass."""
-    shape = Shape(batch=1, queries=400, keys=400, block_q=block_q, block_k=block_k)
+    shape = Shape(batch=1, queries=512, keys=400, block_q=block_q, block_k=block_k)
     codes = plan(MASKS[mask_name], *shape.tokens(), block_q=block_q, block_k=block_k).codes
     assert {FULL, TEST} <= set(np.unique(codes))
     assert_backend_is_dense(MASKS[mask_name], shape, "tpu")
@@ -59,7 +59,7 @@ def test_leaves_of_unsigned_numbers_keep_their_sign():
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float16, jnp.uint8])
 def test_leaves_of_other_types_are_refused(dtype):
-    mask = Predicate(lambda q, k, n: q.position - k.position < n, dtype(5))
+    mask = Predicate(lambda q, k, n: q.position - k.position < n.astype(jnp.int32), dtype(5))
     with pytest.raises(Unsupported, match=r"has a leaf of (int8|float16|uint8); a kernel takes bool, int32"):
         attention(*Shape().qkv(), mask, backend="tpu")
 

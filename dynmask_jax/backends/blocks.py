@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree, static
+from dynmask_jax.finite import bad_rows, emptied
 from dynmask_jax.plans import FULL, TEST, over_blocks
 
 
@@ -18,10 +19,12 @@ class Blocks:
 
     Attributes:
       x: `[B, blocks, size, heads, *H]`, the last block filled up with zeros.
+      bad: `[B, blocks, size, heads]`, which rows are taken as zeros; None where none is.
       length: T.
     """
 
     x: Float[Array, "B blocks size heads *H"]
+    bad: Bool[Array, "B blocks size heads"] | None
     length: int = static()
 
     @classmethod
@@ -29,7 +32,13 @@ class Blocks:
         """Cut into blocks of `size` tokens."""
         length = x.shape[1]
         x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)))
-        return cls(x.reshape(x.shape[0], -1, size, *x.shape[2:]), length)
+        return cls(x.reshape(x.shape[0], -1, size, *x.shape[2:]), None, length)
+
+    @classmethod
+    def of_finite(cls, x: Float[Array, "B T heads H"], size: int) -> "Blocks":
+        """Cut into blocks, of which each is freed of what is not finite when it is taken."""
+        blocks = cls.of(x, size)
+        return cls(blocks.x, bad_rows(blocks.x), blocks.length)
 
     @property
     def count(self) -> int:
@@ -42,7 +51,8 @@ class Blocks:
 
     def rows(self, b, i, key_heads: int) -> Float[Array, "K rows *H"]:
         """Block i of sequence b, its heads outermost."""
-        block = jnp.moveaxis(self.x[b, i], 1, 0)
+        block = self.x[b, i] if self.bad is None else emptied(self.x[b, i], self.bad[b, i])
+        block = jnp.moveaxis(block, 1, 0)
         return block.reshape(key_heads, -1, *block.shape[2:])
 
     def tokens(self, rows: Float[Array, "K rows *H"]) -> Float[Array, "size heads *H"]:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import jax
 
+from dynmask_jax.finite import bad_rows, emptied
+
 
 def with_gradients(forward: Callable, gradients: Callable) -> Callable:
     """`attend(scores, q, k, v, plan) -> (out, lse)`, whose residuals are its arguments and results.
@@ -12,6 +14,8 @@ def with_gradients(forward: Callable, gradients: Callable) -> Callable:
     Args:
       forward: `(scores, q, k, v, plan) -> (out, lse)`.
       gradients: `(scores, (q, k, v, plan, out, lse), (d_out, d_lse)) -> (d_q, d_k, d_v)`.
+
+    Both take rows that are not finite for zeros; their gradients are then zeros, here.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -23,7 +27,8 @@ def with_gradients(forward: Callable, gradients: Callable) -> Callable:
         return (out, lse), (q, k, v, plan, out, lse)
 
     def backward(scores, saved, cotangents):
-        return *gradients(scores, saved, cotangents), None
+        of_arrays = zip(gradients(scores, saved, cotangents), saved[:3], strict=True)
+        return *(emptied(gradient, bad_rows(x)) for gradient, x in of_arrays), None
 
     attend.defvjp(with_residuals, backward)
     return attend

@@ -37,6 +37,7 @@ from dynmask_jax.backends.tpu_tile import (
     widened,
 )
 from dynmask_jax.errors import Unsupported
+from dynmask_jax.finite import bad_rows, emptied
 from dynmask_jax.plans import FULL, TEST, Plan
 from dynmask_jax.scores import Scores
 
@@ -125,7 +126,8 @@ def _add(state: State, logits, values):
 
 def _forward(scores, q, k, v, plan: Plan):
     (size_q, size_k), rows = (plan.block_q, plan.block_k), plan.rows
-    blocks = [blocks_by_head(x, size, rows) for x, size in ((q, size_q), (k, size_k), (v, size_k))]
+    sizes = (q, size_q), (k, size_k), (v, size_k)
+    blocks = [blocks_by_head(emptied(x, bad_rows(x)), size, rows) for x, size in sizes]
     lines = Lines.of_queries(plan, (blocks[0],))
     columns = Columns(token_blocks(plan.kv_tokens, size_k), tuple(blocks[1:]))
     heads, group, (bq, head_dim) = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3:]

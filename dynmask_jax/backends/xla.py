@@ -34,8 +34,8 @@ def attend(
 def forward(scores, q, k, v, plan, over_lines=lax.map):
     """`(out, lse)`, where `over_lines(line, places)` stacks `line(place)` over lines of blocks."""
     wide, heads, key_heads = sum_dtype(q.dtype), q.shape[2], k.shape[2]
-    q_blocks, tiles = Blocks.of(q, plan.block_q), tiles_of(plan)
-    k_blocks, v_blocks = (Blocks.of(x, plan.block_k) for x in (k, v))
+    q_blocks, tiles = Blocks.of_finite(q, plan.block_q), tiles_of(plan)
+    k_blocks, v_blocks = (Blocks.of_finite(x, plan.block_k) for x in (k, v))
 
     def query_block(at):
         b, i = at // q_blocks.count, at % q_blocks.count

@@ -32,9 +32,9 @@ def backward(scores, saved, cotangents):
     """The gradients of q, k and v from those of out and lse; d_q is summed in place."""
     q, k, v, plan, _, lse = saved
     wide, (heads, head_dim), key_heads = lse.dtype, q.shape[2:], k.shape[2]
-    of_queries = (q, cotangents[0], lse, delta_of(saved, cotangents))
-    q_blocks, *others = (Blocks.of(x, plan.block_q) for x in of_queries)
-    k_blocks, v_blocks = (Blocks.of(x, plan.block_k) for x in (k, v))
+    of_queries = (cotangents[0], lse, delta_of(saved, cotangents))
+    q_blocks, *others = Blocks.of_finite(q, plan.block_q), *(Blocks.of(x, plan.block_q) for x in of_queries)
+    k_blocks, v_blocks = (Blocks.of_finite(x, plan.block_k) for x in (k, v))
     tiles = tiles_of(plan)
 
     def key_block(d_q, at):

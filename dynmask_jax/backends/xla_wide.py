@@ -43,8 +43,9 @@ def _at_once(line, places):
 def _backward(scores, saved, cotangents):
     q, k, v, plan, _, lse = saved
     wide, heads, key_heads, tiles = lse.dtype, q.shape[2], k.shape[2], tiles_of(plan)
-    of_queries = [Blocks.of(x, plan.block_q) for x in (q, cotangents[0], lse, delta_of(saved, cotangents))]
-    of_keys = [Blocks.of(x, plan.block_k) for x in (k, v)]
+    others = cotangents[0], lse, delta_of(saved, cotangents)
+    of_queries = [Blocks.of_finite(q, plan.block_q), *(Blocks.of(x, plan.block_q) for x in others)]
+    of_keys = [Blocks.of_finite(x, plan.block_k) for x in (k, v)]
     q_blocks, k_blocks = of_queries[0], of_keys[0]
 
     def queries_at(b, i):

@@ -1,0 +1,15 @@
+"""Rows with a NaN or an infinity: which they are, and what backends take them for."""
+
+import jax.numpy as jnp
+
+from dynmask_jax.array_typing import Array, Bool, Float
+
+
+def bad_rows(rows: Float[Array, "*shape H"]) -> Bool[Array, "*shape"]:
+    """Which rows hold anything that is not finite."""
+    return ~(jnp.abs(rows).max(axis=-1) < jnp.inf)
+
+
+def emptied(rows: Float[Array, "*shape H"], bad: Bool[Array, "*shape"]) -> Float[Array, "*shape H"]:
+    """The rows, those that are bad as zeros."""
+    return jnp.where(bad[..., None], jnp.zeros_like(rows), rows)
