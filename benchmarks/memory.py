@@ -122,8 +122,8 @@ def section(results: dict) -> str:
     settings = results["settings"]
     return (
         f"{settings['heads']} heads of {settings['head_dim']}, float32, a fresh process for each row. What a "
-        "call adds holds its results: out and three gradients. Windows share one compilation, so that their "
-        f"temporaries are the same. `jax.nn` is only compiled.\n\n{table(columns, rows)}"
+        "call adds holds its results: out and three gradients. `jax.nn` is only compiled.\n\n"
+        f"{table(columns, rows)}"
     )
 
 

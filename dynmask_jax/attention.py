@@ -90,9 +90,9 @@ def attention(
 
     A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
     logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the out and
-    lse of the queries that see it, and of what comes back through out to them, and touches nothing
-    else. Differentiable in q, k, v and sinks, in reverse mode and once. Memory is O(T + S), but with
-    "dense" O(T·S).
+    lse of the queries that see it, and of what comes back through out to them (and to the sink of
+    their head), and touches nothing else. Differentiable in q, k, v and sinks, in reverse mode and
+    once. Memory is O(T + S), but with "dense" O(T·S).
 
     Raises:
       ValueError, TypeError: arguments that do not fit, by name.

@@ -1,8 +1,8 @@
 """Keeps a NaN or an infinity to those who may see it, whichever backend computes.
 
 A hidden pair has weight 0, but 0 · NaN is NaN: inside a matrix product one bad key would reach every
-query of its block. So backends take bad rows for zeros (where they copy a block anyway: copies of whole
-arrays cost 8% of a forward pass at 4,096 tokens), and the queries that see one are marked afterwards.
+query of its block. So backends take bad rows for zeros (the XLA loops where they copy a block anyway:
+copies of whole arrays are memory, and time), and the queries that see one are marked afterwards.
 """
 
 from collections.abc import Callable

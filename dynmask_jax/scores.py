@@ -10,8 +10,8 @@ class Scores:
     """How a product q·k becomes a logit.
 
     Attributes:
-      scale: what products are multiplied by, 1/√H as a rule. The XLA backends multiply the queries by
-        it, once, and not each tile of products.
+      scale: what products are multiplied by, 1/√H as a rule. The XLA backends multiply blocks of
+        queries by it, and not tiles of products.
       soft_cap: logits are squashed into ±soft_cap by c·tanh(x/c) (Gemma 2, arXiv:2408.00118); None
         leaves them alone.
     """

@@ -387,8 +387,22 @@ def test_the_choice_of_backend_can_be_asked_for():
     assert default_backend() == default_backend("cpu") == "xla"
     assert default_backend("tpu") == "tpu"
     assert default_backend("gpu") == "xla_wide"
+    with jax.default_device("gpu"):
+        assert default_backend() == "xla_wide"
     with jax.default_device(jax.devices("cpu")[1]):
         assert default_backend() == "xla"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_that_overflow_make_a_query_blind(backend):
+    """All its logits are −inf, in blocks that are full: it gets and passes on nothing."""
+    q, k, v = Shape(batch=1, queries=256, keys=256, heads=1, kv_heads=1).qkv()
+    q, k = q.at[0, 3].set(3e38), -1.0 - jnp.abs(k)
+    the_plan = plan(Everything(), Tokens.sequence(256), block_q=128, block_k=128)
+    out, lse, *gradients = results(q, k, v, the_plan, backend)
+    assert np.isneginf(lse[0, 3, 0])
+    assert (np.asarray(out)[0, 3] == 0).all()
+    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
 
 
 Q = (1, 4, 4, 8)

@@ -32,7 +32,7 @@ def backward(scores, saved, cotangents):
     """The gradients of q, k and v from those of out and lse; d_q is summed in place."""
     q, k, v, plan, _, lse = saved
     wide, (heads, head_dim), key_heads = lse.dtype, q.shape[2:], k.shape[2]
-    of_queries = (cotangents[0], lse, delta_of(saved, cotangents))
+    of_queries = (cotangents[0], *levels_of(saved, cotangents))
     q_blocks, *others = Blocks.of_finite(q, plan.block_q), *(Blocks.of(x, plan.block_q) for x in of_queries)
     k_blocks, v_blocks = (Blocks.of_finite(x, plan.block_k) for x in (k, v))
     tiles = tiles_of(plan)
@@ -66,20 +66,23 @@ def backward(scores, saved, cotangents):
     return d_q, k_blocks.whole(d_k), k_blocks.whole(d_v)
 
 
-def delta_of(saved, cotangents) -> Float[Array, "B T N"]:
-    """Σ out·d_out − d_lse of every query."""
+def levels_of(saved, cotangents) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
+    """Of every query, lse and Σ out·d_out − d_lse. The lse of one that sees nothing is 0 here, not −inf:
+    it is subtracted from logits that may be −inf, where products overflowed.
+    """
     *_, out, lse = saved
     d_out, d_lse = cotangents
-    return jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
+    delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
+    return jnp.where(jnp.isneginf(lse), 0.0, lse), delta
 
 
 def tile_gradients(scores, block: QueryBlock, keys, values, visible):
     """The gradients of a tile's products, and its weights: both `[K, bk, rows]`."""
     logits = scores.logits(jnp.einsum("ksh,krh->ksr", keys, block.q))
-    # After the exponential: a query that sees nothing has lse −inf, and gets inf there.
+    # After the exponential: a hidden pair's may be infinite there.
     weights = _shown(jnp.exp(logits - block.lse[:, None]), visible)
     d_logits = weights * (jnp.einsum("ksh,krh->ksr", values, block.d_out) - block.delta[:, None])
-    return _shown(d_logits, visible) * scores.slope(logits), weights
+    return _shown(d_logits * scores.slope(logits), visible), weights
 
 
 def _shown(pairs: Float[Array, "K bk rows"], visible: Bool[Array, "*K rows bk"] | None):

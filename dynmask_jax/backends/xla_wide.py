@@ -3,7 +3,8 @@
 Where `xla` takes one block after the other, here every line of blocks takes a step at once: the first
 active block of each, then the second, …, until the longest line is done. So a step is a few large
 batched products. `jax.vmap` of the loop over one line is that arrangement: each turn computes all lines,
-and those that are done keep what they have.
+and those that are done keep what they have. So a pass costs its longest line times all lines: a window
+costs what it shows, but causal attention the whole square, and so does one query or key that is seen by all.
 
 The gradients of queries are summed along lines of key blocks and those of keys along lines of query
 blocks, apart: that is seven products a tile in place of five, and no two lines ever add to one place,
@@ -19,7 +20,7 @@ from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
 from dynmask_jax.backends.residuals import with_gradients
 from dynmask_jax.backends.xla import forward
-from dynmask_jax.backends.xla_backward import QueryBlock, delta_of, tile_gradients
+from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
 from dynmask_jax.plans import Plan, tiles_of
 from dynmask_jax.scores import Scores
 from dynmask_jax.varying import vary_like
@@ -43,7 +44,7 @@ def _at_once(line, places):
 def _backward(scores, saved, cotangents):
     q, k, v, plan, _, lse = saved
     wide, heads, key_heads, tiles = lse.dtype, q.shape[2], k.shape[2], tiles_of(plan)
-    others = cotangents[0], lse, delta_of(saved, cotangents)
+    others = cotangents[0], *levels_of(saved, cotangents)
     of_queries = [Blocks.of_finite(q, plan.block_q), *(Blocks.of(x, plan.block_q) for x in others)]
     of_keys = [Blocks.of_finite(x, plan.block_k) for x in (k, v)]
     q_blocks, k_blocks = of_queries[0], of_keys[0]
