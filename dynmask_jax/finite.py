@@ -13,3 +13,8 @@ def bad_rows(rows: Float[Array, "*shape H"]) -> Bool[Array, "*shape"]:
 def emptied(rows: Float[Array, "*shape H"], bad: Bool[Array, "*shape"]) -> Float[Array, "*shape H"]:
     """The rows, those that are bad as zeros."""
     return jnp.where(bad[..., None], jnp.zeros_like(rows), rows)
+
+
+def finite_rows(rows: Float[Array, "*shape H"]) -> Float[Array, "*shape H"]:
+    """The rows as backends take them: those that are bad as zeros."""
+    return emptied(rows, bad_rows(rows))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Float, sum_dtype
-from dynmask_jax.finite import bad_rows, emptied
+from dynmask_jax.finite import finite_rows
 from dynmask_jax.masks import mask_tensor
 from dynmask_jax.online_softmax import Partial, finish
 from dynmask_jax.plans import Plan
@@ -20,7 +20,7 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention of every query over the keys that the plan's mask shows it; blocks play no part."""
     dtype, wide = q.dtype, sum_dtype(q.dtype)
-    q, k, v = (emptied(x, bad_rows(x)).astype(wide) for x in (q, k, v))
+    q, k, v = (finite_rows(x).astype(wide) for x in (q, k, v))
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     visible = _by_batch_and_head(mask_tensor(plan.mask, plan.q_tokens, plan.kv_tokens))
 

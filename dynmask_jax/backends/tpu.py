@@ -30,15 +30,16 @@ from dynmask_jax.backends.tpu_grid import (
 from dynmask_jax.backends.tpu_tile import (
     LOG2E,
     Tile,
+    by_code,
     check_kernel_mask,
     dot,
-    in_lanes,
+    keep_tokens,
     lane_sums,
     widened,
 )
 from dynmask_jax.errors import Unsupported
-from dynmask_jax.finite import bad_rows, emptied
-from dynmask_jax.plans import FULL, TEST, Plan
+from dynmask_jax.finite import finite_rows
+from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
 
@@ -87,21 +88,15 @@ def _kernel(active, mask, tokens, line, column, out, state, *, tile):
 
     @pl.when(begins)
     def _():
-        for field in range(2):
-            state.tokens[field] = in_lanes(tokens[0][field : field + 1])
+        keep_tokens(state.tokens, tokens[0])
         state.peak[...] = jnp.full(state.peak.shape, -jnp.inf, jnp.float32)
         state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
         state.weighted[...] = jnp.zeros(state.weighted.shape, jnp.float32)
 
-    @pl.when(code == FULL)
-    def _():
-        _add(state, tile.logits(dot(q[...], k[...], 1, 1)), v[...])
+    def hide(logits):
+        return tile.hide(logits, mask, head, (state.tokens[...], tokens[1][...]))
 
-    @pl.when(code == TEST)
-    def _():
-        logits = tile.logits(dot(q[...], k[...], 1, 1))
-        both = (state.tokens[...], tokens[1][...])
-        _add(state, tile.hide(logits, mask, head, both), v[...])
+    by_code(code, lambda hide: _add(state, hide(tile.logits(dot(q[...], k[...], 1, 1))), v[...]), hide)
 
     @pl.when(ends)
     def _():
@@ -127,7 +122,7 @@ def _add(state: State, logits, values):
 def _forward(scores, q, k, v, plan: Plan):
     (size_q, size_k), rows = (plan.block_q, plan.block_k), plan.rows
     sizes = (q, size_q), (k, size_k), (v, size_k)
-    blocks = [blocks_by_head(emptied(x, bad_rows(x)), size, rows) for x, size in sizes]
+    blocks = [blocks_by_head(finite_rows(x), size, rows) for x, size in sizes]
     lines = Lines.of_queries(plan, (blocks[0],))
     columns = Columns(token_blocks(plan.kv_tokens, size_k), tuple(blocks[1:]))
     heads, group, (bq, head_dim) = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3:]

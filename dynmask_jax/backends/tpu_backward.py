@@ -24,9 +24,9 @@ from dynmask_jax.backends.tpu_grid import (
     sweep,
     token_blocks,
 )
-from dynmask_jax.backends.tpu_tile import LOG2E, Tile, dot, in_lanes, widened
-from dynmask_jax.finite import bad_rows, emptied
-from dynmask_jax.plans import FULL, TEST, Plan
+from dynmask_jax.backends.tpu_tile import LOG2E, Tile, by_code, dot, in_lanes, keep_tokens, widened
+from dynmask_jax.finite import finite_rows
+from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
 
@@ -34,7 +34,7 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     """dq, dk, dv from the residuals `(q, k, v, plan, out, lse)` and the cotangents of out and lse."""
     q, k, v, plan, out, lse = saved
     d_out, d_lse = cotangents
-    q, k, v = (emptied(x, bad_rows(x)) for x in (q, k, v))
+    q, k, v = (finite_rows(x) for x in (q, k, v))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     # A query that sees nothing gets weights of zero: exp2(−inf).
     level = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
@@ -68,8 +68,7 @@ def _query_kernel(active, mask, tokens, line, column, out, state, *, tile):
 
     @pl.when(begins)
     def _():
-        for field in range(2):
-            state.tokens[field] = in_lanes(tokens[0][field : field + 1])
+        keep_tokens(state.tokens, tokens[0])
         state.level[...] = in_lanes(shared[:1])
         state.delta[...] = in_lanes(shared[1:])
         state.dq[...] = jnp.zeros(state.dq.shape, jnp.float32)
@@ -83,14 +82,7 @@ def _query_kernel(active, mask, tokens, line, column, out, state, *, tile):
         d_products = tile.slope(logits, d_logits).astype(k.dtype)
         state.dq[...] += dot(d_products, k[...], 1, 0)
 
-    @pl.when(code == FULL)
-    def _():
-        add(lambda logits: logits)
-
-    @pl.when(code == TEST)
-    def _():
-        both = (state.tokens[...], tokens[1][...])
-        add(lambda logits: tile.hide(logits, mask, head, both))
+    by_code(code, add, lambda logits: tile.hide(logits, mask, head, (state.tokens[...], tokens[1][...])))
 
     @pl.when(ends)
     def _():
@@ -134,8 +126,7 @@ def _key_kernel(active, mask, tokens, line, column, out, state, *, tile, group):
 
     @pl.when(begins & (inner == 0))
     def _():
-        for field in range(2):
-            state.tokens[field] = in_lanes(tokens[0][field : field + 1])
+        keep_tokens(state.tokens, tokens[0])
         state.dk[...] = jnp.zeros(state.dk.shape, jnp.float32)
         state.dv[...] = jnp.zeros(state.dv.shape, jnp.float32)
 
@@ -147,14 +138,10 @@ def _key_kernel(active, mask, tokens, line, column, out, state, *, tile, group):
         d_products = tile.slope(logits, d_logits).astype(q.dtype)
         state.dk[...] += dot(d_products, q[...], 1, 0)
 
-    @pl.when(code == FULL)
-    def _():
-        add(lambda logits: logits)
+    def hide(logits):
+        return tile.hide(logits, mask, head * group + inner, (state.tokens[...], tokens[1][...]))
 
-    @pl.when(code == TEST)
-    def _():
-        both = (state.tokens[...], tokens[1][...])
-        add(lambda logits: tile.hide(logits, mask, head * group + inner, both))
+    by_code(code, add, hide)
 
     @pl.when(ends & (inner == group - 1))
     def _():

@@ -11,12 +11,13 @@ import operator
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, is_boolean
 from dynmask_jax.backends.tpu_grid import LANES
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.masks import Mask, look, visible_pairs
-from dynmask_jax.plans import Plan
+from dynmask_jax.plans import FULL, TEST, Plan
 from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 
@@ -145,6 +146,18 @@ def dot(a, b, a_axis: int, b_axis: int):
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((a_axis,), (b_axis,)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def by_code(code, add, hide):
+    """Runs `add(hide)` on a block to test, and with nothing hidden on a full one."""
+    pl.when(code == FULL)(lambda: add(lambda logits: logits))
+    pl.when(code == TEST)(lambda: add(hide))
+
+
+def keep_tokens(kept, tokens):
+    """At a line's first block: its position and segment, upright, for as long as it lasts."""
+    for field in range(2):
+        kept[field] = in_lanes(tokens[field : field + 1])
 
 
 def in_lanes(row: Array) -> Array:
