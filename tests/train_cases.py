@@ -3,7 +3,8 @@
 import random
 from pathlib import Path
 
-from train.config import Curriculum, Data, Model, Optimizer, Run
+from train.config import Run
+from train.sections import Curriculum, Data, Evaluation, Model, Optimizer
 
 MODEL = Model(layers=1, width=16, heads=2, kv_heads=1, hidden=16)
 
@@ -23,9 +24,9 @@ def small_run(folder: Path, **options) -> Run:
         "folder": str(folder / "runs"),
         "steps": 8,
         "block": 8,
-        "evaluate_rows": 2,
+        "evaluation": Evaluation(rows=2),
         "model": MODEL,
-        "data": Data(paths=(str(write_text(folder)),), length=32, batch=2),
+        "data": Data(paths=(str(write_text(folder)),), length=32, batch=2, rows="chunked"),
         "optimizer": Optimizer(learning_rate=1e-2),
         "curriculum": Curriculum(start=4),
     }
