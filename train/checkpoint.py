@@ -166,8 +166,8 @@ class Checkpoints:
             raise ValueError(f"the checkpoint {path} is of another config: {'; '.join(different)}")
         if about["data"] != self._data:
             raise ValueError(
-                f"data.paths: the texts have changed since the checkpoint {path} was saved, so the run cannot "
-                "go on where it was; bring them back, or begin anew with --overwrite or another --name"
+                f"data.paths: the texts have changed since the checkpoint {path} was saved, so the run "
+                "cannot go on where it was; bring them back, or begin anew with --overwrite or another --name"
             )
         if different := _structure(about["leaves"], like):
             raise ValueError(f"the checkpoint {path} is of another model: {'; '.join(different)}")
