@@ -18,6 +18,17 @@ from train.sinks import Sink
 
 WORK = Work(per_token=6.0, per_pair={"global": 2.0, "local": 1.0})
 PEAK = Peak(100.0, "a test")
+NEEDLE = {"depths": [0.0, 1.0], "found": [0.5, 1.0], "gain": [2.5, 3.0]}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The fields of `train.evaluation.Validation`, which takes long to import."""
+
+    loss: float
+    positions: dict[str, float]
+    pace_loss: float | None = None
+    needle: dict | None = None
 
 
 @pytree
@@ -34,16 +45,6 @@ class Metrics:
     learning_rate: Array
     skipped: Array
     skipped_in_a_row: Array
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The fields of `train.evaluation.Validation`."""
-
-    loss: float
-    positions: dict[str, float]
-    pace_loss: float | None = None
-    needle: dict[str, float] | None = None
 
 
 class Kept(Sink):
@@ -201,7 +202,7 @@ def test_skipped_steps_in_a_row_are_known_when_read(kept, tmp_path):
 def test_a_validation_holds_what_there_is(kept, tmp_path):
     with begin(kept, tmp_path) as log:
         log.validation(3, Validation(0.5, {"0": 0.7, "64": math.nan}))
-        log.validation(4, Validation(math.inf, {"0": 0.7}, pace_loss=0.25, needle={"0.5": 1.0}))
+        log.validation(4, Validation(math.inf, {"0": 0.7}, pace_loss=0.25, needle=NEEDLE))
         log.rouge(4, {"model": {"rouge1": 30.0}, "lead": {"rouge1": 20.0}})
     bits = pytest.approx(0.5 / 0.6931472 / 2)
     plain = {
@@ -212,7 +213,7 @@ def test_a_validation_holds_what_there_is(kept, tmp_path):
     }
     assert kept.records[0] == plain
     assert kept.records[1]["validation_loss"] is kept.records[1]["validation_bits_per_byte"] is None
-    assert (kept.records[1]["pace_loss"], kept.records[1]["needle"]) == (0.25, {"0.5": 1.0})
+    assert (kept.records[1]["pace_loss"], kept.records[1]["needle"]) == (0.25, NEEDLE)
     assert kept.records[2] == {"step": 4, "rouge": {"model": {"rouge1": 30.0}, "lead": {"rouge1": 20.0}}}
 
 

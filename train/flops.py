@@ -80,7 +80,9 @@ def work(model: Model, vocabulary: int) -> Work:
     # Scores and the weighted sum of values: two products of H each, forward, and four backward.
     pair = 12 * model.heads * head_dim
     groups = model.layers // len(model.pattern)
-    per_pair = {reach: float(pair * groups * model.pattern.count(reach)) for reach in set(model.pattern)}
+    per_pair: dict[Reach, float] = {
+        reach: float(pair * groups * model.pattern.count(reach)) for reach in model.pattern
+    }
     return Work(6.0 * (model.layers * layer + model.width * vocabulary), per_pair)
 
 

@@ -5,7 +5,8 @@ Of train steps, every `watch.log_every`-th, the last, and each that was skipped:
 
     step                number of the step, from 0
     loss                mean over the step's targets, nats a token
-    bits_per_byte       the same in bits, over the bytes that a token has on average in the run's texts
+    bits_per_byte       the same in bits, over the bytes that a token has on average in what is predicted:
+                        the run's texts, or its summaries
     exposure            visible pairs ÷ those of the full mask, 0…1
     window              tokens of the window or chunk
     padding             share of the batch's tokens that are padding
@@ -23,7 +24,8 @@ of validations:
     validation_loss, validation_bits_per_byte
     positions           nats a token by where in its document the token stands: {"0": …, "64": …}
     pace_loss           under the mask of the stage, where the loss moves the curriculum
-    needle              share of the needles found, by depth, where there is a probe
+    needle              where there is a probe: depths, and along them found, the share of the needles
+                        found, and gain, the bits a token that the right number saves, see `train.needle`
 
 and of the summaries that are written after training:
 
@@ -59,7 +61,7 @@ class Log:
     Args:
       sinks: where the records go; closed at the end.
       run: the config.
-      bytes_per_token: on average, in the run's texts.
+      bytes_per_token: on average, in what is predicted.
       work: what a step computes.
       peak: what the devices can do.
     """
@@ -79,6 +81,11 @@ class Log:
         with ExitStack() as stack:  # each is closed, whatever another one raises
             for sink in self._sinks:
                 stack.callback(sink.close)
+
+    @property
+    def peak(self) -> Peak:
+        """What the devices can do, that MFU is a share of."""
+        return self._peak
 
     @property
     def skipped_in_a_row(self) -> int:
@@ -107,7 +114,7 @@ class Log:
         if validation.pace_loss is not None:
             record["pace_loss"] = _finite(validation.pace_loss)
         if validation.needle is not None:
-            record["needle"] = validation.needle
+            record["needle"] = dict(validation.needle)
         self._write(record)
 
     def rouge(self, steps_done: int, rouge: Mapping[str, Mapping[str, float]]):

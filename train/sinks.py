@@ -239,11 +239,17 @@ def scalars(record: Record) -> dict[str, float]:
     {'train/loss': 0.5}
     >>> scalars({"step": 4, "validation_loss": 0.5, "positions": {"0": 0.7, "64": 0.4}})
     {'validation/loss': 0.5, 'positions/0': 0.7, 'positions/64': 0.4}
+    >>> scalars({"step": 4, "needle": {"depths": [0.0, 0.5], "found": [1.0, 0.25]}})
+    {'needle/found/0.0': 1.0, 'needle/found/0.5': 0.25}
     """
     train = "train" if "loss" in record else "validation"
     numbers = {}
     for name, value in record.items():
-        if isinstance(value, dict):
+        if name == "needle":
+            along = {key: dict(zip(value["depths"], values, strict=True)) for key, values in value.items()}
+            del along["depths"]
+            numbers |= _below(name, along)
+        elif isinstance(value, dict):
             numbers |= _below(name, value)
         elif name != "step":
             numbers[f"{train}/{name.removeprefix('validation_')}"] = value
