@@ -96,7 +96,7 @@ def test_memory_is_linear_in_the_length_with_a_vocabulary_of_32k():
     lengths = np.array([2_048, 4_096, 8_192, 16_384])
     used = np.array([memory(int(length)) for length in lengths])
     logits = 4 * lengths * 32_768
-    assert (used < 0.11 * logits).all(), "far below all logits at once"
+    assert (used[1:] < 0.1 * logits[1:]).all(), "far below all logits at once"
     growth = np.diff(used) / np.diff(lengths)
     assert growth.max() < 1.2 * growth.min(), "each token costs the same"
     assert growth.max() < 20 * 4 * 32, "a few copies of its features, and not its 32,768 logits"
