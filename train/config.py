@@ -25,7 +25,7 @@ from train.sections import (
 )
 
 Task = Literal["lm", "summarize"]
-FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "watch.")
+FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "watch.", "optimizer.give_up")
 """Options, and sections, that may change when a run goes on: no weight depends on them."""
 
 
@@ -128,6 +128,8 @@ def _record(default: Any, saved: dict[str, Any]) -> Any:
             raise ValueError(f"{type(default).__name__} has no option {name!r}")
         own = getattr(default, name)
         if dataclasses.is_dataclass(own):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} must be an object, got {value!r}")
             value = _record(own, value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(default, **values)
