@@ -1,135 +1,199 @@
-"""The text: files in, rows of tokens out. A token is a byte."""
+"""The text of a run: paths in; batches to train on, rows held out and facts of the text out."""
 
-import sysconfig
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grain
+import jax
 import numpy as np
 
-from train import config
+from train import pipeline
+from train.batch import Batch
+from train.columns import check_columns
+from train.config import Run
+from train.rows import Pairs, Pieces, Stream, fitting
+from train.sources import Source, sources, standard_library
+from train.split import Split, by_documents, by_tokens, everything
+from train.token_cache import TokenCache, token_cache
+from train.tokenizers import Tokenizer, load_tokenizer
 
-VOCABULARY = 256
-SEPARATOR = b"\0"  # between documents; text has none of its own
 
+class Examples(Sequence[tuple[str, str]]):
+    """Documents with their summaries, as text, read when they are asked for."""
 
-class Rows:
-    """Rows of `length + 1` tokens, cut every `length`, so that each token but the first is a target once.
-
-    A `grain` source: it has a length and gives row i as int32 `[length + 1]`.
-    """
-
-    def __init__(self, text: np.ndarray, length: int):
-        self._text, self._length = text, length
+    def __init__(self, cache: TokenCache, documents: np.ndarray):
+        self._cache, self._documents = cache, documents
 
     def __len__(self) -> int:
-        return (len(self._text) - 1) // self._length
+        return len(self._documents)
 
-    def __getitem__(self, index) -> np.ndarray:
-        start = int(index) * self._length
-        return self._text[start : start + self._length + 1].astype(np.int32)
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Examples(self._cache, self._documents[index])
+        return self._cache.pair(int(self._documents[index]))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows to train on and rows held out.
+    """Batches to train on and to validate with, and what there is to know of the text.
 
     Attributes:
-      train: the batch of global step i at index i, `[batch, length + 1]` int32: reshuffled in each
-        epoch, without end, a function of the seed and i alone. So a resumed run reads on exactly
-        where it stopped.
-      held_out: the rows of the last `held_out` share of the bytes.
-      size: bytes in both together.
+      tokenizer: what made the tokens.
+      rows: the pipeline that `batches` starts, of this process.
+      held_out: the rows of validation, at most evaluation.rows, in batches of one shape
+        `[min(data.batch, rows), T]`; the last is filled up with padding. The same in all processes.
+      examples: held-out pairs of document and summary, for `summarize`; else none.
+      size: bytes of text; this and the next three are of all text, held out or not.
+      documents: texts, or pairs.
+      tokens: ends included.
+      malformed: texts that could not be read and were left out.
+      reports: the first few of them in words.
+      truncated: documents that are cut to fit a row with their summary.
+      bytes_per_token: of what is predicted, the texts or the summaries; ends are not counted.
+      lead_words: the median words of a training summary; None without summaries.
+      fingerprint: the same only for the same tokens, in the same rows, in the same order.
     """
 
-    train: grain.MapDataset
-    held_out: Rows
+    tokenizer: Tokenizer
+    rows: grain.IterDataset
+    held_out: list[Batch]
+    examples: Sequence[tuple[str, str]]
     size: int
+    documents: int
+    tokens: int
+    malformed: int
+    reports: tuple[str, ...]
+    truncated: int
+    bytes_per_token: float
+    lead_words: int | None
+    fingerprint: str
+
+    def batches(self) -> grain.DatasetIterator:
+        """Batches of this process, `[data.batch / processes, T]` NumPy arrays, without end.
+
+        Each epoch comes in another order. The iterator's state can be saved, and set, at any batch;
+        those after it are then the same, bit for bit. `close()` ends its thread.
+        """
+        return iter(self.rows)
 
 
-def corpus(data: config.Data, seed: int) -> Corpus:
-    """Reads the paths, or the default text, and cuts it into rows.
+def corpus(run: Run, *, process: int | None = None, processes: int | None = None) -> Corpus:
+    """Reads the text, or finds its tokens in the cache, and cuts it into rows.
 
     Args:
-      data: paths, and the rows' shape.
-      seed: of the order of documents, and of rows.
+      run: data, the task, the seed, and evaluation.rows are read of it.
+      process: which process this is, and
+      processes: how many share a batch; by default as JAX counts them.
 
     Raises:
-      FileNotFoundError: a path does not exist.
-      ValueError: a named file is not text, or there is too little text for a row to train on and a
-        row to hold out.
+      FileNotFoundError: a path, or a tokenizer, does not exist.
+      OSError: a file cannot be read, or the cache not be written.
+      ValueError: text is malformed or cannot be used, see `token_cache` and `fitting`; there is too
+        little; or data.batch is no multiple of the processes.
     """
-    found = texts(data.paths) if data.paths else (file.read_bytes() for file in standard_library())
-    documents = [text for text in found if text]
-    if not documents:
+    process = jax.process_index() if process is None else process
+    processes = jax.process_count() if processes is None else processes
+    if run.data.batch % processes:
         raise ValueError(
-            f"data.paths has no text: {', '.join(data.paths) or 'the standard library is empty'}"
+            f"data.batch must be a multiple of the processes ({processes}), got {run.data.batch}"
         )
-    order = np.random.default_rng(seed).permutation(len(documents))
-    text = np.frombuffer(SEPARATOR.join(documents[i] for i in order), np.uint8)
-    cut = len(text) - round(len(text) * data.held_out)
-    train, held_out = Rows(text[:cut], data.length), Rows(text[cut:], data.length)
-    for purpose, rows, size in (("train on", train, cut), ("hold out", held_out, len(text) - cut)):
-        if not len(rows):
-            raise ValueError(
-                f"data.paths has too little text to {purpose}: {size} bytes of {len(text)}, and a row needs "
-                f"data.length + 1 = {data.length + 1}"
-            )
-    batches = grain.MapDataset.source(train).seed(seed).shuffle().repeat().batch(data.batch)
-    return Corpus(batches, held_out, len(text))
+    tokenizer = load_tokenizer(run.data.tokenizer, run.data.end_token)
+    caches = _caches(run, tokenizer)
+    kept = [fitting(cache, run.data.length, run.summarize.truncate) for cache in caches if cache.pairs]
+    train, held_out = _split(run, caches)
+    train_cut = _cut(run, caches[0], train, kept[:1])
+    held_out_cut = _cut(run, caches[-1], held_out, kept[-1:])
+    _check_size(run, "train on", "data.paths", train_cut, train)
+    _check_size(
+        run, "hold out", "data.held_out_paths" if len(caches) > 1 else "data.paths", held_out_cut, held_out
+    )
+    return Corpus(
+        tokenizer=tokenizer,
+        rows=pipeline.batches(train_cut, run, process, processes),
+        held_out=pipeline.held_out_batches(held_out_cut, run),
+        examples=Examples(caches[-1], held_out.documents) if kept else (),
+        truncated=sum(int((own < cache.bodies).sum()) for own, cache in zip(kept, caches, strict=False)),
+        lead_words=int(np.median(caches[0].summary_words[train.documents])) if kept else None,
+        fingerprint=_fingerprint(run, tokenizer, caches),
+        **_facts(caches),
+    )
 
 
-def texts(paths: Iterable[str]) -> Iterator[bytes]:
-    """The text of each file, and of the files in each folder and below it, sorted.
-
-    In a folder, hidden files and those that are not text are left out.
-
-    Raises:
-      FileNotFoundError: a path does not exist.
-      ValueError: a file named itself is not text: UTF-8 without null bytes.
-    """
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"data.paths: {path} does not exist")
-        if path.is_dir():
-            contents = (file.read_bytes() for file in files_below(path))
-            yield from (content for content in contents if _fault(content) is None)
-        else:
-            content = path.read_bytes()
-            if fault := _fault(content):
-                raise ValueError(f"data.paths: {path} is not text: {fault}")
-            yield content
-
-
-def files_below(folder: Path) -> list[Path]:
-    """The files in a folder and below it, sorted, without the hidden ones."""
-
-    def hidden(path: Path) -> bool:
-        return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not hidden(path))
+def _caches(run: Run, tokenizer: Tokenizer) -> list[TokenCache]:
+    """The tokens of data.paths, and those of data.held_out_paths if there are."""
+    check_columns(run.task, run.data.columns)
+    if run.data.paths:
+        found = [sources(run.data.paths)]
+    elif run.task == "lm":
+        found = [standard_library()]
+    else:
+        raise ValueError(
+            "data.paths: summarize needs pairs of document and summary, and has no text of its own"
+        )
+    if run.data.held_out_paths:
+        found.append(sources(run.data.held_out_paths, "data.held_out_paths"))
+        _check_apart(*found)
+    folder = Path(run.data.cache or Path(run.folder) / "cache")
+    return [
+        token_cache(
+            each, run.task, run.data.columns, tokenizer, folder, skip_malformed=run.data.skip_malformed
+        )
+        for each in found
+    ]
 
 
-def standard_library() -> list[Path]:
-    """The source files of Python's standard library, without its tests and installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests"}
-    return sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
+def _check_apart(train: list[Source], held_out: list[Source]):
+    """Refuses text that is trained on and held out."""
+    if both := {source.path.resolve() for source in train} & {source.path.resolve() for source in held_out}:
+        raise ValueError(f"data.held_out_paths: {min(both)} is in data.paths too")
 
 
-def held_out_rows(rows: Rows, most: int) -> list[np.ndarray]:
-    """At most so many of the rows, evenly spaced, each a batch of its own: `[1, length + 1]`."""
-    count = min(most, len(rows))
-    return [rows[i * len(rows) // count][None] for i in range(count)]
+def _split(run: Run, caches: list[TokenCache]) -> tuple[Split, Split]:
+    """What is trained on, and what is held out."""
+    whole = everything(caches[0], run.seed)
+    if len(caches) > 1:
+        return whole, everything(caches[1], run.seed)
+    return (by_documents if run.task == "summarize" else by_tokens)(whole, run.data.held_out)
 
 
-def _fault(content: bytes) -> str | None:
-    """Why some bytes are not text, or None where they are."""
-    if SEPARATOR in content:
-        return "it has null bytes"
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 ({error})"
-    return None
+def _cut(run: Run, cache: TokenCache, split: Split, kept: list[np.ndarray]) -> pipeline.Cut:
+    """The documents cut for rows of the run's kind."""
+    if kept:
+        order = split.documents
+        return Pairs(cache.tokens, split.spans, cache.bodies[order], kept[0][order], run.data.length)
+    kind = Stream if run.data.rows == "chunked" else Pieces
+    return kind(cache.tokens, split.spans, run.data.length)
+
+
+def _check_size(run: Run, purpose: str, option: str, cut: pipeline.Cut, split: Split):
+    """Refuses too little text."""
+    if not len(cut):
+        needed = f"data.length + 1 = {run.data.length + 1}" if run.data.rows == "chunked" else "2"
+        raise ValueError(
+            f"{option} has too little text to {purpose}: {split.spans.tokens} tokens, and a row needs "
+            f"{needed}"
+        )
+
+
+def _facts(caches: list[TokenCache]) -> dict[str, Any]:
+    """What the text of all caches is, by the fields of `Corpus`."""
+    return {
+        "size": sum(cache.size for cache in caches),
+        "documents": sum(len(cache.documents) for cache in caches),
+        "tokens": sum(len(cache.tokens) for cache in caches),
+        "malformed": sum(cache.malformed for cache in caches),
+        "reports": tuple(report for cache in caches for report in cache.reports),
+        "bytes_per_token": sum(c.predicted_bytes for c in caches) / sum(c.predicted_tokens for c in caches),
+    }
+
+
+def _fingerprint(run: Run, tokenizer: Tokenizer, caches: list[TokenCache]) -> str:
+    texts = [cache.fingerprint for cache in caches]
+    rows = [run.data.rows, run.data.length, run.data.packing_bins, run.summarize.truncate]
+    split = [run.task, run.seed, run.data.held_out]
+    asked = json.dumps([tokenizer.fingerprint, texts, rows, split])
+    return hashlib.sha256(asked.encode()).hexdigest()
