@@ -194,8 +194,8 @@ def _time(facts: Facts, summary: Summary) -> str:
     words = (
         f"{share if len(speeds) > 1 else ''}The steps took {_duration(summary)} in all, without validations "
         f"and checkpoints; {summary.input_share():.2%} of it went by waiting for input. The train step "
-        f"compiled {_times(summary.compilations)} in the last process. Utilisation counts the pairs that the mask "
-        f"shows, and no recomputation, against {facts.peak.flops:.3g} operations a second "
+        f"compiled {_times(summary.compilations)} in the last process. Utilisation counts the pairs that the "
+        f"mask shows, and no recomputation, against {facts.peak.flops:.3g} operations a second "
         f"({facts.peak.source})."
     )
     return f"{table(('medians', *speeds), rows)}\n\n{words}"
