@@ -74,7 +74,7 @@ class Checkpoints:
         that is saved already is not saved again.
 
         Raises:
-          WriteError: this one, or the one before, could not be written; those before are whole.
+          WriteError: this one, or the one before, could not be written. Those in the folder are whole.
         """
         self.wait()
         step = int(state.step)
@@ -204,14 +204,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever the storage layers below raise, at whatever length
-            self._manager.reload()
             failed, self._writing = self._writing, None
-            left = [step for step in self.steps() if step != failed]
-            good = (
-                f"the last good one is {self.folder / str(left[-1])}" if left else "there is none before it"
-            )
             raise WriteError(
-                f"the checkpoint {self.folder / str(failed)} could not be written: {reason(error)}; {good}"
+                f"the checkpoint {self.folder / str(failed)} could not be written: {reason(error)}"
             ) from error
 
 

@@ -25,7 +25,7 @@ from train.sections import (
 )
 
 Task = Literal["lm", "summarize"]
-FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "watch.")
+FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "watch.", "optimizer.give_up")
 """Options, and sections, that may change when a run goes on: no weight depends on them."""
 
 

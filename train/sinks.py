@@ -15,6 +15,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tqdm import tqdm
 
 from train.config import Run
+from train.disk import writing
 
 Record = dict[str, Any]
 
@@ -43,7 +44,7 @@ def open_sinks(folder: Path, run: Run, start: int) -> list[Sink]:
 
     Raises:
       ValueError: `check` refuses the config.
-      OSError: the folder cannot be written to.
+      WriteError: the folder cannot be written to.
     """
     check(run)
     sinks = [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard", start)]
@@ -69,14 +70,18 @@ class JsonLines(Sink):
     """A file of one JSON object a line, appended to."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a")
+        self._path = path
+        with writing(path):
+            self._file = path.open("a")
 
     def write(self, record: Record):
-        self._file.write(to_line(record))
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(to_line(record))
+            self._file.flush()
 
     def close(self):
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 def to_line(record: Record) -> str:
@@ -96,20 +101,24 @@ class TensorBoard(Sink):
     """
 
     def __init__(self, folder: Path, start: int):
-        folder.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"), f".{start}")
+        self._folder = folder
         # The validation before the first of the steps that come again is not done again, but at 0.
         again = start + 1 if start else 0
-        self._events.write_event(Event(step=again, session_log=SessionLog(status=SessionLog.START)))
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"), f".{start}")
+            self._events.write_event(Event(step=again, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Record):
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
         event = Event(step=steps_done(record), wall_time=time.time(), summary=Summary(value=values))
-        self._events.write_event(event)
-        self._events.flush()
+        with writing(self._folder):
+            self._events.write_event(event)
+            self._events.flush()
 
     def close(self):
-        self._events.close()
+        with writing(self._folder):
+            self._events.close()
 
 
 class WeightsAndBiases(Sink):
