@@ -24,18 +24,21 @@ NEAR = 1.4
 TRAINING, VALIDATION = "#9ecae1", "#08519c"
 
 
-def draw(records: list[Record], growth: Growth, run: Run, path: Path):
+def draw(records: list[Record], growth: Growth, run: Run, path: Path) -> bool:
     """Writes the masks at some steps beside the loss at all, as a PNG.
 
     Args:
-      records: the run's metrics; without a train step's nothing is written.
+      records: the run's metrics.
       growth: its curriculum.
       run: its config.
       path: of the file.
+
+    Returns:
+      whether there was a step to draw.
     """
     steps = [record for record in records if "loss" in record]
     if not steps:
-        return
+        return False
     shown = _spread(steps)
     figure = Figure(figsize=(13, 5.6), dpi=120, layout="constrained")
     masks, loss = figure.subfigures(1, 2, width_ratios=(1, 1.35), wspace=0.04)
@@ -52,6 +55,7 @@ def draw(records: list[Record], growth: Growth, run: Run, path: Path):
     masks.suptitle(_subject(run), fontsize="medium")
     _draw_loss(loss.subplots(), steps, [r for r in records if "validation_loss" in r])
     figure.savefig(path)
+    return True
 
 
 def _window(run: Run, tokens: int) -> str:
@@ -136,7 +140,7 @@ def draw_positions(records: list[Record], path: Path) -> bool:
     Returns:
       whether there was anything to draw.
     """
-    validations = [record for record in records if _bits_by_position(record)]
+    validations = [record for record in records if bits_by_position(record)]
     if not validations:
         return False
     lines = _chosen(validations)
@@ -160,7 +164,7 @@ def draw_positions(records: list[Record], path: Path) -> bool:
 
 
 def _draw_positions(ax: Axes, validations: list[Record]):
-    found = [_bits_by_position(record) for record in validations]
+    found = [bits_by_position(record) for record in validations]
     starts = sorted({start for bits in found for start in bits})
     _draw_lines(ax, validations, [([starts.index(s) for s in bits], list(bits.values())) for bits in found])
     # Buckets double: places side by side are a logarithmic scale that has room for 0.
@@ -184,7 +188,7 @@ def _chosen(validations: list[Record]) -> list[Record]:
     return [near[i] for i in sorted({last * n // (LINES - 1) for n in range(LINES)})]
 
 
-def _bits_by_position(record: Record) -> dict[int, float]:
+def bits_by_position(record: Record) -> dict[int, float]:
     """Bits per byte by the least tokens before; empty where the record has no finite ones."""
     bits, nats = record.get("validation_bits_per_byte"), record.get("validation_loss")
     if bits is None or not nats:

@@ -174,6 +174,9 @@ class Bar(Sink):
             mininterval=seconds,
             maxinterval=seconds,
             dynamic_ncols=terminal,
+            bar_format=None
+            if terminal
+            else "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
 
     def write(self, record: Record):
