@@ -49,8 +49,8 @@ def test_another_config_is_refused_with_each_field_and_both_values(folder, run):
     folder.begin(run)
     other = replace(run, steps=9, model=replace(MODEL, width=32))
     words = re.escape(
-        "small holds a run of another config: model.width: 16 saved, 32 asked for; steps: 8 saved, 9 asked for. "
-        "Begin anew with --overwrite, or choose another --name"
+        "small holds a run of another config: model.width: 16 saved, 32 asked for; steps: 8 saved, "
+        "9 asked for. Begin anew with --overwrite, or choose another --name"
     )
     with pytest.raises(ValueError, match=words):
         folder.holds(other)
@@ -195,7 +195,7 @@ def test_asking_whether_it_can_be_written_to_leaves_nothing(tmp_path):
 
 
 def test_too_little_space_is_refused_with_both_numbers(tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 2_500_000))
     check_space(tmp_path, 2_500_000, "3 checkpoints")
     words = r"has too little space: 2\.5 MB are free, and 3 checkpoints take 7\.5 GB$"
@@ -217,9 +217,9 @@ def test_a_file_is_replaced_as_a_whole_or_left_as_it_was(tmp_path, monkeypatch):
 
 
 def test_the_first_name_for_a_failed_write_stays(tmp_path):
-    with pytest.raises(WriteError, match=r"^inner could not be written: File too large$"):
-        with writing(Path("outer")), writing(Path("inner")):
-            raise OSError(27, "File too large")
+    refused = pytest.raises(WriteError, match=r"^inner could not be written: File too large$")
+    with refused, writing(Path("outer")), writing(Path("inner")):
+        raise OSError(27, "File too large")
 
 
 def test_the_reason_is_found_in_what_the_storage_layers_say():

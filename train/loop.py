@@ -214,8 +214,8 @@ class _Training:
         """Gives up after `optimizer.give_up` skipped steps in a row, `done` steps having been read."""
         if (skipped := self._log.skipped_in_a_row) >= self._run.optimizer.give_up:
             raise NotFinite(
-                f"the loss or gradient of steps {done - skipped:,} to {done - 1:,} was not finite, {skipped} in "
-                "a row (optimizer.give_up), and none of them was taken. Lower optimizer.learning_rate or "
+                f"the loss or gradient of steps {done - skipped:,} to {done - 1:,} was not finite, {skipped} "
+                "in a row (optimizer.give_up), and none of them was taken. Lower optimizer.learning_rate or "
                 "optimizer.clip, or lengthen optimizer.warmup, under another --name; raise optimizer.give_up "
                 "to go on as it is"
             )
