@@ -41,7 +41,8 @@ def draw(records: list[Record], growth: Growth, run: Run, path: Path) -> bool:
         return False
     shown = _spread(steps)
     figure = Figure(figsize=(13, 5.6), dpi=120, layout="constrained")
-    masks, loss = np.ravel(figure.subfigures(1, 2, width_ratios=(1, 1.35), wspace=0.04))
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.35))
+    masks, loss = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     columns = min(2, len(shown))
     lines = -(-len(shown) // columns)
     axes = [masks.add_subplot(lines, columns, n + 1) for n in range(len(shown))]
