@@ -10,7 +10,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from train import flops, metrics, sinks
+from train import flops, metrics, report, sinks
 from train.checkpoint import Checkpoints
 from train.checksums import finite
 from train.config import Run
@@ -126,7 +126,10 @@ def train(session: Session) -> Summary | Interrupted:
         if interrupted is not None:
             return interrupted
         compilations = training.compilations
-    return Summary(metrics.read(session.folder.metrics), compilations)
+    summary = Summary(metrics.read(session.folder.metrics), compilations)
+    if compilations or not session.folder.report.exists():
+        _report(session, summary)
+    return summary
 
 
 class _Training:
@@ -141,12 +144,13 @@ class _Training:
         run, program, text = session.run, session.program, session.corpus
         self._run, self._state, self._batches = run, session.state, session.batches
         stack.enter_context(session.folder.claimed())
+        stack.callback(session.batches.close)
         self._stop = stack.enter_context(StopSignals())
         self._checkpoints = stack.enter_context(
             Checkpoints(session.folder.checkpoints, run, text.fingerprint)
         )
         self._log: Log = stack.enter_context(_opened_log(session))
-        self._profile = stack.enter_context(Profile(session.folder.path / "profile", run.watch))
+        self._profile = stack.enter_context(Profile(session.folder.profile, run.watch))
         self._validator = Validator(program, text, run)
         self._train_step = jax.jit(program.train_step, donate_argnums=0)
         self._advance = jax.jit(partial(advance, options=run.curriculum))
@@ -210,8 +214,8 @@ class _Training:
         """Gives up after `optimizer.give_up` skipped steps in a row, `done` steps having been read."""
         if (skipped := self._log.skipped_in_a_row) >= self._run.optimizer.give_up:
             raise NotFinite(
-                f"the loss or gradient of steps {done - skipped:,} to {done - 1:,} was not finite, {skipped} in "
-                "a row (optimizer.give_up), and none of them was taken. Lower optimizer.learning_rate or "
+                f"the loss or gradient of steps {done - skipped:,} to {done - 1:,} was not finite, {skipped} "
+                "in a row (optimizer.give_up), and none of them was taken. Lower optimizer.learning_rate or "
                 "optimizer.clip, or lengthen optimizer.warmup, under another --name; raise optimizer.give_up "
                 "to go on as it is"
             )
@@ -246,8 +250,19 @@ def _opened_log(session: Session) -> Log:
         int(session.state.step),
         bytes_per_token=session.corpus.bytes_per_token,
         work=flops.work(run.model, vocabulary),
-        peak=flops.peak(run.watch, run.model.dtype, jax.devices()[:1]),
+        peak=_peak(run),
     )
+
+
+def _report(session: Session, summary: Summary):
+    run, program = session.run, session.program
+    count = sum(leaf.size for leaf in jax.tree.leaves(session.state.params))
+    facts = report.Facts(run, session.corpus, program.growth, count, _peak(run))
+    report.write(session.folder.path, facts, summary)
+
+
+def _peak(run: Run) -> flops.Peak:
+    return flops.peak(run.watch, run.model.dtype, jax.devices()[:1])
 
 
 def _left(folder: RunFolder) -> str:

@@ -149,7 +149,7 @@ def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, "
     remedy = (
         "with --summarize.truncate some of the document must fit beside its summary"
         if truncate
-        else f"all need {int((bodies + summaries).max()) + 1:,}; --summarize.truncate cuts documents"
+        else f"a row of {int((bodies + summaries).max()) + 1:,} holds all; --summarize.truncate cuts documents"
     )
     raise ValueError(
         f"data.length: {len(too_long):,} of {len(bodies):,} examples do not fit a row of {length:,} tokens "

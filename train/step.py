@@ -106,7 +106,7 @@ class Program:
         """
         mask, weight = self.mask(state), batch.weights.sum()
         gradients, loss, pairs = self._sums(state.params, batch, mask)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         # optax skips a gradient that is not finite; it is made so where the loss alone shows that.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         gradients = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)
