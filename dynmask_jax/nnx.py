@@ -14,6 +14,7 @@ from dynmask_jax.masks import Mask
 from dynmask_jax.plans import Plan
 from dynmask_jax.rotary import rotary
 from dynmask_jax.schedules import Step as StepLike
+from dynmask_jax.tokens import Tokens
 
 
 class Attention(nnx.Module):
@@ -69,11 +70,25 @@ class Attention(nnx.Module):
         """The layer's output for queries from `x` and keys from `context` (`x` where left out)."""
         context = x if context is None else context
         plan = as_plan(mask_or_plan, x.shape[0], x.shape[1], context.shape[1])
-        q, k, v = self.query(x), self.key(context), self.value(context)
-        if self.rope_theta is not None:
-            q = rotary(q, plan.q_tokens.position, self.rope_theta)
-            k = rotary(k, plan.kv_tokens.position, self.rope_theta)
-        return self.out(self.attention(q, k, v, plan))
+        return self.attend(x, *self.keys_values(context, plan.kv_tokens), plan)
+
+    def keys_values(
+        self, context: Float[Array, "B S D"], tokens: Tokens
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values of the context: turned to their positions, so that they can be kept.
+
+        With `attend`, the two halves of a call: a cache holds keys and values between them.
+        """
+        return self._turned(self.key(context), tokens), self.value(context)
+
+    def attend(
+        self, x: Float[Array, "B T D"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], plan: Plan
+    ) -> Float[Array, "B T D"]:
+        """The layer's output for queries from `x`, given what `keys_values` made of their keys."""
+        return self.out(self.attention(self._turned(self.query(x), plan.q_tokens), k, v, plan))
+
+    def _turned(self, heads: Float[Array, "B S *NH"], tokens: Tokens) -> Float[Array, "B S *NH"]:
+        return heads if self.rope_theta is None else rotary(heads, tokens.position, self.rope_theta)
 
 
 class Step(nnx.Variable):

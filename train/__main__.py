@@ -1,14 +1,16 @@
-"""The command line: `python -m train PRESET --option value …`."""
+"""The command line: `python -m train PRESET --option value …`, and commands for what was trained."""
 
 import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import cleandoc
 from typing import Annotated
 
 import tyro
 
-from train.config import Run, option_names
+from train.commands import COMMANDS
+from train.config import Run, option_names, to_json
 from train.loop import prepare, train
 from train.presets import PRESETS
 
@@ -16,17 +18,14 @@ PROGRAM = "python -m train"
 
 
 @dataclass(frozen=True)
-class Command:
-    """Trains a byte-level language model on text, under a mask that grows with the training step.
-
-    Writes a folder: config.json, metrics.jsonl, checkpoint/ and curriculum.png.
-    """
+class Training:
+    """A run to train."""
 
     run: Annotated[Run, tyro.conf.arg(name="")]
-    resume: bool = False
-    """Continue the run in the folder from its latest checkpoint. Give the same options again."""
     overwrite: bool = False
-    """Replace the run in the folder, unless --resume. The demo does."""
+    """Begin anew where the folder holds a run. Without it, the same command goes on with the run."""
+    print_config: bool = False
+    """Print the whole config as JSON, and train nothing."""
 
 
 def main(arguments: Sequence[str] | None = None):
@@ -41,18 +40,26 @@ def main(arguments: Sequence[str] | None = None):
         print(overview())
         return
     try:
-        command = parse(arguments)
-        session = prepare(command.run, resume=command.resume, overwrite=command.overwrite)
-    except (ValueError, OSError) as error:
+        if is_command(arguments):
+            name, *rest = arguments
+            record, act = COMMANDS[name]
+            act(tyro.cli(record, prog=f"{PROGRAM} {name}", args=rest))
+        else:
+            _train(parse(arguments))
+    except (ValueError, OSError, ImportError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    print(f"{session.corpus.size:,} bytes of text; the run's folder is {session.folder.path}")
-    summary = train(session)
-    print(f"\n{summary}\n\nPicture, metrics and checkpoint: {session.folder.path}")
 
 
-def parse(arguments: Sequence[str]) -> Command:
-    """The command that the arguments ask for: a preset's name (`run` where left out) and options.
+def is_command(arguments: Sequence[str]) -> bool:
+    """Whether the first word is a command. `summarize` is one before a file's name, else a preset."""
+    name, *rest = arguments
+    before_a_name = bool(rest) and not rest[0].startswith("-")
+    return name in COMMANDS and (name not in PRESETS or before_a_name)
+
+
+def parse(arguments: Sequence[str]) -> Training:
+    """The run that the arguments ask for: a preset's name (`run` where left out) and options.
 
     Raises:
       ValueError: an unknown preset or option; the message lists the valid ones. Or a config that
@@ -61,10 +68,17 @@ def parse(arguments: Sequence[str]) -> Command:
     """
     preset, *options = arguments if not arguments[0].startswith("-") else ["run", *arguments]
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    default = Command(PRESETS[preset](), overwrite=preset == "demo")
+        raise ValueError(
+            f"unknown preset or command {preset!r}; the presets are {', '.join(PRESETS)}; the commands are "
+            f"{', '.join(COMMANDS)}"
+        )
     command, unknown = tyro.cli(
-        Command, prog=f"{PROGRAM} {preset}", default=default, args=options, return_unknown_args=True
+        Training,
+        prog=f"{PROGRAM} {preset}",
+        description=cleandoc(PRESETS[preset].__doc__ or ""),
+        default=Training(PRESETS[preset]()),
+        args=options,
+        return_unknown_args=True,
     )
     if unknown:
         raise ValueError(_unknown(unknown))
@@ -73,22 +87,42 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def overview() -> str:
     """What there is to run, for someone who does not know yet."""
-    lines = [f"  {PROGRAM} {name:<6} {preset.__doc__}" for name, preset in PRESETS.items()]
+
+    def lines(table: dict[str, str | None]) -> list[str]:
+        return [
+            f"  {PROGRAM} {name:<9}  {cleandoc(doc or '').splitlines()[0]}" for name, doc in table.items()
+        ]
+
     return "\n".join(
         [
-            "Trains a language model on long text under a mask that grows with the training step.",
+            "Trains language models on long text under a mask that grows with the training step.",
             "",
-            *lines,
+            "Presets, each a run that options change:",
+            *lines({name: preset.__doc__ for name, preset in PRESETS.items()}),
             "",
-            f"Options: {PROGRAM} run --help. Without a preset's name, options are those of run.",
+            "Commands for what was trained, and before:",
+            *lines({name: record.__doc__ for name, (record, _) in COMMANDS.items()}),
+            "",
+            f"{PROGRAM} PRESET --help says what a preset needs and what to expect, and lists the options.",
+            f"Without a preset's name, options are those of run. {PROGRAM} summarize followed by a file's",
+            "name is the command, by options or nothing the preset.",
         ]
     )
 
 
+def _train(command: Training):
+    if command.print_config:
+        print(to_json(command.run), end="")
+        return
+    session = prepare(command.run, overwrite=command.overwrite)
+    print(session.opening)
+    summary = train(session)
+    print(f"\n{summary}\n\nReport, pictures, metrics and checkpoints: {session.folder.path}")
+
+
 def _unknown(arguments: Sequence[str]) -> str:
-    valid = [
-        f"--{name.replace('_', '-')}" for name in (*option_names(PRESETS["run"]()), "resume", "overwrite")
-    ]
+    names = (*option_names(PRESETS["run"]()), "overwrite", "print_config")
+    valid = [f"--{name.replace('_', '-')}" for name in names]
     named = [argument.split("=")[0] for argument in arguments if argument.startswith("-")] or [arguments[0]]
     close = difflib.get_close_matches(named[0], valid, n=1)
     meant = f" (did you mean {close[0]}?)" if close else ""

@@ -1,55 +1,238 @@
-"""Checkpoints: the whole state of training on disk, by step."""
+"""Checkpoints: all that a run goes on from, by step, written while training goes on."""
 
+import json
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
+from typing import Any
 
+import grain
+import jax
 import orbax.checkpoint as ocp
 
+from train.checksums import Leaves, leaves, shapes
+from train.config import Run, differences, to_json
+from train.disk import WriteError, reason
 from train.step import State
+
+DAMAGED = "-damaged"
+"""Ends the name of the folder beside the checkpoints that damaged ones are moved to."""
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that cannot be read back as it was written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; use it as a context.
+    """The checkpoints of one run; use it as a context, which waits for the last one.
+
+    Each holds the state, the position of the data, and what they belong to: the config, the data's
+    fingerprint, and a checksum of every leaf.
 
     Args:
-      folder: where they lie; made when first written to.
-      keep: how many are kept, the latest.
+      folder: where they lie; made if need be. What interrupted saves left in it is removed.
+      run: the config; `run.checkpoints` says which are kept.
+      data: the fingerprint of the data.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, run: Run, data: str):
         self.folder = folder.absolute()
-        # Saved before `save` returns: the next train step donates the very buffers that are written.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._run, self._data = run, data
+        self._writing: int | None = None
+        keep, every = run.checkpoints.keep, run.checkpoints.keep_every
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=every,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error):
-        self._manager.close()
+    def __exit__(self, kind, *error):
+        try:
+            self.wait()
+        except WriteError:
+            if kind is None:  # else what went wrong first is the better word
+                raise
+        finally:
+            self._manager.close()
 
-    def save(self, state: State):
-        """Writes the state under its step."""
-        self._manager.save(int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+    def steps(self) -> list[int]:
+        """The steps there are checkpoints of, ascending, in the folder at this moment."""
+        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
 
-    def restore(self, like: State) -> State:
-        """The latest state.
+    def save(self, state: State, batches: grain.DatasetIterator):
+        """Begins to write the state under its step, beside the position that `batches` stands at.
 
-        Args:
-          like: a state of the same structure, shapes and types.
+        Training may go on at once: a device's numbers are copied before this returns, and where they
+        lie in the host's memory the writer's hold on them keeps JAX from writing over them. A step
+        that is saved already is not saved again.
 
         Raises:
-          FileNotFoundError: there is none.
-          ValueError: it cannot be read back in full.
+          WriteError: this one, or the one before, could not be written. Those in the folder are whole.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{self.folder} holds no checkpoint to resume from")
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        try:
-            return self._manager.restore(step, args=args)["state"]
-        except Exception as error:  # whatever the storage layers below raise, at whatever length
+        self.wait()
+        step = int(state.step)
+        if step in self.steps():
+            return
+        about = {
+            "config": json.loads(to_json(self._run)),
+            "data": self._data,
+            "leaves": leaves(state),
+            "position": _crc(batches.get_state()),
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            batches=grain.checkpoint.CheckpointSave(batches),
+            about=ocp.args.JsonSave(about | {"crc": _crc(about)}),
+        )
+        self._writing = step
+        with self._naming_failures():
+            self._manager.save(step, args=items, force=True)
+
+    def wait(self):
+        """Returns once the save under way, if any, is whole.
+
+        Raises:
+          WriteError: it could not be written.
+        """
+        with self._naming_failures():
+            self._manager.wait_until_finished()
+        self._writing = None
+
+    def check(self):
+        """Finds out whether a save that has ended by now failed; waits for nothing.
+
+        Raises:
+          WriteError: it did.
+        """
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes of `jax.distributed` are to stop after this step; False without it."""
+        return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
+
+    def restore_newest(self, like: State, batches: grain.DatasetIterator) -> State | None:
+        """The newest state that is whole; `batches` is set to its position. None: there is none.
+
+        Damaged ones are moved out of the way, into a folder beside, with a warning.
+
+        Args:
+          like: a state of the same structure, shapes, types and devices, or its
+            `jax.ShapeDtypeStruct`s.
+          batches: of the same data.
+
+        Raises:
+          ValueError: all are damaged; or one belongs to another config, other data or another model,
+            which is named.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                about = self._about(step)
+                self._check_same(step, about, like)
+                return self._restore(step, about, like, batches)
+            except DamagedCheckpoint as damage:
+                self._set_aside(step, damage)
+        if steps:
             raise ValueError(
-                f"the checkpoint {self.folder / str(step)} is corrupted or belongs to another model "
-                f"({shorten(str(error), 120)}); delete it to go on from an older one, or start anew"
+                f"none of the checkpoints in {self.folder} is whole; they now lie in "
+                f"{self._damaged}. Begin anew with --overwrite, or under another --name"
+            )
+        return None
+
+    @property
+    def _damaged(self) -> Path:
+        return self.folder.with_name(self.folder.name + DAMAGED)
+
+    def _about(self, step: int) -> dict[str, Any]:
+        with _damage():
+            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
+                "about"
+            ]
+            if about.pop("crc") != _crc(about):
+                raise ValueError("what it says of itself is not what was saved")
+            return about
+
+    def _check_same(self, step: int, about: dict[str, Any], like: State):
+        path = self.folder / str(step)
+        if different := differences(about["config"], self._run):
+            raise ValueError(f"the checkpoint {path} is of another config: {'; '.join(different)}")
+        if about["data"] != self._data:
+            raise ValueError(
+                f"data.paths: the texts have changed since the checkpoint {path} was saved, so the run "
+                "cannot go on where it was; bring them back, or begin anew with --overwrite or another --name"
+            )
+        if different := _structure(about["leaves"], like):
+            raise ValueError(f"the checkpoint {path} is of another model: {'; '.join(different)}")
+
+    def _restore(self, step: int, about: dict, like: State, batches: grain.DatasetIterator) -> State:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), batches=grain.checkpoint.CheckpointRestore(batches)
+        )
+        with _damage():
+            state = self._manager.restore(step, args=items)["state"]
+        if wrong := [name for name, leaf in leaves(state).items() if leaf != about["leaves"][name]]:
+            raise DamagedCheckpoint(f"the numbers of {', '.join(wrong)} are not those that were saved")
+        # What it is about is the first process's word, and each process has a position of its own.
+        if jax.process_index() == 0 and _crc(batches.get_state()) != about["position"]:
+            raise DamagedCheckpoint("the position of the data is not the one that was saved")
+        return state
+
+    def _set_aside(self, step: int, damage: DamagedCheckpoint):
+        self._damaged.mkdir(exist_ok=True)
+        target, again = self._damaged / str(step), 1
+        while target.exists():
+            again += 1
+            target = self._damaged / f"{step}-{again}"
+        (self.folder / str(step)).rename(target)
+        self._manager.reload()
+        warnings.warn(
+            f"the checkpoint {self.folder / str(step)} is damaged ({damage}) and was moved to {target}; "
+            "an older one is taken",
+            stacklevel=4,
+        )
+
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the storage layers below raise, at whatever length
+            failed, self._writing = self._writing, None
+            raise WriteError(
+                f"the checkpoint {self.folder / str(failed)} could not be written: {reason(error)}"
             ) from error
+
+
+def _crc(values: Any) -> int:
+    """A checksum of what JSON can hold."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """What cannot be read is damaged; a device that has too little memory is another matter."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:  # whatever the storage layers below raise
+        raise DamagedCheckpoint(reason(error)) from error
+
+
+def _structure(saved: Leaves, like: State) -> list[str]:
+    """Where a saved state is of other leaves than `like`, each with both."""
+    theirs = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in saved.items()}
+    ours = {name: f"{dtype}{shape}" for name, (dtype, shape) in shapes(like).items()}
+    missing = "nothing"
+    return [
+        f"{name}: {theirs.get(name, missing)} saved, {ours.get(name, missing)} needed"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]

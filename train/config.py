@@ -25,7 +25,7 @@ from train.sections import (
 )
 
 Task = Literal["lm", "summarize"]
-FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "watch.")
+FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "watch.", "optimizer.give_up")
 """Options, and sections, that may change when a run goes on: no weight depends on them."""
 
 
@@ -73,6 +73,8 @@ class Run:
             )
         if self.task == "summarize" and self.data.rows != "packed":
             raise ValueError(f"data.rows must be packed for the task summarize, got {self.data.rows!r}")
+        if (self.watch.profile or 0) >= self.steps:
+            raise ValueError(f"watch.profile must be below steps ({self.steps}), got {self.watch.profile}")
         if self.curriculum.pace == "loss":
             _check_pace(self)
 
@@ -128,6 +130,8 @@ def _record(default: Any, saved: dict[str, Any]) -> Any:
             raise ValueError(f"{type(default).__name__} has no option {name!r}")
         own = getattr(default, name)
         if dataclasses.is_dataclass(own):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} must be an object, got {value!r}")
             value = _record(own, value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(default, **values)

@@ -1,109 +1,278 @@
-"""The training loop, from a config to a finished run folder."""
+"""The training loop, from a config to a finished run folder; and on from wherever it stopped."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 
+import grain
 import jax
-import numpy as np
-from tqdm import tqdm
+import orbax.checkpoint as ocp
 
-from train import metrics
+from train import flops, metrics, report, sinks
 from train.checkpoint import Checkpoints
+from train.checksums import finite
 from train.config import Run
-from train.data import Corpus, corpus, held_out_rows
+from train.data import Corpus, corpus
+from train.disk import WriteError, check_space, check_writable
+from train.evaluation import Validator
 from train.folder import RunFolder
 from train.metrics import Log
-from train.picture import draw
+from train.pace import advance
+from train.profile import Profile
+from train.signals import StopSignals
 from train.step import Program, State, begin
 from train.summary import Summary
 
 
+class NotFinite(ValueError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to go on from `state`."""
+    """A run that is ready to go on from `state`, with `batches` at the same place."""
 
     run: Run
     folder: RunFolder
     corpus: Corpus
     program: Program
     state: State
+    batches: grain.DatasetIterator
+
+    @property
+    def opening(self) -> str:
+        """Where the run stands, in a line."""
+        done, steps, where = int(self.state.step), self.run.steps, self.folder.path
+        if done == steps:
+            return f"The run in {where} is finished, all its {steps:,} steps; --overwrite begins it anew."
+        if done:
+            return f"The run in {where} goes on after step {done:,} of {steps:,}."
+        return f"A run of {steps:,} steps begins in {where}."
 
 
-def prepare(run: Run, *, resume: bool = False, overwrite: bool = False) -> Session:
-    """Reads the text, builds the model, and claims the run's folder or takes its latest checkpoint.
+@dataclass(frozen=True)
+class Interrupted:
+    """A run that was asked to stop, and did, with a checkpoint of its last step."""
+
+    reason: str
+    step: int
+    steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.reason}: stopped after step {self.step:,} of {self.steps:,}, which is saved. "
+            "The same command goes on from there."
+        )
+
+
+def prepare(run: Run, *, overwrite: bool = False) -> Session:
+    """Reads the texts, builds the model, and claims the run's folder or takes its newest checkpoint.
 
     All that a caller can have wrong is refused here, before anything is trained or overwritten.
 
     Args:
       run: the config.
-      resume: continue the run in its folder.
-      overwrite: replace the run in its folder, unless `resume`.
+      overwrite: begin anew where the folder holds a run, which is removed.
 
     Raises:
-      FileNotFoundError: a path without text, or no run or checkpoint to resume.
-      FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is set.
-      ValueError: too little text, a config that contradicts itself or the folder's, or a checkpoint
-        that cannot be read.
+      OSError: texts are missing; or the folder cannot be written to, lies on a disk with too little
+        space, or is in use by another process.
+      ValueError: the texts or the config are wrong; or the folder's run is of another config, of
+        other texts, or without a checkpoint that is whole.
     """
     folder = RunFolder(Path(run.folder) / run.name)
-    if resume:
-        folder.check_same(run)
-    program, state = begin(run)
-    text = corpus(run.data, run.seed)
-    if resume:
-        with Checkpoints(folder.checkpoints, run.keep) as checkpoints:
-            state = checkpoints.restore(state)
-        metrics.rewind(folder.metrics, int(state.step))
-    else:
-        folder.begin(run, overwrite=overwrite)
-    return Session(run, folder, text, program, state)
+    check_writable(folder.path)
+    goes_on = not overwrite and folder.holds(run)
+    sinks.check(run)
+    texts = corpus(run)
+    program, state = begin(run, texts.tokenizer.vocabulary)
+    batches = texts.batches()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with folder.claimed():
+        _check_space(folder, run, state)
+        restored = _restored(folder, run, texts, state, batches) if goes_on else None
+        if restored is None:  # new, or killed before its first checkpoint
+            folder.begin(run)
+        else:
+            folder.write_config(run)
+            metrics.rewind(folder.metrics, int(restored.step))
+            state = restored
+    return Session(run, folder, texts, program, state, batches)
 
 
-def train(session: Session) -> Summary:
-    """Trains to the run's last step; writes metrics, checkpoints and the picture as it goes.
+def train(session: Session) -> Summary | Interrupted:
+    """Trains to the run's last step; writes metrics, checkpoints and pictures as it goes.
+
+    SIGTERM, or SIGINT, ends it after the step at hand, with a checkpoint.
 
     Returns:
       the whole run's summary, what came before a resumption included.
+
+    Raises:
+      NotFinite: so many steps in a row, as `optimizer.give_up` says, could not be taken.
+      WriteError: a file could not be written, be it that the disk is full. The checkpoints before are
+        whole, as they are after every error.
     """
-    run, program, state = session.run, session.program, session.state
-    train_step = jax.jit(program.train_step, donate_argnums=0)
-    validate = _Validation(session)
-    with ExitStack() as stack:
-        start = int(state.step)
-        bar = stack.enter_context(tqdm(initial=start, total=run.steps, unit="step"))
-        log = stack.enter_context(Log(session.folder.metrics, run.data.batch * run.data.length, bar))
-        checkpoints = stack.enter_context(Checkpoints(session.folder.checkpoints, run.keep))
+    compilations = 0
+    if int(session.state.step) < session.run.steps:
+        try:
+            with ExitStack() as stack:
+                training = _Training(session, stack)
+                interrupted = training.steps()
+        except (WriteError, NotFinite) as error:
+            raise type(error)(f"{error}; {_left(session.folder)}") from error
+        if interrupted is not None:
+            return interrupted
+        compilations = training.compilations
+    summary = Summary(metrics.read(session.folder.metrics), compilations)
+    if compilations or not session.folder.report.exists():
+        _report(session, summary)
+    return summary
+
+
+class _Training:
+    """The steps that a session has left.
+
+    Args:
+      session: what to train.
+      stack: closes, when it is left, what is open meanwhile.
+    """
+
+    def __init__(self, session: Session, stack: ExitStack):
+        run, program, text = session.run, session.program, session.corpus
+        self._run, self._state, self._batches = run, session.state, session.batches
+        stack.enter_context(session.folder.claimed())
+        stack.callback(session.batches.close)
+        self._stop = stack.enter_context(StopSignals())
+        self._checkpoints = stack.enter_context(
+            Checkpoints(session.folder.checkpoints, run, text.fingerprint)
+        )
+        self._log: Log = stack.enter_context(_opened_log(session))
+        self._profile = stack.enter_context(Profile(session.folder.profile, run.watch))
+        self._validator = Validator(program, text, run)
+        self._train_step = jax.jit(program.train_step, donate_argnums=0)
+        self._advance = jax.jit(partial(advance, options=run.curriculum))
+
+    @property
+    def compilations(self) -> int:
+        """Of the train step, in this process."""
+        # JAX has no public count of what a jitted function has compiled.
+        return self._train_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def steps(self) -> Interrupted | None:
+        """Trains to the end, which is None, or to a signal."""
+        run, start = self._run, int(self._state.step)
         if start == 0:
-            with log.paused():
-                log.validation(0, validate(state))
+            self._validate(0)
         for step in range(start, run.steps):
-            state, measured = train_step(state, session.corpus.train[step])
-            log.step(step, measured)
+            self._step(step)
             done = step + 1
-            if _due(done, run.evaluate_every, run.steps):
-                with log.paused():
-                    log.validation(done, validate(state))
-            if _due(done, run.checkpoint_every, run.steps):
-                with log.paused():
-                    checkpoints.save(state)
-    records = metrics.read(session.folder.metrics)
-    draw(records, program.growth, run, session.folder.picture)
-    # JAX has no public count of what a jitted function has compiled.
-    compilations = train_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
-    return Summary(records, compilations)
+            # What a checkpoint holds is after the validation of its step, which may move the curriculum.
+            if _due(done, run.evaluation.every, run.steps):
+                self._validate(done)
+            reason = self._asked_to_stop(step)
+            if reason or _due(done, run.checkpoints.every, run.steps):
+                self._save(done, put_off=not reason and done < run.steps)
+            if reason and done < run.steps:
+                return Interrupted(reason, done, run.steps)
+        return None
+
+    def _step(self, step: int):
+        since = perf_counter()
+        batch = next(self._batches)  # while the device computes the step before
+        waited = perf_counter() - since
+        self._state, measured = self._profile.step(step, self._train_step, self._state, batch)
+        self._log.step(step, measured, waited)
+        self._check_finite(step)  # of the step before, which the log has read
+        self._checkpoints.check()
+
+    def _asked_to_stop(self, step: int) -> str | None:
+        preempted = "preempted" if self._checkpoints.reached_preemption(step) else None
+        return self._stop.received or preempted
+
+    def _validate(self, done: int):
+        with self._log.paused():
+            validation = self._validator(self._state)
+            self._log.validation(done, validation)
+        if done and validation.pace_loss is not None:
+            pace = self._advance(self._state.pace, validation.pace_loss)
+            self._state = replace(self._state, pace=pace)
+
+    def _save(self, done: int, *, put_off: bool):
+        """Saves the state; not, if it may be put off, while steps are being skipped."""
+        with self._log.paused():
+            self._check_finite(done)
+            if put_off and self._log.skipped_in_a_row:
+                return
+            if not finite((self._state.params, self._state.ema)):
+                raise NotFinite(f"the weights after step {done:,} are not finite; they were not saved")
+            self._checkpoints.save(self._state, self._batches)
+
+    def _check_finite(self, done: int):
+        """Gives up after `optimizer.give_up` skipped steps in a row, `done` steps having been read."""
+        if (skipped := self._log.skipped_in_a_row) >= self._run.optimizer.give_up:
+            raise NotFinite(
+                f"the loss or gradient of steps {done - skipped:,} to {done - 1:,} was not finite, {skipped} "
+                "in a row (optimizer.give_up), and none of them was taken. Lower optimizer.learning_rate or "
+                "optimizer.clip, or lengthen optimizer.warmup, under another --name; raise optimizer.give_up "
+                "to go on as it is"
+            )
 
 
-class _Validation:
-    """The mean loss over held-out rows at the full mask, in nats a token."""
+def _restored(
+    folder: RunFolder, run: Run, text: Corpus, fresh: State, batches: grain.DatasetIterator
+) -> State | None:
+    """The state of the newest whole checkpoint, or None where there is none. Uses up the fresh one."""
+    with Checkpoints(folder.checkpoints, run, text.fingerprint) as checkpoints:
+        if not checkpoints.steps():
+            return None
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
+        for leaf in jax.tree.leaves(fresh):  # there may not be room for two
+            leaf.delete()
+        return checkpoints.restore_newest(like, batches)
 
-    def __init__(self, session: Session):
-        self._step = jax.jit(session.program.evaluation_step)
-        self._rows = held_out_rows(session.corpus.held_out, session.run.evaluate_rows)
 
-    def __call__(self, state: State) -> float:
-        return float(np.mean([self._step(state.params, row) for row in self._rows]))
+def _check_space(folder: RunFolder, run: Run, state: State):
+    """Refuses a disk that cannot take the checkpoints that are kept, and one more while it is written."""
+    there = len(list(folder.checkpoints.glob("*"))) if folder.checkpoints.exists() else 0
+    count = max(run.checkpoints.keep + 1 - there, 1)
+    each = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    check_space(folder.path, count * each, f"{count} more checkpoints (checkpoints.keep)")
 
 
-def _due(steps_done: int, every: int, last: int) -> bool:
-    return steps_done == last or (every > 0 and steps_done % every == 0)
+def _opened_log(session: Session) -> Log:
+    run, vocabulary = session.run, session.corpus.tokenizer.vocabulary
+    return metrics.open_log(
+        session.folder.path,
+        run,
+        int(session.state.step),
+        bytes_per_token=session.corpus.bytes_per_token,
+        work=flops.work(run.model, vocabulary),
+        peak=_peak(run),
+    )
+
+
+def _report(session: Session, summary: Summary):
+    run, program = session.run, session.program
+    count = sum(leaf.size for leaf in jax.tree.leaves(session.state.params))
+    facts = report.Facts(run, session.corpus, program.growth, count, _peak(run))
+    report.write(session.folder.path, facts, summary)
+
+
+def _peak(run: Run) -> flops.Peak:
+    return flops.peak(run.watch, run.model.dtype, jax.devices()[:1])
+
+
+def _left(folder: RunFolder) -> str:
+    """What there is to go on from."""
+    steps = sorted(int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdecimal())
+    if not steps:
+        return "there is no checkpoint yet: the same command begins anew"
+    newest = folder.checkpoints / str(steps[-1])
+    return f"the last good checkpoint is {newest}, and the same command goes on from it"
+
+
+def _due(done: int, every: int, last: int) -> bool:
+    return done == last or (every > 0 and done % every == 0)

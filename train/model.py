@@ -1,22 +1,58 @@
-"""A decoder-only Transformer: tokens and a plan in, logits out."""
+"""A decoder-only Transformer: tokens and plans in, hidden features and from them logits out."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
 
 from dynmask_jax import Plan, attention
-from dynmask_jax.array_typing import Array, Float, Int
+from dynmask_jax.array_typing import Array, Float, Int, pytree
 from dynmask_jax.nnx import Attention
-from train import config
+from train import sections
+from train.sections import Reach
+
+Plans = dict[Reach, Plan]
+"""The plan of each reach that the model's pattern has, "global" and "local"."""
+
+POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a layer keeps for the backward pass, by the names of `model.remat`; "none" has no policy."""
+
+
+@pytree
+class Cache:
+    """Keys and values of the tokens so far, at the same slots in all layers. Made by `begin_cache`.
+
+    Attributes:
+      keys, values: `[layers, B, S, K, H]`, S slots.
+    """
+
+    keys: Float[Array, "layers B S K H"]
+    values: Float[Array, "layers B S K H"]
+
+    def write(self, layer, slot, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "Cache":
+        """The cache with a layer's keys and values from `slot` on."""
+        at = (layer, 0, slot, 0, 0)
+        return Cache(
+            jax.lax.dynamic_update_slice(self.keys, k[None], at),
+            jax.lax.dynamic_update_slice(self.values, v[None], at),
+        )
 
 
 class FeedForward(nnx.Module):
     """SwiGLU: silu(x·gate) · (x·up), projected back. Shazeer 2020, arXiv:2002.05202."""
 
-    def __init__(self, shape: config.Model, *, rngs: nnx.Rngs):
-        self.gate = nnx.Linear(shape.width, shape.hidden, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(shape.width, shape.hidden, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(shape.hidden, shape.width, use_bias=False, rngs=rngs)
+    def __init__(self, shape: sections.Model, *, rngs: nnx.Rngs):
+        linear = partial(nnx.Linear, use_bias=False, dtype=jnp.dtype(shape.dtype), rngs=rngs)
+        self.gate = linear(shape.width, shape.hidden)
+        self.up = linear(shape.width, shape.hidden)
+        self.down = linear(shape.hidden, shape.width)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
@@ -25,7 +61,7 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Attention, then feed-forward, each added to its input after an RMSNorm of it."""
 
-    def __init__(self, shape: config.Model, *, rngs: nnx.Rngs):
+    def __init__(self, shape: sections.Model, *, rngs: nnx.Rngs):
         self.attention_norm = nnx.RMSNorm(shape.width, rngs=rngs)
         self.attention = Attention(
             shape.width,
@@ -33,18 +69,31 @@ class Block(nnx.Module):
             num_kv_heads=shape.kv_heads,
             rope_theta=shape.rope_theta,
             attention=attention if shape.backend is None else partial(attention, backend=shape.backend),
+            dtype=jnp.dtype(shape.dtype),
             rngs=rngs,
         )
         self.feed_forward_norm = nnx.RMSNorm(shape.width, rngs=rngs)
         self.feed_forward = FeedForward(shape, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], plan: Plan) -> Float[Array, "B T D"]:
-        x = x + self.attention(self.attention_norm(x), plan)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def __call__(
+        self, x: Float[Array, "B T D"], plan: Plan, cache: Cache | None = None, layer=0, slot=0
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The block's output; with a cache, x's keys go there first, and all it holds are attended to."""
+        normed = _normed(self.attention_norm, x)
+        k, v = self.attention.keys_values(normed, plan.q_tokens)
+        if cache is not None:
+            cache = cache.write(layer, slot, k, v)
+            k, v = cache.keys[layer], cache.values[layer]
+        x = x + self.attention.attend(normed, k, v, plan)
+        return x + self.feed_forward(_normed(self.feed_forward_norm, x)), cache
 
 
 class Transformer(nnx.Module):
     """The language model. Its first predictions are uniform: the last projection starts at zero.
+
+    Layers are kept in groups, one of each reach in the pattern, stacked: weights are
+    `[layers / len(pattern), …]`, and one loop runs over the groups, so a program's size does not
+    depend on how many there are.
 
     Args:
       shape: its sizes.
@@ -52,19 +101,78 @@ class Transformer(nnx.Module):
       rngs: with a `params` stream.
     """
 
-    def __init__(self, shape: config.Model, vocabulary: int, *, rngs: nnx.Rngs):
+    def __init__(self, shape: sections.Model, vocabulary: int, *, rngs: nnx.Rngs):
         # As large as what a layer adds: tokens that are drowned in the first layers' noise learn slowly.
         unit = nnx.initializers.normal(1.0)
-        self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=unit, rngs=rngs)
-        self.blocks = nnx.Sequential(*[Block(shape, rngs=rngs) for _ in range(shape.layers)])
+        self.shape, dtype = shape, jnp.dtype(shape.dtype)
+        self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=unit, dtype=dtype, rngs=rngs)
+
+        @nnx.split_rngs(splits=shape.layers // len(shape.pattern))
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> nnx.Sequential:
+            return nnx.Sequential(*[Block(shape, rngs=rngs) for _ in shape.pattern])
+
+        self.groups = stacked(rngs)
         self.norm = nnx.RMSNorm(shape.width, rngs=rngs)
         self.logits = nnx.Linear(
-            shape.width, vocabulary, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
+            shape.width,
+            vocabulary,
+            use_bias=False,
+            kernel_init=nnx.initializers.zeros_init(),
+            dtype=dtype,
+            dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+            rngs=rngs,
         )
+        """hidden `[..., D]` -> logits `[..., vocabulary]`, in float32 whatever the dtype."""
 
-    def __call__(self, tokens: Int[Array, "B T"], plan: Plan) -> Float[Array, "B T vocabulary"]:
-        """The logits of each next token, under one plan for all layers."""
-        x = self.embed(tokens)
-        for block in self.blocks.layers:
-            x = block(x, plan)
-        return self.logits(self.norm(x))
+    def __call__(self, tokens: Int[Array, "B T"], plans: Plans) -> Float[Array, "B T D"]:
+        """What `logits` makes the predictions of each next token from."""
+        return self._layers(tokens, plans)[0]
+
+    def begin_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for `batch` sequences of at most `slots` tokens."""
+        shape = self.shape
+        size = (shape.layers, batch, slots, shape.kv_heads, shape.width // shape.heads)
+        return Cache(jnp.zeros(size, shape.dtype), jnp.zeros(size, shape.dtype))
+
+    def decode(
+        self, tokens: Int[Array, "B T"], plans: Plans, cache: Cache, slot: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The same for tokens that follow those in the cache, and the cache with theirs added.
+
+        Args:
+          tokens: put at slots slot … slot + T − 1, which must be there.
+          plans: whose queries are these tokens and whose keys are all slots, with segment 0 where
+            nothing is yet, hidden by `SameSegment`.
+          cache: of the tokens before them.
+          slot: of the first; it may be traced.
+        """
+        return self._layers(tokens, plans, cache, slot)
+
+    def _layers(self, tokens, plans: Plans, cache: Any = None, slot: Any = 0):
+        graph, weights = nnx.split(self.groups)
+        pattern = self.shape.pattern
+
+        def group(carry, at):
+            (x, cache), (number, weights) = carry, at
+            blocks = nnx.merge(graph, weights).layers
+            for i, (reach, block) in enumerate(zip(pattern, blocks, strict=True)):
+                layer = number * len(pattern) + i
+                x, cache = self._remat(block)(x, plans[reach], cache, layer, slot)
+            return (x, cache), None
+
+        numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(group, (self.embed(tokens), cache), (numbers, weights))
+        return _normed(self.norm, x), cache
+
+    def _remat(self, block: Callable) -> Callable:
+        """The block, which keeps for the backward pass what `model.remat` says."""
+        if self.shape.remat == "none":
+            return block
+        # A loop's body cannot share work with its backward pass, so nothing must keep XLA from it.
+        return jax.checkpoint(block, policy=POLICIES[self.shape.remat], prevent_cse=False)
+
+
+def _normed(norm: nnx.RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Computed in float32 whatever dtype comes and goes."""
+    return norm(x.astype(jnp.float32)).astype(x.dtype)

@@ -2,27 +2,100 @@
 
 from dataclasses import replace
 
-from train.config import Curriculum, Model, Optimizer, Run
+from train.config import Run
+from train.sections import Checkpoints, Curriculum, Data, Evaluation, Generation, Model, Optimizer
 
 
 def base() -> Run:
-    """A mid-sized run on text of your own: --data.paths FILE_OR_FOLDER …"""
+    """A mid-sized run on text of your own: --data.paths FILE_OR_FOLDER …
+
+    Needs: text files, or JSONL with a column `text`; without paths it reads the Python standard
+    library's source. Runs anywhere; on a laptop's CPU a step takes seconds.
+    Expect: 4 million weights and rows of 4,096 bytes; every option is yours to set.
+    """
     return Run()
 
 
 def demo() -> Run:
-    """A few minutes on two CPU cores: chunks of 32 bytes grow to 4,096."""
+    """A few minutes on two CPU cores: chunks of 32 bytes grow to 4,096.
+
+    Needs: nothing; it reads the Python standard library's source.
+    Expect: four minutes; validation from 8.0 to about 2.7 bits per byte; a step at the start takes less
+    than half the time of one at the end.
+    """
     return replace(
         base(),
         name="demo",
         steps=800,
         block=128,
-        evaluate_every=160,
         model=Model(layers=2, width=64, heads=2, kv_heads=1, hidden=192),
+        data=Data(rows="chunked"),
         optimizer=Optimizer(learning_rate=5e-3, warmup=0.02),
         curriculum=Curriculum(multiple_of=32, share=0.8),
+        evaluation=Evaluation(every=160),
+        checkpoints=Checkpoints(every=200),
     )
 
 
-PRESETS = {"run": base, "demo": demo}
+def lm_8k() -> Run:
+    """A 100-million-weight language model on rows of 8,192 tokens, for one accelerator."""
+    return replace(
+        base(),
+        name="lm-8k",
+        steps=20_000,
+        block=512,
+        model=Model(
+            layers=12,
+            width=768,
+            heads=12,
+            kv_heads=4,
+            hidden=2_048,
+            rope_theta=100_000.0,
+            dtype="bfloat16",
+            remat="full",
+        ),
+        data=Data(length=8_192, batch=8),
+        optimizer=Optimizer(learning_rate=1e-3, warmup=0.02, accumulate=4, ema=0.999),
+        curriculum=Curriculum(start=256, multiple_of=256),
+        evaluation=Evaluation(every=1_000, rows=64, needles=8),
+        checkpoints=Checkpoints(every=500, keep_every=5_000),
+        # A step's loss says little beside the next one's; the files stay small.
+    )
+
+
+def lm_32k() -> Run:
+    """The same on rows of 32,768 tokens, with five local layers to each global one."""
+    parent = lm_8k()
+    return replace(
+        parent,
+        name="lm-32k",
+        model=replace(
+            parent.model,
+            rope_theta=1_000_000.0,
+            pattern=("local", "local", "local", "local", "local", "global"),
+            local_window=1_024,
+        ),
+        data=replace(parent.data, length=32_768, batch=4),
+        evaluation=replace(parent.evaluation, rows=16),
+    )
+
+
+def summarize() -> Run:
+    """Summaries of long documents: --data.paths pairs.jsonl, documents up to 32,768 tokens."""
+    parent = lm_8k()
+    return replace(
+        parent,
+        name="summarize",
+        task="summarize",
+        steps=5_000,
+        data=replace(parent.data, length=32_768, batch=4, held_out=0.1),
+        model=replace(parent.model, layers=8, width=512, heads=8, kv_heads=4, hidden=1_408),
+        optimizer=replace(parent.optimizer, learning_rate=5e-4, warmup=0.05),
+        curriculum=Curriculum(kind="reveal", order="partial", schedule="linear", start=512, chunk=512),
+        evaluation=Evaluation(every=500, rows=16, summaries=32),
+        generation=Generation(tokens=400),
+    )
+
+
+PRESETS = {"run": base, "demo": demo, "lm-8k": lm_8k, "lm-32k": lm_32k, "summarize": summarize}
 """name -> the `Run` that the command line starts from."""

@@ -1,117 +1,255 @@
-"""The train step and the evaluation step: pure, and all that is compiled of a run."""
+"""The train step and the evaluation step: pure, and all that is compiled of a run's training."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import optax
 
-from dynmask_jax import Causal, Mask, Plan, Tokens, plan
+from dynmask_jax import Mask, Tokens, Window, plan
 from dynmask_jax.array_typing import Array, Float, Int, pytree
-from train import config
+from train.batch import Batch
+from train.config import Run
 from train.curriculum import Growth, growth
-from train.data import VOCABULARY
-from train.model import Transformer
+from train.exposure import full_pairs
+from train.loss import TokenLosses, token_losses
+from train.model import Plans, Transformer
+from train.optimizer import adamw, learning_rate
+from train.pace import Pace, clock, first_stage
+from train.sections import Reach
 
 
 @pytree
 class State:
-    """What training changes.
+    """What training changes: all of it but the place in the data.
 
     Attributes:
       step: how many steps have been done, which is also the number of the next: int32.
       params: the weights, a dictionary of arrays.
-      optimizer: optax's state.
+      optimizer: optax's state, an `optax.ApplyIfFiniteState`.
+      ema: a running mean of the weights; None where the run has none.
+      pace: of a curriculum that the loss moves.
+      key: the data of the run's random key, uint32: `jax.random.wrap_key_data`.
     """
 
     step: Int[Array, ""]
     params: optax.Params
     optimizer: optax.OptState
+    ema: optax.Params | None
+    pace: Pace
+    key: Array
 
 
 @pytree
 class Metrics:
-    """What a train step reports: the mean loss in nats a token, exposure 0…1, the window in tokens."""
+    """What a train step reports.
+
+    Attributes:
+      loss: mean over the batch's weights, nats a token, without the z-loss.
+      weight: tokens in the loss.
+      tokens: tokens that are not padding.
+      exposure: visible pairs of all layers ÷ those at the full mask, 0…1.
+      window: tokens of the window or chunk.
+      pairs: of each reach, visible pairs of one layer (the mean over its heads), over all rows.
+      gradient_norm: before it is clipped.
+      learning_rate: of this step.
+      skipped: steps so far whose loss or gradient was not finite, which changed no weight.
+      skipped_in_a_row: of these, how many since the last step that was not.
+    """
 
     loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    tokens: Int[Array, ""]
     exposure: Float[Array, ""]
     window: Array
+    pairs: dict[Reach, Float[Array, ""]]
+    gradient_norm: Float[Array, ""]
+    learning_rate: Array
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+@pytree
+class Evaluated:
+    """Losses of a batch, by how many tokens of its document come before each: `Program.bucket_starts`.
+
+    Attributes:
+      loss_sum: weighted, in nats. weight: what it is to be divided by. Both `[buckets]`.
+    """
+
+    loss_sum: Float[Array, " buckets"]
+    weight: Float[Array, " buckets"]
 
 
 @dataclass(frozen=True)
 class Program:
-    """What stays the same over a run: the model's structure, its optimizer and its curriculum.
+    """What stays the same over a run.
 
     Attributes:
-      graph: the model without its weights.
-      optimizer: of the weights.
+      run: the config.
+      graph: the model without its weights: `nnx.merge(graph, params)` is the `Transformer`.
       growth: what is shown at each step.
-      block: tokens in a block of the plan.
+      optimizer: of the weights.
     """
 
+    run: Run
     graph: nnx.GraphDef
-    optimizer: optax.GradientTransformation
     growth: Growth
-    block: int
+    optimizer: optax.GradientTransformation
 
-    def train_step(self, state: State, tokens: Int[Array, "B T+1"]) -> tuple[State, Metrics]:
-        """One update from one batch of rows, under the curriculum's mask at `state.step`.
+    def train_step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One update from one batch of rows, under the curriculum's mask at the state's clock.
 
-        Each token but a row's first is predicted from those before it that the mask shows. The plan
-        is made here, once for all layers.
+        A loss or gradient that is not finite changes nothing but the step and the counts of skips.
         """
-        seen = self._plan(self.growth.mask(state.step), tokens)
-        loss, gradients = jax.value_and_grad(self._loss)(state.params, tokens, seen)
+        mask, weight = self.mask(state), batch.weights.sum()
+        gradients, loss, pairs = self._sums(state.params, batch, mask)
+        norm = optax.tree.norm(gradients)
+        # optax skips a gradient that is not finite; it is made so where the loss alone shows that.
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        gradients = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)
         # optax raises floats to whole-number counts, which strict promotion, if a caller set it, refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+            done = state.step - _skips(state.optimizer).total_notfinite
+            rate = learning_rate(self.run.optimizer, self.run.steps)(done)
         params = optax.apply_updates(state.params, updates)
-        exposure = seen.visible_pairs() / causal_pairs(tokens.shape[1] - 1)
-        metrics = Metrics(loss, exposure, jnp.asarray(self.growth.window(state.step)))
-        return State(state.step + 1, params, optimizer), metrics
+        metrics = Metrics(
+            loss=loss,
+            weight=weight,
+            tokens=(batch.segments > 0).sum(),
+            exposure=self._of_all_layers(pairs) / self._of_all_layers(full_pairs(self.run, batch)),
+            window=jnp.asarray(self.growth.window(self.clock(state))),
+            pairs=pairs,
+            gradient_norm=norm,
+            learning_rate=jnp.asarray(rate),
+            skipped=_skips(optimizer).total_notfinite,
+            skipped_in_a_row=_skips(optimizer).notfinite_count,
+        )
+        ema = self._running_mean(state.ema, params, finite)
+        return State(state.step + 1, params, optimizer, ema, state.pace, state.key), metrics
 
-    def evaluation_step(self, params: optax.Params, tokens: Int[Array, "B T+1"]) -> Float[Array, ""]:
-        """The mean loss in nats a token under the full causal mask, whatever the curriculum."""
-        return self._loss(params, tokens, self._plan(Causal(), tokens))
+    def evaluate(self, params: optax.Params, batch: Batch, mask: Mask) -> Evaluated:
+        """The losses of a batch under any mask, by bucket of `batch.context`."""
+        losses = self._losses(params, batch, self.plans(mask, self._tokens(batch)))
+        starts = jnp.asarray(self.bucket_starts, jnp.int32)
+        buckets = jnp.searchsorted(starts, batch.context.ravel(), side="right") - 1
+        weights = jnp.asarray(batch.weights)
 
-    def _plan(self, mask: Mask, tokens) -> Plan:
-        inputs = Tokens.sequence(tokens.shape[1] - 1)
-        return plan(mask, inputs, block_q=self.block, block_k=self.block)
+        def by_bucket(values):
+            return jax.ops.segment_sum(values.ravel(), buckets, len(self.bucket_starts))
 
-    def _loss(self, params, tokens, seen: Plan):
-        logits = nnx.merge(self.graph, params)(tokens[:, :-1], seen)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens[:, 1:])
-        return losses.mean()
+        return Evaluated(by_bucket(weights * losses.nats), by_bucket(weights))
+
+    def plans(self, mask: Mask, tokens: Tokens, kv_tokens: Tokens | None = None) -> Plans:
+        """The plan of each reach in the model's pattern; keys are the queries where left out."""
+        # As many later keys, where the mask shows those: of a document that its tokens see on both sides.
+        window = self.run.model.local_window
+        masks: dict[Reach, Mask] = {"global": mask, "local": mask & Window(window, ahead=window - 1)}
+        block = self.run.block
+        return {
+            reach: plan(masks[reach], tokens, kv_tokens, block_q=block, block_k=block)
+            for reach in sorted(set(self.run.model.pattern))
+        }
+
+    def mask(self, state: State) -> Mask:
+        """What the curriculum shows now."""
+        return self.growth.mask(self.clock(state))
+
+    def clock(self, state: State) -> Array:
+        """The step that the curriculum is at: `train.pace.clock`."""
+        return clock(state.pace, state.step, self.growth.steps, self.run.curriculum)
+
+    def weights(self, state: State) -> optax.Params:
+        """The weights that validation and export take: the running mean, where there is one."""
+        return state.params if state.ema is None else state.ema
+
+    @property
+    def full_mask(self) -> Mask:
+        """All that the task shows."""
+        return self.growth.full
+
+    @property
+    def bucket_starts(self) -> tuple[int, ...]:
+        """The least tokens before, of each bucket: 0, 64, 128, 256, … below data.length."""
+        starts = [0, 64]
+        while starts[-1] < self.run.data.length:
+            starts.append(2 * starts[-1])
+        return tuple(start for start in starts if start < self.run.data.length)
+
+    def _sums(self, params, batch: Batch, mask: Mask):
+        """Gradient and mean loss of the batch, and its visible pairs, summed over parts of its rows.
+
+        Each part's loss is divided by the weight of the whole batch, so that parts may differ in theirs.
+        """
+        weight = batch.weights.sum()
+        total = jnp.where(weight > 0, weight, 1.0)  # rows of padding alone: a loss and gradient of 0
+        count = self.run.optimizer.accumulate
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[1]), batch)
+
+        def loss_of(params, part: Batch, plans: Plans):
+            losses = self._losses(params, part, plans)
+            nats, penalty = (part.weights * losses.nats).sum(), (part.weights * losses.penalty).sum()
+            return (nats + penalty) / total, nats / total
+
+        def add(sums, part: Batch):
+            plans = self.plans(mask, self._tokens(part))
+            (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, part, plans)
+            rows = part.inputs.shape[0]
+            pairs = {reach: seen.visible_pairs() * (rows / seen.rows) for reach, seen in plans.items()}
+            return jax.tree.map(jnp.add, sums, (gradients, loss, pairs)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = jax.tree.map(jnp.zeros_like, params), zero, dict.fromkeys(set(self.run.model.pattern), zero)
+        return jax.lax.scan(add, start, parts)[0]
+
+    def _losses(self, params, batch: Batch, plans: Plans) -> TokenLosses:
+        model: Transformer = nnx.merge(self.graph, params)
+        hidden = model(batch.inputs, plans)
+        return token_losses(hidden, model.logits, batch.targets, batch.weights, self.run.loss)
+
+    def _tokens(self, batch: Batch) -> Tokens:
+        """What masks read of the rows: of chunked ones the same for all."""
+        if self.run.data.rows == "chunked":
+            return Tokens.sequence(batch.inputs.shape[1])
+        return Tokens(batch.positions, batch.segments)
+
+    def _running_mean(self, ema, params, finite):
+        decay = self.run.optimizer.ema
+        if decay is None:
+            return None
+        new = optax.incremental_update(params, ema, 1 - decay)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, ema)
+
+    def _of_all_layers(self, pairs: dict[Reach, Float[Array, ""]]) -> Float[Array, ""]:
+        """The pairs of one layer each, summed over the layers of a group."""
+        return jnp.stack([pairs[reach] for reach in self.run.model.pattern]).sum()
 
 
-def causal_pairs(length: int) -> float:
-    """Pairs that the full causal mask shows among `length` tokens: where every curriculum ends."""
-    return length * (length + 1) / 2
+def begin(run: Run, vocabulary: int) -> tuple[Program, State]:
+    """The program of a run, and its state before the first step.
 
-
-def begin(run: config.Run) -> tuple[Program, State]:
-    """The program of a run, and its state before the first step."""
-    model = Transformer(run.model, VOCABULARY, rngs=nnx.Rngs(run.seed))
-    graph, weights = nnx.split(model)
+    Args:
+      run: the config.
+      vocabulary: how many different tokens there are.
+    """
+    graph, weights = nnx.split(Transformer(run.model, vocabulary, rngs=nnx.Rngs(run.seed)))
     params = nnx.to_pure_dict(weights)
-    optimizer = adamw(run.optimizer, run.steps)
-    program = Program(graph, optimizer, growth(run), run.block)
-    return program, State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    program = Program(run, graph, growth(run), adamw(run.optimizer, run.steps))
+    state = State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=program.optimizer.init(params),
+        # A copy: the train step is given both to overwrite.
+        ema=None if run.optimizer.ema is None else jax.tree.map(jnp.copy, params),
+        pace=first_stage(),
+        key=jax.random.key_data(jax.random.fold_in(jax.random.key(run.seed), 1)),
+    )
+    return program, state
 
 
-def adamw(options: config.Optimizer, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine decay over a run of `steps`."""
-    peak = options.learning_rate
-    rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=round(steps * options.warmup),
-        decay_steps=steps,
-        end_value=peak * options.final,
-    )
-    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
-    return optax.chain(
-        optax.clip_by_global_norm(options.clip),
-        optax.adamw(rate, b2=options.beta2, weight_decay=options.weight_decay, mask=matrices),
-    )
+def _skips(state: optax.OptState) -> optax.ApplyIfFiniteState:
+    """optax's state as what counts the updates that were not finite."""
+    return cast(optax.ApplyIfFiniteState, state)

@@ -1,0 +1,224 @@
+"""Kills a run over and over at random moments, and compares what it comes to with a run left alone.
+
+    python tests/kill_run.py --kills 20
+
+Each time the very same command is given again. Printed is what happened at each kill, and the verdict;
+the exit status is 1 where anything differs.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from train.__main__ import parse
+from train.checkpoint import Checkpoints
+from train.config import Run
+from train.data import corpus
+from train.folder import RunFolder
+from train.metrics import read
+from train.step import State, begin
+
+ROOT = Path(__file__).parent.parent
+AIMS = ("starting", "training", "saving", "just saved")
+TIMED = ("seconds", "input_seconds", "tokens_per_second", "mfu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny run, in a folder of its own.
+
+    Attributes:
+      folder: where the text, the compilation cache and the run folders lie.
+      name: of the run.
+      steps: of the run.
+      rows: packed or chunked.
+    """
+
+    folder: Path
+    name: str
+    steps: int
+    rows: str
+
+    @property
+    def arguments(self) -> list[str]:
+        """What is typed after `python -m train`."""
+        text = self.folder / "words.txt"
+        if not text.exists():
+            write_documents(text)
+        return [
+            *("run", "--name", self.name, "--folder", str(self.folder), "--data.paths", str(text)),
+            *("--steps", str(self.steps), "--block", "8", "--data.length", "32", "--data.batch", "2"),
+            *("--data.rows", self.rows, "--model.layers", "2", "--model.width", "16", "--model.heads", "2"),
+            *("--model.kv-heads", "1", "--model.hidden", "16", "--optimizer.ema", "0.9"),
+            *("--optimizer.accumulate", "2", "--curriculum.start", "4", "--curriculum.pace", "loss"),
+            *("--curriculum.stages", "3", "--curriculum.patience", "2", "--evaluation.every", "4"),
+            *("--evaluation.rows", "2", "--checkpoints.every", "3", "--watch.peak-flops", "1e9"),
+        ]
+
+    @property
+    def run(self) -> Run:
+        """The config."""
+        return parse(self.arguments).run
+
+    @property
+    def where(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(self.folder / self.name)
+
+    def start(self) -> subprocess.Popen:
+        """The command, under way. What it prints is added to a file beside the run folders."""
+        quick = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "jax_cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        }
+        with (self.folder / f"{self.name}.out").open("a") as out:
+            command = [sys.executable, "-m", "train", *self.arguments]
+            return subprocess.Popen(command, env=os.environ | quick, stdout=out, stderr=out)
+
+    def finish(self):
+        """Gives the command, and waits for its end."""
+        if self.start().wait():
+            raise RuntimeError(f"the command failed: {self.printed[-2_000:]}")
+
+    @property
+    def printed(self) -> str:
+        """All that the command printed so far, every time."""
+        return (self.folder / f"{self.name}.out").read_text()
+
+    def saves(self) -> tuple[set[str], bool]:
+        """The steps with a whole checkpoint, and whether one is being written."""
+        folder = self.where.checkpoints
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        return {name for name in names if name.isdecimal()}, any("tmp" in name for name in names)
+
+    def last(self) -> tuple[State, grain.DatasetIterator]:
+        """The state that the run ended with, and its data after it."""
+        texts = corpus(self.run)
+        _, like = begin(self.run, texts.tokenizer.vocabulary)
+        batches = texts.batches()
+        with Checkpoints(self.where.checkpoints, self.run, texts.fingerprint) as checkpoints:
+            state = checkpoints.restore_newest(like, batches)
+        if state is None:
+            raise RuntimeError(f"no checkpoint in {self.where.checkpoints}")
+        return state, batches
+
+
+def write_documents(path: Path):
+    """Some 20,000 bytes of words that repeat."""
+    words = random.Random(0).choices(["mask", "key", "query", "step"], k=4_000)
+    path.write_text(" ".join(words))
+
+
+def kill(case: Case, aim: str, chance: random.Random) -> str | None:
+    """Starts the command and kills it at a moment of the kind; what happened, or None if it ended first."""
+    before, _ = case.saves()
+    process, began = case.start(), time.perf_counter()
+    delay = {"starting": 3.0, "training": 0.5, "saving": 0.02, "just saved": 0.01}[aim] * chance.random()
+    while process.poll() is None and not _reached(case, aim, before):
+        time.sleep(0.0005)
+    time.sleep(delay)
+    process.kill()
+    status = process.wait()
+    if status == 0:
+        return None
+    if status != -9:
+        raise RuntimeError(f"the command failed with status {status}: {case.printed[-2_000:]}")
+    steps = [record["step"] for record in read(case.where.metrics)]
+    whole, writing = case.saves()
+    return (
+        f"{aim}: after {time.perf_counter() - began:.2f} s, {max(steps, default=0)} steps recorded, "
+        f"checkpoints {', '.join(sorted(whole, key=int)) or 'none'}"
+        f"{' and one half-written' if writing else ''}"
+    )
+
+
+def _reached(case: Case, aim: str, before: set[str]) -> bool:
+    whole, writing = case.saves()
+    new = bool(whole - before)
+    return {"starting": True, "training": new, "saving": writing and new, "just saved": new}[aim]
+
+
+def differences(killed: Case, alone: Case) -> list[str]:
+    """What is not bit for bit the same at the end of two runs; empty, if all is well."""
+    (state, batches), (expected, ahead) = killed.last(), alone.last()
+    found = [
+        f"state{jax.tree_util.keystr(path)}"
+        for (path, ours), theirs in zip(
+            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
+        )
+        if np.asarray(ours).tobytes() != np.asarray(theirs).tobytes()
+    ]
+    if batches.get_state() != ahead.get_state():
+        found.append("the position of the data")
+    for number in range(5):
+        same = jax.tree.map(np.array_equal, next(batches), next(ahead))
+        if not all(jax.tree.leaves(same)):
+            found.append(f"batch {number} after the end")
+    if untimed(killed) != untimed(alone):
+        found.append("the records of the metrics")
+    return found
+
+
+def untimed(case: Case) -> list[dict]:
+    """The records of a run's metrics, without what a clock measured."""
+    return [
+        {key: value for key, value in record.items() if key not in TIMED}
+        for record in read(case.where.metrics)
+    ]
+
+
+def rehearse(folder: Path, kills: int, seed: int, rows: str) -> tuple[list[str], list[str]]:
+    """Kills one run so often, and leaves another one alone.
+
+    Returns:
+      what happened at each kill, and the differences at the end.
+    """
+    chance, happened = random.Random(seed), []
+    # The k-th kill comes before the next save but a few: the run lasts for all of them.
+    steps = 60 + 24 * kills
+    killed, alone = (Case(folder, name, steps, rows) for name in ("killed", "alone"))
+    alone.finish()
+    aims = [AIMS[i % len(AIMS)] for i in range(kills)]
+    chance.shuffle(aims)
+    while aims:
+        outcome = kill(killed, aims[-1], chance)
+        if outcome is None:
+            raise RuntimeError(f"the run ended before kill {len(happened) + 1} of {kills}")
+        aims.pop()
+        happened.append(outcome)
+        print(f"kill {len(happened)}, {outcome}", flush=True)
+    killed.finish()
+    return happened, differences(killed, alone)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", choices=["packed", "chunked"], default="packed")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        happened, different = rehearse(Path(folder), options.kills, options.seed, options.rows)
+    if different:
+        print(f"after {len(happened)} kills these differ: {', '.join(different)}")
+        raise SystemExit(1)
+    print(
+        f"after {len(happened)} kills the state (weights, optimizer, pace, running mean, key), the data's "
+        "position, the next batches and the metrics are bit for bit those of a run left alone"
+    )
+
+
+if __name__ == "__main__":
+    main()
