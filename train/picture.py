@@ -41,7 +41,8 @@ def draw(records: list[Record], growth: Growth, run: Run, path: Path) -> bool:
         return False
     shown = _spread(steps)
     figure = Figure(figsize=(13, 5.6), dpi=120, layout="constrained")
-    masks, loss = figure.subfigures(1, 2, width_ratios=(1, 1.35), wspace=0.04)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.35))
+    masks, loss = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     columns = min(2, len(shown))
     lines = -(-len(shown) // columns)
     axes = [masks.add_subplot(lines, columns, n + 1) for n in range(len(shown))]
@@ -102,22 +103,24 @@ def _clocks(growth: Growth, records: list[Record]) -> list[int]:
 
 def _draw_loss(ax: Axes, steps: list[Record], validations: list[Record]):
     numbers = [record["step"] for record in steps]
-    alone = {"marker": "."} if len(steps) == 1 else {}
+    marker = "." if len(steps) == 1 else ""
     losses = _values(steps, "bits_per_byte")
-    ax.plot(numbers, losses, color=TRAINING, linewidth=0.8, label="training, at the step's mask", **alone)
+    name = "training, at the step's mask"
+    ax.plot(numbers, losses, color=TRAINING, linewidth=0.8, marker=marker, label=name)
     bits = _values(validations, "validation_bits_per_byte")
     at = [record["step"] for record in validations]
     ax.plot(at, bits, "o-", color=VALIDATION, markersize=4, label="validation, at the full mask")
     if len(bits) and math.isfinite(bits[-1]):
-        place = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center"}
-        ax.annotate(f"{bits[-1]:.3f}", (at[-1], bits[-1]), color=VALIDATION, **place)
+        below = (at[-1], bits[-1]), (0, -15)
+        value = f"{bits[-1]:.3f}"
+        ax.annotate(value, *below, textcoords="offset points", ha="center", color=VALIDATION)
     ax.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     ax.grid(alpha=0.3)
     exposure = ax.twinx()
     shares = [record["exposure"] for record in steps]
-    exposure.plot(numbers, shares, color="grey", linestyle=":", label="exposure", **alone)
+    exposure.plot(numbers, shares, color="grey", linestyle=":", marker=marker, label="exposure")
     exposure.set(ylabel="exposure", ylim=(0, 1.05))
     exposure.yaxis.set_major_formatter(PercentFormatter(1.0))
     lines = [*ax.lines, *exposure.lines]
