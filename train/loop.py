@@ -96,6 +96,8 @@ def prepare(run: Run, *, overwrite: bool = False) -> Session:
         restored = _restored(folder, run, texts, state, batches) if goes_on else None
         if restored is None:  # new, or killed before its first checkpoint
             folder.begin(run)
+            # Bound to its devices, as a restored one is: the very same program is compiled for both.
+            state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
         else:
             folder.write_config(run)
             metrics.rewind(folder.metrics, int(restored.step))
