@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grain
@@ -75,7 +76,7 @@ class Case:
         """The run's folder."""
         return RunFolder(self.folder / self.name)
 
-    def start(self) -> subprocess.Popen:
+    def start(self, program: Sequence[str] = ("-m", "train")) -> subprocess.Popen:
         """The command, under way. What it prints is added to a file beside the run folders."""
         quick = {
             "JAX_PLATFORMS": "cpu",
@@ -84,7 +85,7 @@ class Case:
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
         }
         with (self.folder / f"{self.name}.out").open("a") as out:
-            command = [sys.executable, "-m", "train", *self.arguments]
+            command = [sys.executable, *program, *self.arguments]
             return subprocess.Popen(command, env=os.environ | quick, stdout=out, stderr=out)
 
     def finish(self):
@@ -102,17 +103,6 @@ class Case:
         folder = self.where.checkpoints
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
         return {name for name in names if name.isdecimal()}, any("tmp" in name for name in names)
-
-    def last(self) -> tuple[State, grain.DatasetIterator]:
-        """The state that the run ended with, and its data after it."""
-        texts = corpus(self.run)
-        _, like = begin(self.run, texts.tokenizer.vocabulary)
-        batches = texts.batches()
-        with Checkpoints(self.where.checkpoints, self.run, texts.fingerprint) as checkpoints:
-            state = checkpoints.restore_newest(like, batches)
-        if state is None:
-            raise RuntimeError(f"no checkpoint in {self.where.checkpoints}")
-        return state, batches
 
 
 def write_documents(path: Path):
@@ -150,14 +140,25 @@ def _reached(case: Case, aim: str, before: set[str]) -> bool:
     return {"starting": True, "training": new, "saving": writing and new, "just saved": new}[aim]
 
 
-def differences(killed: Case, alone: Case) -> list[str]:
+def ended(run: Run) -> tuple[State, grain.DatasetIterator]:
+    """The state that a run ended with, and its data from there on."""
+    texts = corpus(run)
+    _, like = begin(run, texts.tokenizer.vocabulary)
+    batches, where = texts.batches(), RunFolder(Path(run.folder) / run.name)
+    with Checkpoints(where.checkpoints, run, texts.fingerprint) as checkpoints:
+        state = checkpoints.restore_newest(like, batches)
+    if state is None or int(state.step) != run.steps:
+        raise RuntimeError(f"no checkpoint of step {run.steps} in {where.checkpoints}")
+    return state, batches
+
+
+def differences(stopped: Run, alone: Run) -> list[str]:
     """What is not bit for bit the same at the end of two runs; empty, if all is well."""
-    (state, batches), (expected, ahead) = killed.last(), alone.last()
+    (state, batches), (expected, ahead) = ended(stopped), ended(alone)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True)
     found = [
         f"state{jax.tree_util.keystr(path)}"
-        for (path, ours), theirs in zip(
-            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
-        )
+        for (path, ours), theirs in leaves
         if np.asarray(ours).tobytes() != np.asarray(theirs).tobytes()
     ]
     if batches.get_state() != ahead.get_state():
@@ -166,41 +167,43 @@ def differences(killed: Case, alone: Case) -> list[str]:
         same = jax.tree.map(np.array_equal, next(batches), next(ahead))
         if not all(jax.tree.leaves(same)):
             found.append(f"batch {number} after the end")
-    if untimed(killed) != untimed(alone):
+    for each in (batches, ahead):
+        each.close()
+    if untimed(stopped) != untimed(alone):
         found.append("the records of the metrics")
     return found
 
 
-def untimed(case: Case) -> list[dict]:
+def untimed(run: Run) -> list[dict]:
     """The records of a run's metrics, without what a clock measured."""
     return [
         {key: value for key, value in record.items() if key not in TIMED}
-        for record in read(case.where.metrics)
+        for record in read(Path(run.folder) / run.name / "metrics.jsonl")
     ]
 
 
-def rehearse(folder: Path, kills: int, seed: int, rows: str) -> tuple[list[str], list[str]]:
-    """Kills one run so often, and leaves another one alone.
+def rehearse(alone: Case, kills: int, seed: int) -> tuple[list[str], list[str]]:
+    """Kills a run so often that is otherwise the one that is left `alone`, and has ended.
 
     Returns:
       what happened at each kill, and the differences at the end.
     """
     chance, happened = random.Random(seed), []
-    # The k-th kill comes before the next save but a few: the run lasts for all of them.
-    steps = 60 + 24 * kills
-    killed, alone = (Case(folder, name, steps, rows) for name in ("killed", "alone"))
-    alone.finish()
+    killed = replace(alone, name="killed")
     aims = [AIMS[i % len(AIMS)] for i in range(kills)]
     chance.shuffle(aims)
-    while aims:
-        outcome = kill(killed, aims[-1], chance)
-        if outcome is None:
-            raise RuntimeError(f"the run ended before kill {len(happened) + 1} of {kills}")
-        aims.pop()
+    for number, aim in enumerate(aims, start=1):
+        if (outcome := kill(killed, aim, chance)) is None:
+            raise RuntimeError(f"the run ended before kill {number} of {kills}")
         happened.append(outcome)
-        print(f"kill {len(happened)}, {outcome}", flush=True)
+        print(f"kill {number}, {outcome}", flush=True)
     killed.finish()
-    return happened, differences(killed, alone)
+    return happened, differences(killed.run, alone.run)
+
+
+def long_enough(kills: int) -> int:
+    """Steps of a run that lasts for so many kills."""
+    return 60 + 24 * kills
 
 
 def main():
@@ -210,7 +213,9 @@ def main():
     parser.add_argument("--rows", choices=["packed", "chunked"], default="packed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        happened, different = rehearse(Path(folder), options.kills, options.seed, options.rows)
+        alone = Case(Path(folder), "alone", long_enough(options.kills), options.rows)
+        alone.finish()
+        happened, different = rehearse(alone, options.kills, options.seed)
     if different:
         print(f"after {len(happened)} kills these differ: {', '.join(different)}")
         raise SystemExit(1)
