@@ -90,9 +90,10 @@ def report(folder: Path, facts: Facts, summary: Summary, pictures: Sequence[str]
 def _opening(facts: Facts, summary: Summary) -> str:
     run, steps = facts.run, summary.steps
     what = "model that summarises" if run.task == "summarize" else "language model"
+    plural = "s" if run.model.layers > 1 else ""
     words = (
-        f"A {what}, of {facts.parameters:,} weights in {run.model.layers} "
-        f"layer{'s' * (run.model.layers > 1)} of width {run.model.width:,}, trained for {run.steps:,} steps on rows of {run.data.length:,} tokens, about "
+        f"A {what}, of {facts.parameters:,} weights in {run.model.layers} layer{plural} of width "
+        f"{run.model.width:,}, trained for {run.steps:,} steps on rows of {run.data.length:,} tokens, about "
         f"{_tokens(facts, summary):,.0f} tokens in all. {_curriculum(run)}"
     )
     if not steps or not steps[-1]["skipped"]:
