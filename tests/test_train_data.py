@@ -96,9 +96,18 @@ def test_summaries_are_read_with_their_documents(tmp_path, pairs):
     assert words(text.held_out) == {f"{d}\0{s}" for d, s in text.examples}
     train = [pair for pair in examples if pair not in set(text.examples)]
     assert words(first(text, 40)) == {f"{d}\0{s}" for d, s in train}
-    assert text.lead_words == int(np.median([len(s.split()) for _, s in train]))
     assert (text.bytes_per_token, text.truncated, text.documents) == (1.0, 0, 10)
     assert list(text.examples[1:]) == [text.examples[1]]
+
+
+def test_lead_words_are_those_of_training_summaries(tmp_path, pairs):
+    found = set()
+    for seed in range(8):
+        text = corpus(run(tmp_path, pairs, task="summarize", length=32, held_out=0.4, seed=seed))
+        held_out = {len(summary.split()) for _, summary in text.examples}
+        assert text.lead_words == int(np.median(sorted({*range(1, 11)} - held_out)))
+        found.add(text.lead_words)
+    assert len(found) > 1
 
 
 def test_bytes_per_token_are_those_of_what_is_predicted(tmp_path, pairs):
