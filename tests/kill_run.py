@@ -7,20 +7,22 @@ the exit status is 1 where anything differs.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 
+from train.__main__ import main as train_main
 from train.__main__ import parse
 from train.checkpoint import Checkpoints
 from train.config import Run
@@ -30,6 +32,8 @@ from train.metrics import read
 from train.step import State, begin
 
 ROOT = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train.__main__"])  # imports take longer than the runs
 AIMS = ("starting", "training", "saving", "just saved")
 TIMED = ("seconds", "input_seconds", "tokens_per_second", "mfu")
 
@@ -59,9 +63,9 @@ class Case:
         return [
             *("run", "--name", self.name, "--folder", str(self.folder), "--data.paths", str(text)),
             *("--steps", str(self.steps), "--block", "8", "--data.length", "32", "--data.batch", "2"),
-            *("--data.rows", self.rows, "--model.layers", "2", "--model.width", "16", "--model.heads", "2"),
-            *("--model.kv-heads", "1", "--model.hidden", "16", "--optimizer.ema", "0.9"),
-            *("--optimizer.accumulate", "2", "--curriculum.start", "4", "--curriculum.pace", "loss"),
+            *("--data.rows", self.rows, "--model.layers", "1", "--model.width", "16", "--model.heads", "2"),
+            *("--model.kv-heads", "1", "--model.hidden", "16", "--model.backend", "dense"),
+            *("--optimizer.ema", "0.9", "--curriculum.start", "4", "--curriculum.pace", "loss"),
             *("--curriculum.stages", "3", "--curriculum.patience", "2", "--evaluation.every", "4"),
             *("--evaluation.rows", "2", "--checkpoints.every", "3", "--watch.peak-flops", "1e9"),
         ]
@@ -76,21 +80,28 @@ class Case:
         """The run's folder."""
         return RunFolder(self.folder / self.name)
 
-    def start(self, program: Sequence[str] = ("-m", "train")) -> subprocess.Popen:
-        """The command, under way. What it prints is added to a file beside the run folders."""
-        quick = {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-        }
-        with (self.folder / f"{self.name}.out").open("a") as out:
-            command = [sys.executable, *program, *self.arguments]
-            return subprocess.Popen(command, env=os.environ | quick, stdout=out, stderr=out)
+    def start(self, coordinator: str | None = None) -> BaseProcess:
+        """The command, under way. What it prints is added to a file beside the run folders.
+
+        Args:
+          coordinator: the address of `jax.distributed`, which is used where there is one.
+        """
+        process = FORKS.Process(target=_command, args=(self, coordinator))
+        # The server that processes are forked from begins with the first, and imports as this one does.
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+        process.start()
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+        return process
 
     def finish(self):
         """Gives the command, and waits for its end."""
-        if self.start().wait():
+        process = self.start()
+        process.join()
+        if process.exitcode:
             raise RuntimeError(f"the command failed: {self.printed[-2_000:]}")
 
     @property
@@ -105,6 +116,19 @@ class Case:
         return {name for name in names if name.isdecimal()}, any("tmp" in name for name in names)
 
 
+def _command(case: Case, coordinator: str | None):
+    """What a process does: `python -m train` with the case's arguments."""
+    with (case.folder / f"{case.name}.out").open("a") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(case.folder / "jax_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if coordinator is not None:
+        jax.distributed.initialize(coordinator, num_processes=1, process_id=0)
+    train_main(case.arguments)
+
+
 def write_documents(path: Path):
     """Some 20,000 bytes of words that repeat."""
     words = random.Random(0).choices(["mask", "key", "query", "step"], k=4_000)
@@ -115,16 +139,16 @@ def kill(case: Case, aim: str, chance: random.Random) -> str | None:
     """Starts the command and kills it at a moment of the kind; what happened, or None if it ended first."""
     before, _ = case.saves()
     process, began = case.start(), time.perf_counter()
-    delay = {"starting": 3.0, "training": 0.5, "saving": 0.02, "just saved": 0.01}[aim] * chance.random()
-    while process.poll() is None and not _reached(case, aim, before):
+    delay = {"starting": 2.0, "training": 0.3, "saving": 0.02, "just saved": 0.01}[aim] * chance.random()
+    while process.is_alive() and not _reached(case, aim, before):
         time.sleep(0.0005)
     time.sleep(delay)
     process.kill()
-    status = process.wait()
-    if status == 0:
+    process.join()
+    if process.exitcode == 0:
         return None
-    if status != -9:
-        raise RuntimeError(f"the command failed with status {status}: {case.printed[-2_000:]}")
+    if process.exitcode != -signal.SIGKILL:
+        raise RuntimeError(f"the command failed with status {process.exitcode}: {case.printed[-2_000:]}")
     steps = [record["step"] for record in read(case.where.metrics)]
     whole, writing = case.saves()
     return (
@@ -203,7 +227,7 @@ def rehearse(alone: Case, kills: int, seed: int) -> tuple[list[str], list[str]]:
 
 def long_enough(kills: int) -> int:
     """Steps of a run that lasts for so many kills."""
-    return 60 + 24 * kills
+    return 30 + 15 * kills
 
 
 def main():

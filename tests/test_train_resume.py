@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import socket
 import time
 from dataclasses import replace
@@ -86,25 +85,15 @@ def test_killed_at_random_moments_saves_included(case):
     assert sum(line.startswith("saving") for line in happened) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_a_checkpoint_of_its_last_step(case, number):
-    stopped = replace(case, name=number.name)
+def test_a_signal_ends_it_with_a_checkpoint_of_its_last_step(case):
+    stopped = replace(case, name="stopped")
     process = stopped.start()
     wait_for(stopped, steps=7)
-    process.send_signal(number)
-    assert process.wait(60) == 0
-    check_stopped(stopped, number.name)
+    process.terminate()
+    check_stopped(stopped, process, "SIGTERM")
     stopped.finish()
     assert "goes on after step" in stopped.printed
     assert kill_run.differences(stopped.run, case.run) == []
-
-
-DISTRIBUTED = """
-import sys, jax
-jax.distributed.initialize(f"localhost:{sys.argv.pop(1)}", num_processes=1, process_id=0)
-from train.__main__ import main
-main(sys.argv[1:])
-"""
 
 
 def test_with_jax_distributed_the_processes_agree_where_to_stop(case):
@@ -112,11 +101,10 @@ def test_with_jax_distributed_the_processes_agree_where_to_stop(case):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     stopped = replace(case, name="preempted", steps=10_000)
-    process = stopped.start(["-c", DISTRIBUTED, str(port)])
+    process = stopped.start(coordinator=f"localhost:{port}")
     wait_for(stopped, steps=7)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    check_stopped(stopped, "preempted")
+    process.terminate()
+    check_stopped(stopped, process, "preempted")
 
 
 def wait_for(case, steps: int):
@@ -128,8 +116,10 @@ def wait_for(case, steps: int):
     raise TimeoutError(case.printed)
 
 
-def check_stopped(case, word: str):
-    """It has said so, and each step up to there is in the metrics and in the newest checkpoint."""
+def check_stopped(case, process, word: str):
+    """It ends well and says so; each step up to there is in the metrics and in the newest checkpoint."""
+    process.join(60)
+    assert process.exitcode == 0, case.printed
     newest = max(map(int, case.saves()[0]))
     assert 7 <= newest < case.steps
     assert (

@@ -179,7 +179,7 @@ class _Training:
             # What a checkpoint holds is after the validation of its step, which may move the curriculum.
             if _due(done, run.evaluation.every, run.steps):
                 self._validate(done)
-            reason = self._asked_to_stop(step)
+            reason = self._asked_to_stop(done)
             if reason or _due(done, run.checkpoints.every, run.steps):
                 self._save(done, put_off=not reason and done < run.steps)
             if reason and done < run.steps:
@@ -195,8 +195,8 @@ class _Training:
         self._check_finite(step)  # of the step before, which the log has read
         self._checkpoints.check()
 
-    def _asked_to_stop(self, step: int) -> str | None:
-        preempted = "preempted" if self._checkpoints.reached_preemption(step) else None
+    def _asked_to_stop(self, done: int) -> str | None:
+        preempted = "preempted" if self._checkpoints.reached_preemption(done) else None
         return self._stop.received or preempted
 
     def _validate(self, done: int):
