@@ -41,7 +41,7 @@ def measure(settings: Settings, repeats: int) -> dict:
     return {"repeats": None, "settings": asdict(settings), "rows": rows}
 
 
-def _temporary_bytes(settings: Settings, tokens: int, chunk: int) -> int:
+def _temporary_bytes(settings: Settings, tokens: int, chunk: int) -> int | None:
     """Of loss and gradient, for the features and the layer, compiled."""
     layer = nnx.Linear(settings.width, settings.vocabulary, use_bias=False, rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
@@ -55,7 +55,8 @@ def _temporary_bytes(settings: Settings, tokens: int, chunk: int) -> int:
     hidden = jax.ShapeDtypeStruct((1, tokens, settings.width), jnp.float32)
     targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, hidden, targets).compile()
-    return int(program.memory_analysis().temp_size_in_bytes)
+    analysis = program.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
 def section(results: dict) -> str:

@@ -50,6 +50,11 @@ def test_what_is_not_clear_is_refused(there, task, words):
         columns_of(there, task, {})
 
 
+def test_a_document_is_not_its_own_summary():
+    with pytest.raises(ValueError, match="none of the usual names for a document and its summary"):
+        columns_of(["summary", "id"], "summarize", {"document": "summary"})
+
+
 @pytest.mark.parametrize(
     ("task", "name", "words"),
     [

@@ -4,7 +4,7 @@ import gzip
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.train_texts import write_lines
@@ -118,9 +118,12 @@ def test_a_named_file_that_is_not_text_is_malformed_and_in_a_folder_left_out(
 
 
 @given(
-    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60).filter(str.strip),
-    st.integers(4, 40),
+    text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60).filter(
+        str.strip
+    ),
+    size=st.integers(4, 40),
 )
+@example(text="a\nbc", size=4)  # a whole part that ends within a line, and nothing after it
 def test_parts_of_a_large_file_are_the_file_and_end_with_lines(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / "large.txt"
     path.write_bytes(text.encode())

@@ -61,7 +61,7 @@ def test_a_report_says_what_a_run_was_and_came_to(tmp_path):
     run = small_run(tmp_path, steps=20, curriculum=Curriculum(start=4, share=0.5))
     text = reported(tmp_path, run, records_of(run, every=5, bytes_per_token=2.5))
     assert text.startswith(
-        "# small\n\nA language model, of 119,104 weights in 1 layers of width 16, trained for "
+        "# small\n\nA language model, of 119,104 weights in 1 layer of width 16, trained for "
     )
     # 20 steps of 64 tokens, a quarter of them padding.
     assert "trained for 20 steps on rows of 32 tokens, about 960 tokens in all." in text

@@ -72,6 +72,7 @@ def test_files_and_the_parts_of_large_ones_are_documents_in_order(tmp_path, monk
     write_lines(folder / "d.jsonl", [{"text": "six"}])
     cache = made(folder)
     assert texts(cache) == [b"one\ntwo\nthree\nfour is long\0", "é\0".encode(), b"six\0"]
+    assert cache.bodies.tolist() == [len(text) - 1 for text in texts(cache)]
     assert [cache.origin(i) for i in range(3)] == [
         str(folder / "a.txt"),
         str(folder / "c.txt"),

@@ -52,14 +52,25 @@ class RunFolder:
         return self.path / "report.md"
 
     @property
+    def summaries(self) -> Path:
+        """Held-out documents and their summaries, one JSON record a line."""
+        return self.path / "summaries.jsonl"
+
+    @property
     def _discarded(self) -> Path:
         return self.path / "checkpoint-discarded"
 
     @property
     def _others(self) -> tuple[Path, ...]:
         """All else that a run leaves."""
-        names = ("tensorboard", "wandb", "wandb.id", "curriculum.png", "positions.png", "summaries.jsonl")
-        return (self.metrics, self.profile, self.report, *(self.path / name for name in names))
+        names = ("tensorboard", "wandb", "wandb.id", "curriculum.png", "positions.png")
+        return (
+            self.metrics,
+            self.profile,
+            self.report,
+            self.summaries,
+            *(self.path / name for name in names),
+        )
 
     def holds(self, run: Run) -> bool:
         """Whether the folder holds this run, to go on with; it may be without a checkpoint yet.

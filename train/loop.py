@@ -1,6 +1,6 @@
 """The training loop, from a config to a finished run folder; and on from wherever it stopped."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +10,14 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from train import flops, metrics, report, sinks
+from train import flops, metrics, sinks
 from train.checkpoint import Checkpoints
 from train.checksums import finite
 from train.config import Run
 from train.data import Corpus, corpus
 from train.disk import WriteError, check_space, check_writable
 from train.evaluation import Validator
+from train.finish import Finish
 from train.folder import RunFolder
 from train.metrics import Log
 from train.pace import advance
@@ -117,21 +118,21 @@ def train(session: Session) -> Summary | Interrupted:
       WriteError: a file could not be written, be it that the disk is full. The checkpoints before are
         whole, as they are after every error.
     """
-    compilations = 0
-    if int(session.state.step) < session.run.steps:
-        try:
-            with ExitStack() as stack:
-                training = _Training(session, stack)
-                interrupted = training.steps()
-        except (WriteError, NotFinite) as error:
-            raise type(error)(f"{error}; {_left(session.folder)}") from error
-        if interrupted is not None:
-            return interrupted
-        compilations = training.compilations
-    summary = Summary(metrics.read(session.folder.metrics), compilations)
-    if compilations or not session.folder.report.exists():
-        _report(session, summary)
-    return summary
+    peak = flops.peak(session.run.watch, session.run.model.dtype, jax.devices()[:1])
+    state, compilations = session.state, 0
+    with closing(session.batches):
+        if int(state.step) < session.run.steps:
+            try:
+                with ExitStack() as stack:
+                    training = _Training(session, peak, stack)
+                    interrupted = training.steps()
+            except (WriteError, NotFinite) as error:
+                raise type(error)(f"{error}; {_left(session.folder)}") from error
+            if interrupted is not None:
+                return interrupted
+            state, compilations = training.state, training.compilations
+    finish = Finish(session.run, session.folder, session.corpus, session.program, peak)
+    return finish(state, compilations)
 
 
 class _Training:
@@ -139,19 +140,23 @@ class _Training:
 
     Args:
       session: what to train.
+      peak: what the devices can do.
       stack: closes, when it is left, what is open meanwhile.
+
+    Attributes:
+      state: after the last step that was taken.
     """
 
-    def __init__(self, session: Session, stack: ExitStack):
+    def __init__(self, session: Session, peak: flops.Peak, stack: ExitStack):
         run, program, text = session.run, session.program, session.corpus
-        self._run, self._state, self._batches = run, session.state, session.batches
+        self.state, self._run, self._batches = session.state, run, session.batches
         stack.enter_context(session.folder.claimed())
         stack.callback(session.batches.close)
         self._stop = stack.enter_context(StopSignals())
         self._checkpoints = stack.enter_context(
             Checkpoints(session.folder.checkpoints, run, text.fingerprint)
         )
-        self._log: Log = stack.enter_context(_opened_log(session))
+        self._log: Log = stack.enter_context(_opened_log(session, peak))
         self._profile = stack.enter_context(Profile(session.folder.profile, run.watch))
         self._validator = Validator(program, text, run)
         self._train_step = jax.jit(program.train_step, donate_argnums=0)
@@ -165,7 +170,7 @@ class _Training:
 
     def steps(self) -> Interrupted | None:
         """Trains to the end, which is None, or to a signal."""
-        run, start = self._run, int(self._state.step)
+        run, start = self._run, int(self.state.step)
         if start == 0:
             self._validate(0)
         for step in range(start, run.steps):
@@ -185,7 +190,7 @@ class _Training:
         since = perf_counter()
         batch = next(self._batches)  # while the device computes the step before
         waited = perf_counter() - since
-        self._state, measured = self._profile.step(step, self._train_step, self._state, batch)
+        self.state, measured = self._profile.step(step, self._train_step, self.state, batch)
         self._log.step(step, measured, waited)
         self._check_finite(step)  # of the step before, which the log has read
         self._checkpoints.check()
@@ -196,11 +201,11 @@ class _Training:
 
     def _validate(self, done: int):
         with self._log.paused():
-            validation = self._validator(self._state)
+            validation = self._validator(self.state)
             self._log.validation(done, validation)
         if done and validation.pace_loss is not None:
-            pace = self._advance(self._state.pace, validation.pace_loss)
-            self._state = replace(self._state, pace=pace)
+            pace = self._advance(self.state.pace, validation.pace_loss)
+            self.state = replace(self.state, pace=pace)
 
     def _save(self, done: int, *, put_off: bool):
         """Saves the state; not, if it may be put off, while steps are being skipped."""
@@ -208,9 +213,9 @@ class _Training:
             self._check_finite(done)
             if put_off and self._log.skipped_in_a_row:
                 return
-            if not finite((self._state.params, self._state.ema)):
+            if not finite((self.state.params, self.state.ema)):
                 raise NotFinite(f"the weights after step {done:,} are not finite; they were not saved")
-            self._checkpoints.save(self._state, self._batches)
+            self._checkpoints.save(self.state, self._batches)
 
     def _check_finite(self, done: int):
         """Gives up after `optimizer.give_up` skipped steps in a row, `done` steps having been read."""
@@ -244,7 +249,7 @@ def _check_space(folder: RunFolder, run: Run, state: State):
     check_space(folder.path, count * each, f"{count} more checkpoints (checkpoints.keep)")
 
 
-def _opened_log(session: Session) -> Log:
+def _opened_log(session: Session, peak: flops.Peak) -> Log:
     run, vocabulary = session.run, session.corpus.tokenizer.vocabulary
     return metrics.open_log(
         session.folder.path,
@@ -252,19 +257,8 @@ def _opened_log(session: Session) -> Log:
         int(session.state.step),
         bytes_per_token=session.corpus.bytes_per_token,
         work=flops.work(run.model, vocabulary),
-        peak=_peak(run),
+        peak=peak,
     )
-
-
-def _report(session: Session, summary: Summary):
-    run, program = session.run, session.program
-    count = sum(leaf.size for leaf in jax.tree.leaves(session.state.params))
-    facts = report.Facts(run, session.corpus, program.growth, count, _peak(run))
-    report.write(session.folder.path, facts, summary)
-
-
-def _peak(run: Run) -> flops.Peak:
-    return flops.peak(run.watch, run.model.dtype, jax.devices()[:1])
 
 
 def _left(folder: RunFolder) -> str:

@@ -90,7 +90,7 @@ def _spread(steps: list[Record]) -> list[Record]:
     """Up to PANELS of the steps, evenly spaced from the first to the first that shows the most."""
     most = max(record["exposure"] for record in steps)
     # Exposure is a share of what each batch could show: it need not be exactly the same twice.
-    last = next(i for i, record in enumerate(steps) if record["exposure"] >= most - 1e-6)
+    last = next(i for i, record in enumerate(steps) if record["exposure"] >= most - 1e-3)
     return [steps[i] for i in sorted({last * n // (PANELS - 1) for n in range(PANELS)})]
 
 

@@ -91,7 +91,7 @@ def summarize() -> Run:
         data=replace(parent.data, length=32_768, batch=4, held_out=0.1),
         model=replace(parent.model, layers=8, width=512, heads=8, kv_heads=4, hidden=1_408),
         optimizer=replace(parent.optimizer, learning_rate=5e-4, warmup=0.05),
-        curriculum=Curriculum(kind="reveal", order="partial", schedule="linear", start=512, chunk=512),
+        curriculum=Curriculum(kind="reveal", order="strided", schedule="linear", start=512, chunk=512),
         evaluation=Evaluation(every=500, rows=16, summaries=32),
         generation=Generation(tokens=400),
     )

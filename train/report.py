@@ -90,8 +90,9 @@ def report(folder: Path, facts: Facts, summary: Summary, pictures: Sequence[str]
 def _opening(facts: Facts, summary: Summary) -> str:
     run, steps = facts.run, summary.steps
     what = "model that summarises" if run.task == "summarize" else "language model"
+    plural = "s" if run.model.layers > 1 else ""
     words = (
-        f"A {what}, of {facts.parameters:,} weights in {run.model.layers} layers of width "
+        f"A {what}, of {facts.parameters:,} weights in {run.model.layers} layer{plural} of width "
         f"{run.model.width:,}, trained for {run.steps:,} steps on rows of {run.data.length:,} tokens, about "
         f"{_tokens(facts, summary):,.0f} tokens in all. {_curriculum(run)}"
     )

@@ -135,7 +135,7 @@ class WeightsAndBiases(Sink):
         self._run = wandb.init(
             project=run.watch.wandb,
             name=run.name,
-            id=known.read_text().strip() if known.exists() else None,
+            id=(known.read_text().strip() or None) if known.exists() else None,
             resume="allow",
             dir=str(folder),
             config=dataclasses.asdict(run),

@@ -78,7 +78,7 @@ def evaluate_summaries(
     options: Generation,
     path: Path,
     key: Array | None = None,
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """ROUGE of generated summaries and of the documents' beginnings, in percent.
 
     Args:
@@ -91,8 +91,7 @@ def evaluate_summaries(
       key: of what is drawn.
 
     Returns:
-      {"rouge1": …, "rouge2": …, "rougeL": …, "lead1": …, "lead2": …, "leadL": …, "lead_words": …,
-      "examples": …}.
+      {"model": {"rouge1": …, "rouge2": …, "rougeL": …}, "lead, 120 words": {…}}.
     """
     documents, references = [example[0] for example in examples], [example[1] for example in examples]
     generated = summarizer.summaries(documents, options, key)
@@ -102,5 +101,4 @@ def evaluate_summaries(
         for document, reference, summary, first in zip(documents, references, generated, leads, strict=True)
     ]
     write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    baseline = {kind.replace("rouge", "lead"): score for kind, score in rouge(leads, references).items()}
-    return rouge(generated, references) | baseline | {"lead_words": lead_words, "examples": len(examples)}
+    return {"model": rouge(generated, references), f"lead, {lead_words} words": rouge(leads, references)}
