@@ -33,7 +33,7 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to go on from `state`, with `batches` at the same place."""
+    """A run that is ready to go on from `state`, with `batches` at the same place. Training uses both up."""
 
     run: Run
     folder: RunFolder
