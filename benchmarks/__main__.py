@@ -12,7 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import causal, curriculum, exposure, flashmask, memory, plans, report, tpu_schedule
+from benchmarks import (
+    causal,
+    curriculum,
+    exposure,
+    flashmask,
+    loss,
+    memory,
+    plans,
+    report,
+    tpu_schedule,
+    trainer,
+)
 from benchmarks.timing import machine
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -20,6 +31,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "exposure": exposure,
     "memory": memory,
     "curriculum": curriculum,
+    "trainer": trainer,
+    "loss": loss,
     "flashmask": flashmask,
     "plans": plans,
     "tpu_schedule": tpu_schedule,

@@ -18,11 +18,13 @@ from benchmarks.markdown import ratio, seconds, share, table
 from benchmarks.timing import medians
 from dynmask_jax import Causal, Chunks, Curriculum, Tokens, attention, growing_window, linear, plan, reveal
 from dynmask_jax.array_typing import Int
-from train import config
-from train.data import VOCABULARY
+from train import sections
+from train.batch import Batch
+from train.config import Run
 from train.step import begin
 
 FULL_MASK = "full"
+BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,15 @@ def _attention_steps(settings: Settings) -> dict[str, _Steps]:
 
 def _train_steps(settings: Settings) -> dict[str, _Steps]:
     """The trainer's own step, forward, backward and update, on a row of random bytes."""
-    row = jax.random.randint(jax.random.key(0), (1, settings.tokens + 1), 0, VOCABULARY)
+    row = jax.random.randint(jax.random.key(0), (1, settings.tokens + 1), 0, BYTES)
+    place, ones = (
+        jnp.arange(settings.tokens, dtype=jnp.int32)[None],
+        jnp.ones((1, settings.tokens), jnp.int32),
+    )
+    batch = Batch(row[:, :-1], row[:, 1:], ones.astype(jnp.float32), place, ones, place)
     width = settings.heads * settings.head_dim
-    shape = config.Model(settings.layers, width, settings.heads, settings.heads, hidden=3 * width)
-    growing = config.Curriculum(schedule="linear", start=settings.start, chunk=settings.chunk)
+    shape = sections.Model(settings.layers, width, settings.heads, settings.heads, hidden=3 * width)
+    growing = sections.Curriculum(schedule="linear", start=settings.start, chunk=settings.chunk)
     kinds = {
         FULL_MASK: "full",
         "static chunks": "static",
@@ -111,15 +118,15 @@ def _train_steps(settings: Settings) -> dict[str, _Steps]:
     }
 
     def step_of(kind):
-        run = config.Run(
+        run = Run(
             steps=settings.steps,
             model=shape,
-            data=config.Data(length=settings.tokens),
+            data=sections.Data(length=settings.tokens, rows="chunked"),
             curriculum=replace(growing, kind=kind),
         )
-        program, state = begin(run)
+        program, state = begin(run, BYTES)
         function = jax.jit(program.train_step)
-        return _Steps(lambda step: function(replace(state, step=step), row), function)
+        return _Steps(lambda step: function(replace(state, step=step), batch), function)
 
     return {name: step_of(kind) for name, kind in kinds.items()}
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import causal, curriculum, exposure, flashmask, memory, plans, tpu_schedule
+from benchmarks import causal, curriculum, exposure, flashmask, loss, memory, plans, tpu_schedule, trainer
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 """Where the results lie that the documentation shows: NAME.json."""
@@ -22,6 +22,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "exposure": ("Time against exposure", exposure.section),
     "memory": ("Peak memory against tokens", memory.section),
     "curriculum": ("A step over a whole curriculum", curriculum.section),
+    "trainer": ("The trainer's loop beside its bare step", trainer.section),
+    "loss": ("Memory of the loss against tokens", loss.section),
     "flashmask": ("The twelve masks of FlashMask", flashmask.section),
     "plans": ("Finding the blocks to skip", plans.section),
     "tpu_schedule": ("Static cost on TPU", tpu_schedule.section),

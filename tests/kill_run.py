@@ -7,19 +7,22 @@ the exit status is 1 where anything differs.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 
+from train.__main__ import main as train_main
 from train.__main__ import parse
 from train.checkpoint import Checkpoints
 from train.config import Run
@@ -29,6 +32,8 @@ from train.metrics import read
 from train.step import State, begin
 
 ROOT = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train.__main__"])  # imports take longer than the runs
 AIMS = ("starting", "training", "saving", "just saved")
 TIMED = ("seconds", "input_seconds", "tokens_per_second", "mfu")
 
@@ -58,9 +63,9 @@ class Case:
         return [
             *("run", "--name", self.name, "--folder", str(self.folder), "--data.paths", str(text)),
             *("--steps", str(self.steps), "--block", "8", "--data.length", "32", "--data.batch", "2"),
-            *("--data.rows", self.rows, "--model.layers", "2", "--model.width", "16", "--model.heads", "2"),
-            *("--model.kv-heads", "1", "--model.hidden", "16", "--optimizer.ema", "0.9"),
-            *("--optimizer.accumulate", "2", "--curriculum.start", "4", "--curriculum.pace", "loss"),
+            *("--data.rows", self.rows, "--model.layers", "1", "--model.width", "16", "--model.heads", "2"),
+            *("--model.kv-heads", "1", "--model.hidden", "16", "--model.backend", "dense"),
+            *("--optimizer.ema", "0.9", "--curriculum.start", "4", "--curriculum.pace", "loss"),
             *("--curriculum.stages", "3", "--curriculum.patience", "2", "--evaluation.every", "4"),
             *("--evaluation.rows", "2", "--checkpoints.every", "3", "--watch.peak-flops", "1e9"),
         ]
@@ -75,21 +80,28 @@ class Case:
         """The run's folder."""
         return RunFolder(self.folder / self.name)
 
-    def start(self) -> subprocess.Popen:
-        """The command, under way. What it prints is added to a file beside the run folders."""
-        quick = {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-        }
-        with (self.folder / f"{self.name}.out").open("a") as out:
-            command = [sys.executable, "-m", "train", *self.arguments]
-            return subprocess.Popen(command, env=os.environ | quick, stdout=out, stderr=out)
+    def start(self, coordinator: str | None = None) -> BaseProcess:
+        """The command, under way. What it prints is added to a file beside the run folders.
+
+        Args:
+          coordinator: the address of `jax.distributed`, which is used where there is one.
+        """
+        process = FORKS.Process(target=_command, args=(self, coordinator))
+        # The server that processes are forked from begins with the first, and imports as this one does.
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+        process.start()
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+        return process
 
     def finish(self):
         """Gives the command, and waits for its end."""
-        if self.start().wait():
+        process = self.start()
+        process.join()
+        if process.exitcode:
             raise RuntimeError(f"the command failed: {self.printed[-2_000:]}")
 
     @property
@@ -103,16 +115,18 @@ class Case:
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
         return {name for name in names if name.isdecimal()}, any("tmp" in name for name in names)
 
-    def last(self) -> tuple[State, grain.DatasetIterator]:
-        """The state that the run ended with, and its data after it."""
-        texts = corpus(self.run)
-        _, like = begin(self.run, texts.tokenizer.vocabulary)
-        batches = texts.batches()
-        with Checkpoints(self.where.checkpoints, self.run, texts.fingerprint) as checkpoints:
-            state = checkpoints.restore_newest(like, batches)
-        if state is None:
-            raise RuntimeError(f"no checkpoint in {self.where.checkpoints}")
-        return state, batches
+
+def _command(case: Case, coordinator: str | None):
+    """What a process does: `python -m train` with the case's arguments."""
+    with (case.folder / f"{case.name}.out").open("a") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(case.folder / "jax_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if coordinator is not None:
+        jax.distributed.initialize(coordinator, num_processes=1, process_id=0)
+    train_main(case.arguments)
 
 
 def write_documents(path: Path):
@@ -125,16 +139,16 @@ def kill(case: Case, aim: str, chance: random.Random) -> str | None:
     """Starts the command and kills it at a moment of the kind; what happened, or None if it ended first."""
     before, _ = case.saves()
     process, began = case.start(), time.perf_counter()
-    delay = {"starting": 3.0, "training": 0.5, "saving": 0.02, "just saved": 0.01}[aim] * chance.random()
-    while process.poll() is None and not _reached(case, aim, before):
+    delay = {"starting": 2.0, "training": 0.3, "saving": 0.02, "just saved": 0.01}[aim] * chance.random()
+    while process.is_alive() and not _reached(case, aim, before):
         time.sleep(0.0005)
     time.sleep(delay)
     process.kill()
-    status = process.wait()
-    if status == 0:
+    process.join()
+    if process.exitcode == 0:
         return None
-    if status != -9:
-        raise RuntimeError(f"the command failed with status {status}: {case.printed[-2_000:]}")
+    if process.exitcode != -signal.SIGKILL:
+        raise RuntimeError(f"the command failed with status {process.exitcode}: {case.printed[-2_000:]}")
     steps = [record["step"] for record in read(case.where.metrics)]
     whole, writing = case.saves()
     return (
@@ -150,14 +164,25 @@ def _reached(case: Case, aim: str, before: set[str]) -> bool:
     return {"starting": True, "training": new, "saving": writing and new, "just saved": new}[aim]
 
 
-def differences(killed: Case, alone: Case) -> list[str]:
+def ended(run: Run) -> tuple[State, grain.DatasetIterator]:
+    """The state that a run ended with, and its data from there on."""
+    texts = corpus(run)
+    _, like = begin(run, texts.tokenizer.vocabulary)
+    batches, where = texts.batches(), RunFolder(Path(run.folder) / run.name)
+    with Checkpoints(where.checkpoints, run, texts.fingerprint) as checkpoints:
+        state = checkpoints.restore_newest(like, batches)
+    if state is None or int(state.step) != run.steps:
+        raise RuntimeError(f"no checkpoint of step {run.steps} in {where.checkpoints}")
+    return state, batches
+
+
+def differences(stopped: Run, alone: Run) -> list[str]:
     """What is not bit for bit the same at the end of two runs; empty, if all is well."""
-    (state, batches), (expected, ahead) = killed.last(), alone.last()
+    (state, batches), (expected, ahead) = ended(stopped), ended(alone)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True)
     found = [
         f"state{jax.tree_util.keystr(path)}"
-        for (path, ours), theirs in zip(
-            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
-        )
+        for (path, ours), theirs in leaves
         if np.asarray(ours).tobytes() != np.asarray(theirs).tobytes()
     ]
     if batches.get_state() != ahead.get_state():
@@ -166,41 +191,43 @@ def differences(killed: Case, alone: Case) -> list[str]:
         same = jax.tree.map(np.array_equal, next(batches), next(ahead))
         if not all(jax.tree.leaves(same)):
             found.append(f"batch {number} after the end")
-    if untimed(killed) != untimed(alone):
+    for each in (batches, ahead):
+        each.close()
+    if untimed(stopped) != untimed(alone):
         found.append("the records of the metrics")
     return found
 
 
-def untimed(case: Case) -> list[dict]:
+def untimed(run: Run) -> list[dict]:
     """The records of a run's metrics, without what a clock measured."""
     return [
         {key: value for key, value in record.items() if key not in TIMED}
-        for record in read(case.where.metrics)
+        for record in read(Path(run.folder) / run.name / "metrics.jsonl")
     ]
 
 
-def rehearse(folder: Path, kills: int, seed: int, rows: str) -> tuple[list[str], list[str]]:
-    """Kills one run so often, and leaves another one alone.
+def rehearse(alone: Case, kills: int, seed: int) -> tuple[list[str], list[str]]:
+    """Kills a run so often that is otherwise the one that is left `alone`, and has ended.
 
     Returns:
       what happened at each kill, and the differences at the end.
     """
     chance, happened = random.Random(seed), []
-    # The k-th kill comes before the next save but a few: the run lasts for all of them.
-    steps = 60 + 24 * kills
-    killed, alone = (Case(folder, name, steps, rows) for name in ("killed", "alone"))
-    alone.finish()
+    killed = replace(alone, name="killed")
     aims = [AIMS[i % len(AIMS)] for i in range(kills)]
     chance.shuffle(aims)
-    while aims:
-        outcome = kill(killed, aims[-1], chance)
-        if outcome is None:
-            raise RuntimeError(f"the run ended before kill {len(happened) + 1} of {kills}")
-        aims.pop()
+    for number, aim in enumerate(aims, start=1):
+        if (outcome := kill(killed, aim, chance)) is None:
+            raise RuntimeError(f"the run ended before kill {number} of {kills}")
         happened.append(outcome)
-        print(f"kill {len(happened)}, {outcome}", flush=True)
+        print(f"kill {number}, {outcome}", flush=True)
     killed.finish()
-    return happened, differences(killed, alone)
+    return happened, differences(killed.run, alone.run)
+
+
+def long_enough(kills: int) -> int:
+    """Steps of a run that lasts for so many kills."""
+    return 30 + 15 * kills
 
 
 def main():
@@ -210,7 +237,9 @@ def main():
     parser.add_argument("--rows", choices=["packed", "chunked"], default="packed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        happened, different = rehearse(Path(folder), options.kills, options.seed, options.rows)
+        alone = Case(Path(folder), "alone", long_enough(options.kills), options.rows)
+        alone.finish()
+        happened, different = rehearse(alone, options.kills, options.seed)
     if different:
         print(f"after {len(happened)} kills these differ: {', '.join(different)}")
         raise SystemExit(1)

@@ -14,6 +14,7 @@ from benchmarks import (
     curriculum,
     exposure,
     flashmask,
+    loss,
     markdown,
     memory,
     peers,
@@ -21,6 +22,7 @@ from benchmarks import (
     report,
     torch_peers,
     tpu_schedule,
+    trainer,
 )
 from benchmarks.__main__ import BENCHMARKS, main, measured
 from benchmarks.calls import BOTH, FORWARD, WAYS, Size, both_ways, compiled
@@ -32,6 +34,8 @@ TOYS = {
     "exposure": exposure.Settings((32, 64), parts=(1, 4), heads=2, head_dim=8, most_pairs=1_000),
     "memory": memory.Settings((32,), window=16, heads=2, head_dim=8),
     "curriculum": curriculum.Settings(32, 2, 8, steps=10, points=3, start=4, chunk=8, layers=1),
+    "trainer": trainer.Settings(64, 1, 16, 2, 1, 16, steps=1, window=16, block=16),
+    "loss": loss.Settings((64, 128), vocabulary=256, width=8, chunk=32),
     "flashmask": flashmask.Settings(64, 2, 8, patterns=("causal", "document")),
     "plans": plans.Settings((64,), ours=(128,)),
     "tpu_schedule": tpu_schedule.Settings((), (), ()),
@@ -80,7 +84,7 @@ def test_every_benchmark_has_a_toy_a_section_and_results(results):
     for name, found in results.items():
         text = report.section(name, found)
         assert text.startswith(f"## {report.SECTIONS[name][0]}\n")
-        assert ("medians of 1 rounds" in text) == (name not in ("memory", "tpu_schedule")), (
+        assert ("medians of 1 rounds" in text) == (name not in ("memory", "loss", "tpu_schedule")), (
             "a peak is no median, and a schedule is always the same"
         )
         assert f"jax {found['machine']['jax']}" in text

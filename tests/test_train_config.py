@@ -77,6 +77,7 @@ from train.sections import (
             Optimizer(accumulate=2),
             r"data\.batch must be a multiple of .*accumulate \(2\), got 1",
         ),
+        (Run, "watch", Watch(profile=1_000), r"watch\.profile must be below steps \(1000\), got 1000"),
         (Run, "curriculum", Curriculum(pace="loss"), r"pace loss needs evaluation\.every above 0"),
         (Run, "data", Data(length=16), r"curriculum\.start and end must not exceed data\.length \(16\)"),
     ],

@@ -1,166 +1,240 @@
-"""A run from its config to its folder, and again from a checkpoint in its middle."""
+"""A run from its config to its folder, and all that can stop it."""
 
 import json
-import shutil
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import chex
+import jax
+import jax.numpy as jnp
+import kill_run
 import pytest
-from train_cases import MODEL, small_run
+from train_cases import small_run
 
-from train.checkpoint import Checkpoints
 from train.folder import RunFolder
-from train.loop import prepare, train
-from train.metrics import read, rewind
-from train.step import begin
+from train.loop import NotFinite, prepare, train
+from train.metrics import read
+from train.sections import Checkpoints, Curriculum, Evaluation, Optimizer, Watch
 
-FILES = ["checkpoint", "config.json", "curriculum.png", "metrics.jsonl"]
+FILES = ["checkpoint", "config.json", "curriculum.png", "metrics.jsonl", "positions.png", "report.md"]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 8 steps with validations and checkpoints at 4 and 8: its config and its summary."""
-    run = small_run(tmp_path_factory.mktemp("finished"), evaluate_every=4, checkpoint_every=4)
-    return run, train(prepare(run))
+def run_of(folder: Path, **options):
+    """8 steps, with validations and checkpoints at 4 and 8."""
+    defaults = {
+        "evaluation": Evaluation(every=4, rows=2),
+        "checkpoints": Checkpoints(every=4),
+        "watch": Watch(peak_flops=1e9),
+    }
+    return small_run(folder, **(defaults | options))
 
 
 def folder_of(run) -> RunFolder:
     return RunFolder(Path(run.folder) / run.name)
 
 
-def last_state(run):
-    _, like = begin(run)
-    with Checkpoints(folder_of(run).checkpoints, keep=2) as checkpoints:
-        return checkpoints.restore(like)
-
-
-def untimed(records):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its config, its summary, and what was said when it began."""
+    run = run_of(tmp_path_factory.mktemp("finished"))
+    session = prepare(run)
+    opening = session.opening
+    return run, train(session), opening
 
 
 def test_a_run_leaves_all_its_files(finished):
-    run, _ = finished
-    assert sorted(path.name for path in folder_of(run).path.iterdir()) == FILES
+    run, _, _ = finished
+    left = sorted(path.name for path in folder_of(run).path.iterdir())
+    assert left == [*FILES, "tensorboard"]
     assert sorted(path.name for path in folder_of(run).checkpoints.iterdir()) == ["4", "8"]
-    assert folder_of(run).picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_step_and_validation_is_recorded(finished):
-    run, summary = finished
+    run, summary, _ = finished
     records = read(folder_of(run).metrics)
     assert records == summary.records
-    steps = [r for r in records if "loss" in r]
-    assert [r["step"] for r in steps] == list(range(8))
+    assert [r["step"] for r in records if "loss" in r] == list(range(8))
     assert [r["step"] for r in records if "validation_loss" in r] == [0, 4, 8]
-    assert steps[-1]["exposure"] == 1.0
-    assert (steps[0]["window"], steps[-1]["window"]) == (4, 32)
-    assert all(r["seconds"] > 0 and r["tokens_per_second"] > 0 for r in steps)
-    assert steps[0]["bits_per_byte"] == pytest.approx(8.0, abs=1e-4)
-
-
-def test_the_summary_says_what_the_run_came_to(finished):
-    _, summary = finished
     assert summary.compilations == 1
-    rows = [line.split() for line in str(summary).splitlines()]
-    assert rows[1][:2] == ["validation,", "bits"]
-    assert rows[1][-2] == "8.000"
-    assert rows[2][-1] == "100.0%"
-    assert rows[4][-2:] == ["6", "32"]  # the first step, at 4, compiled
-    assert rows[6][-1] == "1"
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, tmp_path):
-    run, summary = finished
-    resumed = replace(run, folder=str(tmp_path))
-    shutil.copytree(folder_of(run).path, folder_of(resumed).path)
-    folder_of(resumed).config.write_text(folder_of(run).config.read_text().replace(run.folder, str(tmp_path)))
-    # As if it had been killed in step 6: the checkpoint at 8 and the picture never were, but metrics were.
-    shutil.rmtree(folder_of(resumed).checkpoints / "8")
-    folder_of(resumed).picture.unlink()
-    written = folder_of(resumed).metrics.read_text().splitlines(keepends=True)
-    folder_of(resumed).metrics.write_text("".join(written[:8]) + written[8][:20])
-
-    session = prepare(resumed, resume=True)
-    assert int(session.state.step) == 4
+def test_a_finished_run_says_so_and_trains_no_more(finished):
+    run, summary, opening = finished
+    assert opening == f"A run of 8 steps begins in {folder_of(run).path}."
+    session = prepare(run)
+    assert session.opening == (
+        f"The run in {folder_of(run).path} is finished, all its 8 steps; --overwrite begins it anew."
+    )
     again = train(session)
-
-    chex.assert_trees_all_equal(last_state(resumed), last_state(run))
-    assert untimed(again.records) == untimed(summary.records)
-    assert again.compilations == 1
-    assert sorted(path.name for path in folder_of(resumed).path.iterdir()) == FILES
+    assert (again.compilations, again.records) == (0, summary.records)
 
 
-def test_resuming_a_finished_run_trains_no_more(finished):
-    run, summary = finished
-    again = train(prepare(run, resume=True))
-    assert again.compilations == 0
-    assert again.records == summary.records
+def test_another_config_is_refused_and_what_may_change_is_written_down(finished):
+    run, _, _ = finished
+    with pytest.raises(ValueError, match=r"another config: steps: 8 saved, 9 asked for"):
+        prepare(replace(run, steps=9))
+    prepare(replace(run, watch=replace(run.watch, log_every=2)))
+    assert json.loads(folder_of(run).config.read_text())["watch"]["log_every"] == 2
 
 
-def test_a_folder_that_holds_a_run_is_not_begun_anew(finished):
-    run, _ = finished
-    words = r"already holds a run: continue it with --resume, replace it with --overwrite"
-    with pytest.raises(FileExistsError, match=words):
+def test_other_texts_are_refused(tmp_path):
+    run = run_of(tmp_path)
+    train(prepare(run))
+    text = Path(run.data.paths[0])
+    text.write_text(text.read_text().replace("mask", "task"))
+    with pytest.raises(
+        ValueError, match=r"data\.paths: the texts have changed since the checkpoint .*/8 was"
+    ):
         prepare(run)
 
 
-def test_overwriting_takes_only_the_run(tmp_path):
-    run = small_run(tmp_path)
-    prepare(run)
-    (folder_of(run).path / "notes.txt").write_text("mine")
-    folder_of(run).metrics.write_text("{}\n")
-    prepare(run, overwrite=True)
-    assert sorted(path.name for path in folder_of(run).path.iterdir()) == ["config.json", "notes.txt"]
-
-
 def test_a_refused_run_overwrites_nothing(finished):
-    run, summary = finished
+    run, summary, _ = finished
     gone = replace(run, data=replace(run.data, paths=("nowhere.txt",)))
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
         prepare(gone, overwrite=True)
     assert read(folder_of(run).metrics) == summary.records
 
 
-def test_resuming_nothing_is_refused(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"small holds no run to resume: .*config\.json does not exist"
+def test_overwriting_begins_anew_and_so_does_a_run_without_a_checkpoint(tmp_path):
+    run = run_of(tmp_path)
+    train(prepare(run))
+    session = prepare(replace(run, seed=1), overwrite=True)
+    assert int(session.state.step) == 0
+    assert [path.name for path in folder_of(run).path.iterdir()] == ["config.json"]
+    folder_of(run).metrics.write_text('{"step": 0, "loss": 1.0}\n')  # killed before its first checkpoint
+    assert train(prepare(replace(run, seed=1))).steps[0]["loss"] != 1.0
+
+
+def test_a_folder_in_use_is_refused(finished):
+    run, _, _ = finished
+    with (
+        folder_of(run).claimed(),
+        pytest.raises(FileExistsError, match="small is in use: another process trains in it"),
     ):
-        prepare(small_run(tmp_path), resume=True)
+        prepare(run)
 
 
-def test_resuming_without_a_checkpoint_is_refused(tmp_path):
-    run = small_run(tmp_path)
-    prepare(run)
-    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint to resume from"):
-        prepare(run, resume=True)
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
+    run = run_of(tmp_path)
+    monkeypatch.setattr("train.disk.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(
+        OSError, match=r"small has too little space: 1\.0 kB are free, and 3 more checkpoints"
+    ):
+        prepare(run)
+    assert not folder_of(run).config.exists()
 
 
-def test_resuming_another_config_names_each_field_with_both_values(finished):
-    run, _ = finished
-    other = replace(run, steps=9, model=replace(MODEL, width=32))
-    words = r"another config: model\.width: 16 saved, 32 asked for; steps: 8 saved, 9 asked for"
-    with pytest.raises(ValueError, match=words):
-        prepare(other, resume=True)
+def test_the_loss_moves_the_curriculum_and_the_checkpoint_knows(tmp_path):
+    curriculum = Curriculum(start=4, pace="loss", stages=2, patience=1)
+    run = run_of(tmp_path, curriculum=curriculum)
+    train(prepare(run))
+    state = prepare(run).state
+    assert int(state.pace.stage) == 2  # after the validations at 4 and 8, not that before training
+    windows = [r["window"] for r in read(folder_of(run).metrics) if "loss" in r]
+    assert windows[:4] == [4] * 4
+    assert windows[4] > 4
+
+
+def poisoned(session, steps):
+    """The session with data whose loss is not finite at some steps."""
+
+    class Batches:
+        count = 0
+
+        def __getattr__(self, name):
+            return getattr(session.batches, name)
+
+        def __next__(self):
+            batch = next(session.batches)
+            self.count += 1
+            if self.count - 1 in steps:
+                batch = replace(batch, weights=jnp.full_like(batch.weights, jnp.nan))
+            return batch
+
+    return replace(session, batches=Batches())
+
+
+def unsaved(monkeypatch):
+    """`poisoned` stands for an iterator that grain does not know."""
+    monkeypatch.setattr("train.loop.Checkpoints.save", lambda self, state, batches: None)
+
+
+def test_after_so_many_steps_that_are_not_finite_it_stops(tmp_path, monkeypatch):
+    unsaved(monkeypatch)
+    run = run_of(tmp_path, optimizer=Optimizer(give_up=3))
+    words = (
+        r"the loss or gradient of steps 3 to 5 was not finite, 3 in a row \(optimizer\.give_up\), and none "
+        r"of them was taken\. Lower optimizer\.learning_rate .*; there is no checkpoint yet: the same command"
+    )
+    with pytest.raises(NotFinite, match=words):
+        train(poisoned(prepare(run), {1, 3, 4, 5, 6, 7}))
+    steps = [r for r in read(folder_of(run).metrics) if "loss" in r]
+    assert steps[5]["loss"] is None
+    assert [r["skipped"] for r in steps] == [0, 1, 1, 2, 3, 4]
+
+
+def test_fewer_are_skipped_and_nothing_is_saved_meanwhile(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        "train.loop.Checkpoints.save", lambda self, state, batches: saved.append(int(state.step))
+    )
+    run = run_of(tmp_path, checkpoints=Checkpoints(every=2), optimizer=Optimizer(give_up=3))
+    train(poisoned(prepare(run), {3, 6, 7}))
+    assert saved == [2, 6, 8]  # not 4, whose last step was skipped; the end is saved whatever
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    run = run_of(tmp_path)
+    session = prepare(run)
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), session.state.params)
+    run = replace(run, optimizer=Optimizer(give_up=99))
+    session = replace(session, run=run, state=replace(session.state, params=broken))
+    with pytest.raises(NotFinite, match=r"the weights after step 8 are not finite; they were not saved"):
+        train(session)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import train_cases
+from test_train_loop import run_of
+from train import loop
+whole = loop._Training._step
+def step(self, number):
+    if number == 5:
+        self._checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+    whole(self, number)
+loop._Training._step = step
+try:
+    loop.train(loop.prepare(run_of(Path(sys.argv[1]))))
+except OSError as error:
+    print(type(error).__name__, error)
+"""
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [('{"name": "sm', r"config\.json is corrupted"), ("[1]", r"corrupted: it holds list, not an object")],
+    ("limit", "what"), [(1_000, r"metrics\.jsonl"), (20_000, r"checkpoint/8")], ids=["metrics", "checkpoint"]
 )
-def test_a_corrupted_config_is_refused(tmp_path, content, words):
-    run = small_run(tmp_path)
-    prepare(run)
-    folder_of(run).config.write_text(content)
-    with pytest.raises(ValueError, match=words):
-        prepare(run, resume=True)
-
-
-def test_rewinding_keeps_what_led_to_the_checkpoint(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    records = [{"step": 0, "validation_loss": 5.5}]
-    records += [{"step": step, "loss": 1.0} for step in range(4)]
-    records[3:3] = [{"step": 2, "validation_loss": 5.0}]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    rewind(path, 2)
-    assert read(path) == records[:4]
+def test_a_disk_that_fills_up_stops_it_and_leaves_the_last_checkpoint(finished, tmp_path, limit, what):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(limit)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = (
+        rf"WriteError \S*{what} could not be written: File too large; the last good checkpoint is \S*/4, and"
+    )
+    assert re.match(words, done.stdout), done.stdout
+    run = run_of(tmp_path)
+    session = prepare(run)
+    assert int(session.state.step) == 4
+    train(session)
+    assert kill_run.differences(run, finished[0]) == []

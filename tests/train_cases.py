@@ -1,9 +1,11 @@
-"""A run small enough for a test, and the text it reads."""
+"""A run small enough for a test, the text it reads, and records like those it leaves."""
 
+import math
 import random
 from pathlib import Path
 
 from train.config import Run
+from train.curriculum import growth
 from train.sections import Curriculum, Data, Evaluation, Model, Optimizer
 
 MODEL = Model(layers=1, width=16, heads=2, kv_heads=1, hidden=16)
@@ -31,3 +33,56 @@ def small_run(folder: Path, **options) -> Run:
         "curriculum": Curriculum(start=4),
     }
     return Run(**(defaults | options))
+
+
+def records_of(
+    run: Run,
+    *,
+    every: int = 0,
+    needles: bool = False,
+    bytes_per_token: float = 1.0,
+    positions: dict[str, float | None] | None = None,
+    log_every: int = 1,
+) -> list[dict]:
+    """Records like those of a run that learnt: windows of its curriculum, a loss that falls, one compilation.
+
+    `positions` are shares of a validation's loss; by default a little falls with each bucket.
+    """
+    grown = growth(run)
+    shares = {"0": 1.25, "64": 1.0, "128": 0.75} if positions is None else positions
+
+    def validation(step: int) -> dict:
+        bits = 2 + 6 * math.exp(-4 * step / run.steps)
+        nats = bits * math.log(2) * bytes_per_token
+        record = {"step": step, "validation_loss": nats, "validation_bits_per_byte": bits}
+        record["positions"] = {start: share and share * nats for start, share in shares.items()}
+        if needles:
+            record["needle"] = {"depths": [0.0, 1.0], "found": [0.25, 0.75], "gain": [0.5, step / run.steps]}
+        return record
+
+    def trained(step: int) -> dict:
+        window = int(grown.window(min(step, grown.steps)))
+        bits, timed = 2 + 6 * math.exp(-5 * step / run.steps), step > 0
+        return {
+            "step": step,
+            "loss": bits * math.log(2) * bytes_per_token,
+            "bits_per_byte": bits,
+            "exposure": window / run.data.length,
+            "window": window,
+            "padding": 0.25,
+            "gradient_norm": 1.0,
+            "learning_rate": 1e-3,
+            "skipped": 0,
+            "seconds": 0.5 + window / run.data.length if timed else 9.0,
+            "input_seconds": 0.01,
+            "tokens_per_second": 1000.0 if timed else None,
+            "mfu": 0.125 if timed else None,
+        }
+
+    records = [validation(0)]
+    for step in range(run.steps):
+        if step % log_every == 0 or step == run.steps - 1:
+            records.append(trained(step))
+        if step + 1 == run.steps or (every and (step + 1) % every == 0):
+            records.append(validation(step + 1))
+    return records

@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
 from train.commands import COMMANDS
 from train.config import Run, option_names, to_json
-from train.loop import prepare, train
+from train.disk import WriteError
+from train.loop import NotFinite, Session, prepare, train
 from train.presets import PRESETS
 
 PROGRAM = "python -m train"
@@ -32,8 +33,10 @@ def main(arguments: Sequence[str] | None = None):
     """Runs the command line; by default with the process's own arguments.
 
     Raises:
-      SystemExit: with status 2, once the reason is on stderr: an option or a preset that does not
-        exist, a value that is refused, text that is missing, a folder or a checkpoint that does not fit.
+      SystemExit: once the reason is on stderr. With status 2 where nothing was done: an option or a
+        preset that does not exist, a value that is refused, text that is missing, a folder or a checkpoint
+        that does not fit. With status 1 where a run stopped: a disk that is full, too many steps that
+        were not finite.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -41,14 +44,16 @@ def main(arguments: Sequence[str] | None = None):
         return
     try:
         if is_command(arguments):
-            name, *rest = arguments
-            record, act = COMMANDS[name]
-            act(tyro.cli(record, prog=f"{PROGRAM} {name}", args=rest))
-        else:
-            _train(parse(arguments))
+            _act(*arguments)
+            return
+        command = parse(arguments)
+        session = None if command.print_config else prepare(command.run, overwrite=command.overwrite)
     except (ValueError, OSError, ImportError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _stop(error, status=2)
+    if session is None:
+        print(to_json(command.run), end="")
+    else:
+        _train(session)
 
 
 def is_command(arguments: Sequence[str]) -> bool:
@@ -110,14 +115,26 @@ def overview() -> str:
     )
 
 
-def _train(command: Training):
-    if command.print_config:
-        print(to_json(command.run), end="")
-        return
-    session = prepare(command.run, overwrite=command.overwrite)
+def _train(session: Session):
+    for fault in session.corpus.reports:
+        print(f"left out: {fault}", file=sys.stderr)
     print(session.opening)
-    summary = train(session)
-    print(f"\n{summary}\n\nReport, pictures, metrics and checkpoints: {session.folder.path}")
+    try:
+        result = train(session)
+    except (WriteError, NotFinite) as error:
+        _stop(error, status=1)
+    print(f"\n{result}\n\nAll of the run lies in {session.folder.path}")
+
+
+def _act(name: str, *arguments: str):
+    """Does what a command is asked for."""
+    record, act = COMMANDS[name]
+    act(tyro.cli(record, prog=f"{PROGRAM} {name}", args=arguments))
+
+
+def _stop(error: Exception, *, status: int) -> NoReturn:
+    print(f"{PROGRAM}: {error}", file=sys.stderr)
+    raise SystemExit(status) from error
 
 
 def _unknown(arguments: Sequence[str]) -> str:

@@ -1,6 +1,10 @@
 """A batch of rows: what the train step and the evaluation step read."""
 
+import numpy as np
+
 from dynmask_jax.array_typing import Array, Float, Int, pytree
+
+Anywhere = Array | np.ndarray
 
 
 @pytree
@@ -20,9 +24,9 @@ class Batch:
       context: how many tokens of its own document come before each, in this row.
     """
 
-    inputs: Int[Array, "B T"]
-    targets: Int[Array, "B T"]
-    weights: Float[Array, "B T"]
-    positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
-    context: Int[Array, "B T"]
+    inputs: Int[Anywhere, "B T"]
+    targets: Int[Anywhere, "B T"]
+    weights: Float[Anywhere, "B T"]
+    positions: Int[Anywhere, "B T"]
+    segments: Int[Anywhere, "B T"]
+    context: Int[Anywhere, "B T"]

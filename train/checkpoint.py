@@ -114,9 +114,12 @@ class Checkpoints:
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether all processes of `jax.distributed` are to stop after this step; False without it."""
-        return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
+    def reached_preemption(self, done: int) -> bool:
+        """Whether all processes of `jax.distributed` are to stop after so many steps; False without it.
+
+        To be asked after every step.
+        """
+        return jax.distributed.is_initialized() and self._manager.reached_preemption(done)
 
     def restore_newest(self, like: State, batches: grain.DatasetIterator) -> State | None:
         """The newest state that is whole; `batches` is set to its position. None: there is none.

@@ -73,6 +73,10 @@ class Run:
             )
         if self.task == "summarize" and self.data.rows != "packed":
             raise ValueError(f"data.rows must be packed for the task summarize, got {self.data.rows!r}")
+        if (self.watch.profile or 0) >= self.steps:
+            raise ValueError(f"watch.profile must be below steps ({self.steps}), got {self.watch.profile}")
+        if self.task != "summarize" and self.evaluation.summaries:
+            raise ValueError(f"evaluation.summaries needs the task summarize, got {self.task!r}")
         if self.curriculum.pace == "loss":
             _check_pace(self)
 

@@ -107,10 +107,8 @@ def corpus(run: Run, *, process: int | None = None, processes: int | None = None
     train, held_out = _split(run, caches)
     train_cut = _cut(run, caches[0], train, kept[:1])
     held_out_cut = _cut(run, caches[-1], held_out, kept[-1:])
-    _check_size(run, "train on", "data.paths", train_cut, train)
-    _check_size(
-        run, "hold out", "data.held_out_paths" if len(caches) > 1 else "data.paths", held_out_cut, held_out
-    )
+    _check_size(run, train_cut, train, "train on")
+    _check_size(run, held_out_cut, held_out, "hold out")
     return Corpus(
         tokenizer=tokenizer,
         rows=pipeline.batches(train_cut, run, process, processes),
@@ -169,14 +167,17 @@ def _cut(run: Run, cache: TokenCache, split: Split, kept: list[np.ndarray]) -> p
     return kind(cache.tokens, split.spans, run.data.length)
 
 
-def _check_size(run: Run, purpose: str, option: str, cut: pipeline.Cut, split: Split):
+def _check_size(run: Run, cut: pipeline.Cut, split: Split, purpose: str):
     """Refuses too little text."""
-    if not len(cut):
-        needed = f"data.length + 1 = {run.data.length + 1}" if run.data.rows == "chunked" else "2"
-        raise ValueError(
-            f"{option} has too little text to {purpose}: {split.spans.tokens} tokens, and a row needs "
-            f"{needed}"
-        )
+    if len(cut):
+        return
+    own = purpose == "hold out" and run.data.held_out_paths
+    needed = f"data.length + 1 = {run.data.length + 1}" if run.data.rows == "chunked" else "2"
+    share = "" if own else f" with data.held_out = {run.data.held_out}"
+    raise ValueError(
+        f"{'data.held_out_paths' if own else 'data.paths'} has too little text to {purpose}: "
+        f"{split.spans.tokens} tokens{share}, and a row needs {needed}"
+    )
 
 
 def _facts(caches: list[TokenCache]) -> dict[str, Any]:

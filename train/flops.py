@@ -8,6 +8,7 @@ full mask's work.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,12 +100,12 @@ class Peak:
     source: str
 
 
-def peak(watch: Watch, dtype: Dtype, devices: Collection[jax.Device]) -> Peak:
+def peak(watch: Watch, dtype: Dtype, devices: Collection[Any]) -> Peak:
     """The peak of the devices: `watch.peak_flops`, or the data sheet's, or what is measured here.
 
     Args:
       dtype: what the model computes in.
-      devices: all of one kind; those that an array lies on are `array.devices()`. CPU devices are
+      devices: JAX's, all of one kind; those that an array lies on are `array.devices()`. CPU devices are
         taken for one: what is measured is the whole machine.
     """
     device = next(iter(devices))
@@ -121,7 +122,7 @@ def peak(watch: Watch, dtype: Dtype, devices: Collection[jax.Device]) -> Peak:
     return Peak(measured(size, dtype, device) * count, f"measured: a {size} × {size} product in {dtype}")
 
 
-def measured(size: int, dtype: Dtype, device: jax.Device) -> float:
+def measured(size: int, dtype: Dtype, device: Any) -> float:
     """Operations a second of a product of two square matrices, the best of a few."""
     matrix = jax.device_put(jnp.ones((size, size), dtype), device)
     product = jax.jit(jnp.matmul)

@@ -42,13 +42,35 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
-    def picture(self) -> Path:
-        """The masks beside the loss."""
-        return self.path / "curriculum.png"
+    def profile(self) -> Path:
+        """A folder of profiler traces."""
+        return self.path / "profile"
+
+    @property
+    def report(self) -> Path:
+        """The last to be written, of what training leaves."""
+        return self.path / "report.md"
+
+    @property
+    def summaries(self) -> Path:
+        """Held-out documents and their summaries, one JSON record a line."""
+        return self.path / "summaries.jsonl"
 
     @property
     def _discarded(self) -> Path:
         return self.path / "checkpoint-discarded"
+
+    @property
+    def _others(self) -> tuple[Path, ...]:
+        """All else that a run leaves."""
+        names = ("tensorboard", "wandb", "wandb.id", "curriculum.png", "positions.png")
+        return (
+            self.metrics,
+            self.profile,
+            self.report,
+            self.summaries,
+            *(self.path / name for name in names),
+        )
 
     def holds(self, run: Run) -> bool:
         """Whether the folder holds this run, to go on with; it may be without a checkpoint yet.
@@ -88,8 +110,8 @@ class RunFolder:
         self._discard()
         if self.checkpoints.exists():
             self.checkpoints.rename(self._discarded)
-        for file in (self.metrics, self.picture):
-            file.unlink(missing_ok=True)
+        for path in self._others:
+            _remove(path)
         self.write_config(run)
         self._discard()
 
@@ -123,4 +145,11 @@ class RunFolder:
             os.close(descriptor)
 
     def _discard(self):
-        shutil.rmtree(self._discarded, ignore_errors=True)
+        _remove(self._discarded)
+
+
+def _remove(path: Path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree
 from train.model import Cache, Transformer
 from train.sampling import next_tokens
 from train.sections import Generation
+from train.step import Program
 
 
 @pytree
@@ -76,6 +77,19 @@ class Generator:
     end: int
     block: int
     boundary: int | None = None
+
+    @classmethod
+    def of(cls, program: Program, params: Any, end: int) -> "Generator":
+        """For a run's model, under all that its task shows.
+
+        Args:
+          program: of the run.
+          params: weights, as `Program.weights` gives them.
+          end: `Tokenizer.end`.
+        """
+        run = program.run
+        boundary = run.data.length if run.task == "summarize" else None
+        return cls(program.graph, params, program.plans, program.full_mask, end, run.block, boundary)
 
     def generate(
         self, prompts: Sequence[np.ndarray], options: Generation = Generation(), key: Array | None = None

@@ -1,6 +1,6 @@
 """The training loop, from a config to a finished run folder; and on from wherever it stopped."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from train.config import Run
 from train.data import Corpus, corpus
 from train.disk import WriteError, check_space, check_writable
 from train.evaluation import Validator
+from train.finish import Finish
 from train.folder import RunFolder
 from train.metrics import Log
 from train.pace import advance
@@ -32,7 +33,7 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to go on from `state`, with `batches` at the same place."""
+    """A run that is ready to go on from `state`, with `batches` at the same place. Training uses both up."""
 
     run: Run
     folder: RunFolder
@@ -95,6 +96,8 @@ def prepare(run: Run, *, overwrite: bool = False) -> Session:
         restored = _restored(folder, run, texts, state, batches) if goes_on else None
         if restored is None:  # new, or killed before its first checkpoint
             folder.begin(run)
+            # Bound to its devices, as a restored one is: the very same program is compiled for both.
+            state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
         else:
             folder.write_config(run)
             metrics.rewind(folder.metrics, int(restored.step))
@@ -115,18 +118,21 @@ def train(session: Session) -> Summary | Interrupted:
       WriteError: a file could not be written, be it that the disk is full. The checkpoints before are
         whole, as they are after every error.
     """
-    compilations = 0
-    if int(session.state.step) < session.run.steps:
-        try:
-            with ExitStack() as stack:
-                training = _Training(session, stack)
-                interrupted = training.steps()
-        except (WriteError, NotFinite) as error:
-            raise type(error)(f"{error}; {_left(session.folder)}") from error
-        if interrupted is not None:
-            return interrupted
-        compilations = training.compilations
-    return Summary(metrics.read(session.folder.metrics), compilations)
+    peak = flops.peak(session.run.watch, session.run.model.dtype, jax.devices()[:1])
+    state, compilations = session.state, 0
+    with closing(session.batches):
+        if int(state.step) < session.run.steps:
+            try:
+                with ExitStack() as stack:
+                    training = _Training(session, peak, stack)
+                    interrupted = training.steps()
+            except (WriteError, NotFinite) as error:
+                raise type(error)(f"{error}; {_left(session.folder)}") from error
+            if interrupted is not None:
+                return interrupted
+            state, compilations = training.state, training.compilations
+    finish = Finish(session.run, session.folder, session.corpus, session.program, peak)
+    return finish(state, compilations)
 
 
 class _Training:
@@ -134,19 +140,24 @@ class _Training:
 
     Args:
       session: what to train.
+      peak: what the devices can do.
       stack: closes, when it is left, what is open meanwhile.
+
+    Attributes:
+      state: after the last step that was taken.
     """
 
-    def __init__(self, session: Session, stack: ExitStack):
+    def __init__(self, session: Session, peak: flops.Peak, stack: ExitStack):
         run, program, text = session.run, session.program, session.corpus
-        self._run, self._state, self._batches = run, session.state, session.batches
+        self.state, self._run, self._batches = session.state, run, session.batches
         stack.enter_context(session.folder.claimed())
+        stack.callback(session.batches.close)
         self._stop = stack.enter_context(StopSignals())
         self._checkpoints = stack.enter_context(
             Checkpoints(session.folder.checkpoints, run, text.fingerprint)
         )
-        self._log: Log = stack.enter_context(_opened_log(session))
-        self._profile = stack.enter_context(Profile(session.folder.path / "profile", run.watch))
+        self._log: Log = stack.enter_context(_opened_log(session, peak))
+        self._profile = stack.enter_context(Profile(session.folder.profile, run.watch))
         self._validator = Validator(program, text, run)
         self._train_step = jax.jit(program.train_step, donate_argnums=0)
         self._advance = jax.jit(partial(advance, options=run.curriculum))
@@ -159,7 +170,7 @@ class _Training:
 
     def steps(self) -> Interrupted | None:
         """Trains to the end, which is None, or to a signal."""
-        run, start = self._run, int(self._state.step)
+        run, start = self._run, int(self.state.step)
         if start == 0:
             self._validate(0)
         for step in range(start, run.steps):
@@ -168,7 +179,7 @@ class _Training:
             # What a checkpoint holds is after the validation of its step, which may move the curriculum.
             if _due(done, run.evaluation.every, run.steps):
                 self._validate(done)
-            reason = self._asked_to_stop(step)
+            reason = self._asked_to_stop(done)
             if reason or _due(done, run.checkpoints.every, run.steps):
                 self._save(done, put_off=not reason and done < run.steps)
             if reason and done < run.steps:
@@ -179,22 +190,22 @@ class _Training:
         since = perf_counter()
         batch = next(self._batches)  # while the device computes the step before
         waited = perf_counter() - since
-        self._state, measured = self._profile.step(step, self._train_step, self._state, batch)
+        self.state, measured = self._profile.step(step, self._train_step, self.state, batch)
         self._log.step(step, measured, waited)
         self._check_finite(step)  # of the step before, which the log has read
         self._checkpoints.check()
 
-    def _asked_to_stop(self, step: int) -> str | None:
-        preempted = "preempted" if self._checkpoints.reached_preemption(step) else None
+    def _asked_to_stop(self, done: int) -> str | None:
+        preempted = "preempted" if self._checkpoints.reached_preemption(done) else None
         return self._stop.received or preempted
 
     def _validate(self, done: int):
         with self._log.paused():
-            validation = self._validator(self._state)
+            validation = self._validator(self.state)
             self._log.validation(done, validation)
         if done and validation.pace_loss is not None:
-            pace = self._advance(self._state.pace, validation.pace_loss)
-            self._state = replace(self._state, pace=pace)
+            pace = self._advance(self.state.pace, validation.pace_loss)
+            self.state = replace(self.state, pace=pace)
 
     def _save(self, done: int, *, put_off: bool):
         """Saves the state; not, if it may be put off, while steps are being skipped."""
@@ -202,16 +213,16 @@ class _Training:
             self._check_finite(done)
             if put_off and self._log.skipped_in_a_row:
                 return
-            if not finite((self._state.params, self._state.ema)):
+            if not finite((self.state.params, self.state.ema)):
                 raise NotFinite(f"the weights after step {done:,} are not finite; they were not saved")
-            self._checkpoints.save(self._state, self._batches)
+            self._checkpoints.save(self.state, self._batches)
 
     def _check_finite(self, done: int):
         """Gives up after `optimizer.give_up` skipped steps in a row, `done` steps having been read."""
         if (skipped := self._log.skipped_in_a_row) >= self._run.optimizer.give_up:
             raise NotFinite(
-                f"the loss or gradient of steps {done - skipped:,} to {done - 1:,} was not finite, {skipped} in "
-                "a row (optimizer.give_up), and none of them was taken. Lower optimizer.learning_rate or "
+                f"the loss or gradient of steps {done - skipped:,} to {done - 1:,} was not finite, {skipped} "
+                "in a row (optimizer.give_up), and none of them was taken. Lower optimizer.learning_rate or "
                 "optimizer.clip, or lengthen optimizer.warmup, under another --name; raise optimizer.give_up "
                 "to go on as it is"
             )
@@ -238,7 +249,7 @@ def _check_space(folder: RunFolder, run: Run, state: State):
     check_space(folder.path, count * each, f"{count} more checkpoints (checkpoints.keep)")
 
 
-def _opened_log(session: Session) -> Log:
+def _opened_log(session: Session, peak: flops.Peak) -> Log:
     run, vocabulary = session.run, session.corpus.tokenizer.vocabulary
     return metrics.open_log(
         session.folder.path,
@@ -246,7 +257,7 @@ def _opened_log(session: Session) -> Log:
         int(session.state.step),
         bytes_per_token=session.corpus.bytes_per_token,
         work=flops.work(run.model, vocabulary),
-        peak=flops.peak(run.watch, run.model.dtype, jax.devices()[:1]),
+        peak=peak,
     )
 
 

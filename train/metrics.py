@@ -30,7 +30,7 @@ of validations:
 and of the summaries that are written after training:
 
     step                as in validations
-    rouge               {"model": {"rouge1": …}, "lead": {…}}, percent
+    rouge               {"model": {"rouge1": …}, "lead, 120 words": {…}}, percent
 """
 
 import json

@@ -24,21 +24,25 @@ NEAR = 1.4
 TRAINING, VALIDATION = "#9ecae1", "#08519c"
 
 
-def draw(records: list[Record], growth: Growth, run: Run, path: Path):
+def draw(records: list[Record], growth: Growth, run: Run, path: Path) -> bool:
     """Writes the masks at some steps beside the loss at all, as a PNG.
 
     Args:
-      records: the run's metrics; without a train step's nothing is written.
+      records: the run's metrics.
       growth: its curriculum.
       run: its config.
       path: of the file.
+
+    Returns:
+      whether there was a step to draw.
     """
     steps = [record for record in records if "loss" in record]
     if not steps:
-        return
+        return False
     shown = _spread(steps)
     figure = Figure(figsize=(13, 5.6), dpi=120, layout="constrained")
-    masks, loss = figure.subfigures(1, 2, width_ratios=(1, 1.35), wspace=0.04)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.35))
+    masks, loss = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     columns = min(2, len(shown))
     lines = -(-len(shown) // columns)
     axes = [masks.add_subplot(lines, columns, n + 1) for n in range(len(shown))]
@@ -52,6 +56,7 @@ def draw(records: list[Record], growth: Growth, run: Run, path: Path):
     masks.suptitle(_subject(run), fontsize="medium")
     _draw_loss(loss.subplots(), steps, [r for r in records if "validation_loss" in r])
     figure.savefig(path)
+    return True
 
 
 def _window(run: Run, tokens: int) -> str:
@@ -85,7 +90,7 @@ def _spread(steps: list[Record]) -> list[Record]:
     """Up to PANELS of the steps, evenly spaced from the first to the first that shows the most."""
     most = max(record["exposure"] for record in steps)
     # Exposure is a share of what each batch could show: it need not be exactly the same twice.
-    last = next(i for i, record in enumerate(steps) if record["exposure"] >= most - 1e-6)
+    last = next(i for i, record in enumerate(steps) if record["exposure"] >= most - 1e-3)
     return [steps[i] for i in sorted({last * n // (PANELS - 1) for n in range(PANELS)})]
 
 
@@ -98,22 +103,24 @@ def _clocks(growth: Growth, records: list[Record]) -> list[int]:
 
 def _draw_loss(ax: Axes, steps: list[Record], validations: list[Record]):
     numbers = [record["step"] for record in steps]
-    alone = {"marker": "."} if len(steps) == 1 else {}
+    marker = "." if len(steps) == 1 else ""
     losses = _values(steps, "bits_per_byte")
-    ax.plot(numbers, losses, color=TRAINING, linewidth=0.8, label="training, at the step's mask", **alone)
+    name = "training, at the step's mask"
+    ax.plot(numbers, losses, color=TRAINING, linewidth=0.8, marker=marker, label=name)
     bits = _values(validations, "validation_bits_per_byte")
     at = [record["step"] for record in validations]
     ax.plot(at, bits, "o-", color=VALIDATION, markersize=4, label="validation, at the full mask")
     if len(bits) and math.isfinite(bits[-1]):
-        place = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center"}
-        ax.annotate(f"{bits[-1]:.3f}", (at[-1], bits[-1]), color=VALIDATION, **place)
+        below = (at[-1], bits[-1]), (0, -15)
+        value = f"{bits[-1]:.3f}"
+        ax.annotate(value, *below, textcoords="offset points", ha="center", color=VALIDATION)
     ax.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     ax.grid(alpha=0.3)
     exposure = ax.twinx()
     shares = [record["exposure"] for record in steps]
-    exposure.plot(numbers, shares, color="grey", linestyle=":", label="exposure", **alone)
+    exposure.plot(numbers, shares, color="grey", linestyle=":", marker=marker, label="exposure")
     exposure.set(ylabel="exposure", ylim=(0, 1.05))
     exposure.yaxis.set_major_formatter(PercentFormatter(1.0))
     lines = [*ax.lines, *exposure.lines]
@@ -136,7 +143,7 @@ def draw_positions(records: list[Record], path: Path) -> bool:
     Returns:
       whether there was anything to draw.
     """
-    validations = [record for record in records if _bits_by_position(record)]
+    validations = [record for record in records if bits_by_position(record)]
     if not validations:
         return False
     lines = _chosen(validations)
@@ -160,7 +167,7 @@ def draw_positions(records: list[Record], path: Path) -> bool:
 
 
 def _draw_positions(ax: Axes, validations: list[Record]):
-    found = [_bits_by_position(record) for record in validations]
+    found = [bits_by_position(record) for record in validations]
     starts = sorted({start for bits in found for start in bits})
     _draw_lines(ax, validations, [([starts.index(s) for s in bits], list(bits.values())) for bits in found])
     # Buckets double: places side by side are a logarithmic scale that has room for 0.
@@ -184,7 +191,7 @@ def _chosen(validations: list[Record]) -> list[Record]:
     return [near[i] for i in sorted({last * n // (LINES - 1) for n in range(LINES)})]
 
 
-def _bits_by_position(record: Record) -> dict[int, float]:
+def bits_by_position(record: Record) -> dict[int, float]:
     """Bits per byte by the least tokens before; empty where the record has no finite ones."""
     bits, nats = record.get("validation_bits_per_byte"), record.get("validation_loss")
     if bits is None or not nats:

@@ -154,9 +154,11 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes | Malformed]]:
 def _object(line: bytes) -> dict[str, Any] | str:
     """A line's fields, or why it has none."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
         return f"it is not UTF-8 text ({error.reason} at byte {error.start + 1})"
+    except json.JSONDecodeError as error:
+        return f"it is not JSON ({error.msg}, letter {error.colno})"
     except (ValueError, RecursionError) as error:
         return f"it is not JSON ({error})"
     return value if isinstance(value, dict) else f"it is not a JSON object but {type(value).__name__}"
@@ -207,6 +209,9 @@ def _dataset(path: Path, task: Task | None, columns: Mapping[str, str]) -> Itera
         ) from error
     rows: Any = load_from_disk(os.fspath(path))
     names = _columns(str(path), list(rows.column_names), task, columns)
-    present = [name for name in names if name in rows.column_names]
-    for number, row in enumerate(rows.select_columns(present), 1):
+    if missing := sorted(set(names) - set(rows.column_names)):
+        raise ValueError(
+            f"data.columns: {path} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}"
+        )
+    for number, row in enumerate(rows.select_columns(list(names)), 1):
         yield _record(row, names, path, number)

@@ -3,27 +3,29 @@
 import json
 import platform
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 
+import dynmask_jax
 from train.command_line import command, options
 from train.config import Run
 from train.curriculum import Growth
 from train.flops import Peak
 from train.markdown import code, section, table
-from train.picture import draw, draw_positions
+from train.picture import bits_by_position, draw, draw_positions
 from train.sinks import Record
-from train.summary import Speed, Summary, bits_in_words
+from train.summary import Summary, bits_in_words
 
 if TYPE_CHECKING:
     from train.data import Corpus
 
-PACKAGES = ("dynmask_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,16 @@ def write(folder: Path, facts: Facts, summary: Summary):
     Raises:
       OSError: the folder cannot be written to.
     """
-    draw(summary.records, facts.growth, facts.run, folder / "curriculum.png")
-    positions = draw_positions(summary.records, folder / "positions.png")
-    text = report(folder, facts, summary, pictures=("curriculum.png", *["positions.png"] * positions))
-    (folder / "report.md").write_text(text)
+    records = summary.records
+    drawn = {
+        "curriculum.png": draw(records, facts.growth, facts.run, folder / "curriculum.png"),
+        "positions.png": draw_positions(records, folder / "positions.png"),
+    }
+    pictures = [name for name, there in drawn.items() if there]
+    (folder / "report.md").write_text(report(folder, facts, summary, pictures))
 
 
-def report(folder: Path, facts: Facts, summary: Summary, *, pictures: tuple[str, ...]) -> str:
+def report(folder: Path, facts: Facts, summary: Summary, pictures: Sequence[str]) -> str:
     """The report as Markdown.
 
     Args:
@@ -65,14 +70,12 @@ def report(folder: Path, facts: Facts, summary: Summary, *, pictures: tuple[str,
       facts, summary: what it tells.
       pictures: their names in the folder, of those that there are.
     """
-    positions = "positions.png" in pictures
+    shown = {name: f"![{name}]({name})" for name in pictures}
     parts = [
         f"# {facts.run.name}",
         _opening(facts, summary),
-        section("Result", _result(summary), _picture("The masks, and the loss", "curriculum.png")),
-        section(
-            "Use of context", _positions(summary), *[_picture("Loss by context", "positions.png")] * positions
-        ),
+        section("Result", _result(summary), shown.get("curriculum.png", "")),
+        section("Use of context", _positions(summary), shown.get("positions.png", "")),
         section("Needles", _needles(summary)),
         section("Summaries", _rouge(summary)),
         section("Time", _time(facts, summary)),
@@ -86,20 +89,19 @@ def report(folder: Path, facts: Facts, summary: Summary, *, pictures: tuple[str,
 
 def _opening(facts: Facts, summary: Summary) -> str:
     run, steps = facts.run, summary.steps
-    task = "summaries" if run.task == "summarize" else "language"
-    trained = _tokens(facts, summary)
-    skipped = steps[-1]["skipped"] if steps else 0
-    words = [
-        f"A model of {task} with {facts.parameters:,} weights ({run.model.layers} layers, width "
-        f"{run.model.width:,}), trained for {run.steps:,} steps on rows of {run.data.length:,} tokens, about "
-        f"{trained:,.0f} tokens in all. {_curriculum(run)}"
-    ]
-    if skipped:
-        words.append(
-            f"**{skipped:,} steps were skipped**, for their loss or gradient was not finite; "
-            "`skipped` in `metrics.jsonl` shows when."
-        )
-    return "\n\n".join(words)
+    what = "model that summarises" if run.task == "summarize" else "language model"
+    plural = "s" if run.model.layers > 1 else ""
+    words = (
+        f"A {what}, of {facts.parameters:,} weights in {run.model.layers} layer{plural} of width "
+        f"{run.model.width:,}, trained for {run.steps:,} steps on rows of {run.data.length:,} tokens, about "
+        f"{_tokens(facts, summary):,.0f} tokens in all. {_curriculum(run)}"
+    )
+    if not steps or not steps[-1]["skipped"]:
+        return words
+    return (
+        f"{words}\n\n**{steps[-1]['skipped']:,} steps were skipped**, for their loss or gradient was not "
+        "finite; `skipped` in `metrics.jsonl` says when."
+    )
 
 
 def _curriculum(run: Run) -> str:
@@ -125,11 +127,13 @@ def _result(summary: Summary) -> str:
     validations = summary.validations
     if not validations:
         return ""
-    first, last = validations[0], validations[-1]
     best = min(validations, key=lambda r: (r["validation_loss"] is None, r["validation_loss"]))
+    named = {"first": validations[0], "best": best, "last": validations[-1]}
+    if best["step"] in (validations[0]["step"], validations[-1]["step"]):
+        del named["best"]
     rows = [
-        (name, f"{record['step']:,}", bits_in_words(record["validation_bits_per_byte"]), _nats(record))
-        for name, record in (("first", first), ("best", best), ("last", last))
+        (name, f"{r['step']:,}", bits_in_words(r["validation_bits_per_byte"]), _nats(r))
+        for name, r in named.items()
     ]
     return table(("validation, at the full mask", "steps done", "bits per byte", "nats a token"), rows)
 
@@ -140,18 +144,16 @@ def _nats(record: Record) -> str:
 
 
 def _positions(summary: Summary) -> str:
-    validations = summary.validations
-    if not validations or not validations[-1]["positions"]:
+    found = [bits for bits in map(bits_by_position, summary.validations) if bits]
+    if not found:
         return ""
-    first, last = validations[0]["positions"], validations[-1]["positions"]
-
-    def nats(loss: float | None) -> str:
-        return "–" if loss is None else f"{loss:.4f}"
-
-    rows = [(f"{int(s):,}", nats(first.get(s)), nats(last[s])) for s in sorted(last, key=int)]
-    head = ("tokens of the document before, at least", "first validation", "last")
-    words = "Nats a token, at the full mask. Where the loss goes on falling, long contexts are used."
-    return f"{words}\n\n{table(head, rows)}"
+    first, last = found[0], found[-1]
+    rows = [(f"{start:,}", _or_none(first.get(start), ".3f"), f"{last[start]:.3f}") for start in sorted(last)]
+    words = (
+        "Bits per byte at the full mask, by how many tokens of its document a token has before it. Where "
+        "they go on falling, long contexts are used."
+    )
+    return f"{words}\n\n{table(('tokens before, at least', 'first validation', 'last'), rows)}"
 
 
 def _needles(summary: Summary) -> str:
@@ -181,26 +183,30 @@ def _time(facts: Facts, summary: Summary) -> str:
     if not summary.steps:
         return ""
     first, full = summary.speeds()
+    # A run that always shows the same has one speed.
+    speeds = {"": full} if first.window == full.window else {"at the start": first, "at the end": full}
     rows = [
-        ("seconds a step", f"{first.seconds:.4f}", f"{full.seconds:.4f}"),
-        (
-            "tokens a second",
-            _or_none(first.tokens_per_second, ",.0f"),
-            _or_none(full.tokens_per_second, ",.0f"),
-        ),
-        ("model FLOP utilisation", _or_none(first.mfu, ".1%"), _or_none(full.mfu, ".1%")),
+        ("window, tokens", *(f"{speed.window:,}" for speed in speeds.values())),
+        ("seconds a step", *(f"{speed.seconds:.4f}" for speed in speeds.values())),
+        ("tokens a second", *(_or_none(speed.tokens_per_second, ",.0f") for speed in speeds.values())),
+        ("model FLOP utilisation", *(_or_none(speed.mfu, ".1%") for speed in speeds.values())),
     ]
-    head = ("medians", f"at the start, {_window(facts.run, first)}", f"at most, {_window(facts.run, full)}")
+    share = f"A step at the start took {first.seconds / full.seconds:.0%} of the time of one at the end. "
     words = (
-        f"Utilisation counts the pairs that the mask shows, and no recomputation, against {facts.peak.flops:.3g} "
-        f"operations a second ({facts.peak.source}). {summary.input_share():.2%} of a step's time went by "
-        f"waiting for input. The train step compiled {_times(summary.compilations)} in the last process."
+        f"{share if len(speeds) > 1 else ''}The steps took {_duration(summary)} in all, without validations "
+        f"and checkpoints; {summary.input_share():.2%} of it went by waiting for input. The train step "
+        f"compiled {_times(summary.compilations)} in the last process. Utilisation counts the pairs that the "
+        f"mask shows, and no recomputation, against {facts.peak.flops:.3g} operations a second "
+        f"({facts.peak.source})."
     )
-    return f"{table(head, rows)}\n\n{words}"
+    return f"{table(('medians', *speeds), rows)}\n\n{words}"
 
 
-def _window(run: Run, speed: Speed) -> str:
-    return "full mask" if run.curriculum.kind == "full" else f"window of {speed.window:,}"
+def _duration(summary: Summary) -> str:
+    before = [-1, *(record["step"] for record in summary.steps)]
+    # A record's seconds are a mean over the steps since the one before.
+    seconds = sum(r["seconds"] * (r["step"] - b) for r, b in zip(summary.steps, before, strict=False))
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _or_none(value: float | None, form: str) -> str:
@@ -213,7 +219,7 @@ def _times(count: int) -> str:
 
 def _data(facts: Facts, summary: Summary) -> str:
     run, corpus = facts.run, facts.corpus
-    paths = ", ".join(f"`{path}`" for path in run.data.paths) or "the Python standard library's source"
+    paths = ", ".join(f"`{path}`" for path in run.data.paths) or "The Python standard library's source"
     kind = "pairs of a document and its summary" if run.task == "summarize" else "documents"
     rows = [
         (kind, f"{corpus.documents:,}"),
@@ -258,11 +264,12 @@ def _config(run: Run) -> str:
 
 
 def _machine() -> str:
-    devices = jax.devices()
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    device, count = jax.devices()[0], len(jax.devices())
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return (
-        f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process(es), "
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}; {versions}."
+        f"{count} × {device.device_kind} ({device.platform}) in {jax.process_count()} process(es), "
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}; dynmask_jax "
+        f"{dynmask_jax.__version__}, {versions}."
     )
 
 
@@ -275,6 +282,6 @@ def _commands(folder: Path, run: Run) -> Iterator[str]:
         yield code(f"python -m train summarize FILE --run {name}")
     else:
         yield "Text that goes on from a beginning:"
-        yield code(f"python -m train generate 'Once upon a time' --run {name}")
+        yield code(f'python -m train generate {name} --prompt "Once upon a time"')
     yield "The weights, as safetensors:"
-    yield code(f"python -m train export {name} weights.safetensors")
+    yield code(f"python -m train export {name} --to weights.safetensors")

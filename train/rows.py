@@ -146,10 +146,11 @@ def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, "
         for i in too_long[:REFUSED]
     )
     more = f"; and {len(too_long) - REFUSED:,} more" if len(too_long) > REFUSED else ""
+    needed = int((bodies + summaries).max()) + 1
     remedy = (
         "with --summarize.truncate some of the document must fit beside its summary"
         if truncate
-        else f"all need {int((bodies + summaries).max()) + 1:,}; --summarize.truncate cuts documents"
+        else f"a row of {needed:,} holds all; --summarize.truncate cuts documents"
     )
     raise ValueError(
         f"data.length: {len(too_long):,} of {len(bodies):,} examples do not fit a row of {length:,} tokens "

@@ -135,7 +135,7 @@ class WeightsAndBiases(Sink):
         self._run = wandb.init(
             project=run.watch.wandb,
             name=run.name,
-            id=known.read_text().strip() if known.exists() else None,
+            id=(known.read_text().strip() or None) if known.exists() else None,
             resume="allow",
             dir=str(folder),
             config=dataclasses.asdict(run),
@@ -174,6 +174,9 @@ class Bar(Sink):
             mininterval=seconds,
             maxinterval=seconds,
             dynamic_ncols=terminal,
+            bar_format=None
+            if terminal
+            else "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
 
     def write(self, record: Record):

@@ -207,8 +207,8 @@ class Program:
 
     def _losses(self, params, batch: Batch, plans: Plans) -> TokenLosses:
         model: Transformer = nnx.merge(self.graph, params)
-        hidden = model(batch.inputs, plans)
-        return token_losses(hidden, model.logits, batch.targets, batch.weights, self.run.loss)
+        inputs, targets, weights = map(jnp.asarray, (batch.inputs, batch.targets, batch.weights))
+        return token_losses(model(inputs, plans), model.logits, targets, weights, self.run.loss)
 
     def _tokens(self, batch: Batch) -> Tokens:
         """What masks read of the rows: of chunked ones the same for all."""

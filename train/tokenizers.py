@@ -176,15 +176,25 @@ def train_bpe(
       FileExistsError: the file is there already.
       ValueError: `vocabulary` is too small, there is no text, or some cannot be read.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Library
-
     if vocabulary <= ALPHABET:
         raise ValueError(
             f"vocabulary must be above {ALPHABET}, all bytes and the end token {END}, got {vocabulary}"
         )
     if out.exists():
         raise FileExistsError(f"{out} is there already, and runs may depend on it: name another file")
+    library = _trained(_texts(paths, columns, skip_malformed), vocabulary)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    library.save(str(unfinished))
+    unfinished.replace(out)
+    return load_tokenizer(str(out))
+
+
+def _trained(texts: Iterator[str], vocabulary: int) -> Any:
+    """A BPE over bytes, as the library `tokenizers` has it."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
     library = Library(models.BPE())
     words = pre_tokenizers.Split(Regex(WORD), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -196,12 +206,8 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(_texts(paths, columns, skip_malformed), trainer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    library.save(str(unfinished))
-    unfinished.replace(out)
-    return load_tokenizer(str(out))
+    library.train_from_iterator(texts, trainer)
+    return library
 
 
 def _texts(paths: Sequence[str], columns: Mapping[str, str], skip_malformed: bool) -> Iterator[str]:

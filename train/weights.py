@@ -1,6 +1,5 @@
 """A model's weights in one safetensors file, which says of which run they are, and back."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from train.config import Run, from_json, to_json
+from train.disk import writing
 from train.step import begin
 
 FORMAT = "dynmask_jax train 1"
@@ -43,10 +43,10 @@ def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
       FileExistsError: there is such a file, and `overwrite` is false.
       OSError: it cannot be written.
     """
-    if path.exists() and not overwrite:
+    if path.is_file() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another file, or --overwrite it")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise FileNotFoundError(f"{path} could not be written: there is no folder {path.parent}")
     metadata = {
         "format": FORMAT,
         "config": to_json(weights.run),
@@ -54,13 +54,13 @@ def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
         "tokenizer_fingerprint": weights.fingerprint,
         "vocabulary": str(weights.vocabulary),
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(save(_named(jax.device_get(weights.params)), metadata))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error}") from error
+    fresh = path.with_name(path.name + ".writing")
+    with writing(path):
+        try:
+            fresh.write_bytes(save(_named(jax.device_get(weights.params)), metadata))
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 def load_weights(path: Path) -> Weights:
@@ -105,7 +105,7 @@ def _named(params: Any) -> dict[str, Any]:
 
 
 def _name(place) -> str:
-    return ".".join(str(key.key) for key in place)
+    return jax.tree_util.keystr(place, simple=True, separator=".")
 
 
 def _differences(tensors: dict[str, Any], like: dict[str, Any]) -> list[str]:
