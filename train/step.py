@@ -105,7 +105,7 @@ class Program:
         A loss or gradient that is not finite changes nothing but the step and the counts of skips.
         """
         mask, weight = self.mask(state), batch.weights.sum()
-        gradients, loss, pairs = self._sums(state.params, batch, mask)
+        gradients, loss, pairs = self._over_parts(state.params, batch, mask)
         norm = optax.tree.norm(gradients)
         # optax skips a gradient that is not finite; it is made so where the loss alone shows that.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -179,7 +179,7 @@ class Program:
             starts.append(2 * starts[-1])
         return tuple(start for start in starts if start < self.run.data.length)
 
-    def _sums(self, params, batch: Batch, mask: Mask):
+    def _over_parts(self, params, batch: Batch, mask: Mask):
         """Gradient and mean loss of the batch, and its visible pairs, summed over parts of its rows.
 
         Each part's loss is divided by the weight of the whole batch, so that parts may differ in theirs.
