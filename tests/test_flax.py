@@ -96,6 +96,21 @@ def test_cross_attention_and_a_given_attention():
     np.testing.assert_allclose(out[:, 3], expected, rtol=0.05, atol=0.02)
 
 
+def test_keys_and_values_can_be_kept_between_calls():
+    """Made in two parts, at positions of their own, they are those of the whole sequence."""
+    layer, _ = twins(**OPTIONS)
+    tokens = Tokens.sequence(LENGTH, start=3)[None]
+    the_plan = plan(Causal() & Window(9), tokens)
+    expected = layer(inputs(), the_plan)
+    parts = [layer.keys_values(inputs()[:, cut], tokens[:, cut]) for cut in (slice(10), slice(10, None))]
+    k, v = (jnp.concatenate(both, axis=1) for both in zip(*parts, strict=True))
+    np.testing.assert_allclose(layer.attend(inputs(), k, v, the_plan), expected, rtol=1e-5, atol=1e-6)
+    last = plan(Causal() & Window(9), tokens[:, 20:], tokens)
+    np.testing.assert_allclose(
+        layer.attend(inputs()[:, 20:], k, v, last), expected[:, 20:], rtol=1e-5, atol=1e-6
+    )
+
+
 def test_bfloat16_computation_keeps_float32_weights():
     layer, linen_layer = twins(**OPTIONS, dtype=jnp.bfloat16)
     out = layer(inputs(), Causal())

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from cases import HEADS, MASKS
 
 from dynmask_jax import Causal, Predicate, SameSegment, Tokens, Window, attention, plan
+from train.batch import Batch
 from train.config import Curriculum, Data, Model, Run
 from train.step import begin
 
@@ -78,14 +79,24 @@ def under_vmap():
 
 
 def train_step():
-    """The trainer's whole step: 32,768 tokens, 8 heads, a growing window."""
+    """The trainer's whole step: packed rows of 32,768 tokens, of 32,768 words, under a growing window."""
     run = Run(
         name="tpu",
         block=512,
-        model=Model(layers=1, width=1024, heads=8, kv_heads=2, hidden=2048, backend="tpu"),
+        model=Model(
+            layers=2,
+            width=1024,
+            heads=8,
+            kv_heads=2,
+            hidden=2048,
+            backend="tpu",
+            dtype="bfloat16",
+            remat="full",
+        ),
         data=Data(length=LENGTH),
         curriculum=Curriculum(start=1024),
     )
-    program, state = begin(run)
-    rows = jax.ShapeDtypeStruct((1, LENGTH + 1), jnp.int32)
-    return program.train_step, (jax.eval_shape(lambda: state), rows)
+    program, state = begin(run, vocabulary=32_768)
+    row = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    batch = Batch(row, row, jax.ShapeDtypeStruct((1, LENGTH), jnp.float32), row, row, row)
+    return program.train_step, (jax.eval_shape(lambda: state), batch)
