@@ -33,7 +33,7 @@ def test_the_best_of_a_stage_is_forgotten_in_the_next():
     assert stages([1.0, 1.0, 5.0, 4.0, 3.99]) == [0, 1, 1, 1, 2]
 
 
-def test_improvement_is_on_the_best_not_on_the_last():
+def test_a_stage_lasts_as_long_as_patience_allows():
     patient = replace(LOSS, patience=9)
     assert stages([5.0, 4.0, 3.65, 3.6], patient) == [0, 0, 1, 1]
     assert stages([5.0, 4.0, 3.5, 3.1, 2.7], patient) == [0, 0, 0, 0, 0]
@@ -41,6 +41,7 @@ def test_improvement_is_on_the_best_not_on_the_last():
 
 def test_nan_is_no_improvement():
     assert stages([5.0, np.nan, np.nan, np.nan]) == [0, 1, 1, 2]
+    assert stages([np.nan, 5.0, 4.0, 3.5]) == [0, 1, 1, 1], "nor can one be told after it"
 
 
 @given(

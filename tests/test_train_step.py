@@ -115,9 +115,9 @@ def test_a_step_leaves_a_state_like_the_one_it_was_given(run, kind, task):
 @pytest.mark.parametrize(
     ("task", "kind", "options"),
     [
-        ("packed", "window", {"model": LOCAL}),
+        ("packed", "window", {}),
         ("chunked", "chunks", {"optimizer": Optimizer(accumulate=2)}),
-        ("summarize", "reveal", {"loss": Loss(chunk=16)}),
+        ("summarize", "reveal", {"model": LOCAL, "loss": Loss(chunk=16)}),
     ],
 )
 def test_a_whole_curriculum_is_one_compilation_and_its_exposure_is_the_masks(run, task, kind, options):

@@ -45,7 +45,7 @@ def advance(pace: Pace, validation_loss: Float[Array, ""] | float, options: sect
     loss = jnp.asarray(validation_loss, jnp.float32)
     improved = (pace.waited == 0) | (pace.best - loss >= options.tolerance * pace.best)
     over = ~improved | (pace.waited + 1 >= options.patience)
-    here = Pace(pace.stage, jnp.fmin(pace.best, loss), pace.waited + 1)
+    here = Pace(pace.stage, loss, pace.waited + 1)  # the best so far, or the stage were over
     last = pace.stage >= options.stages
     return _choose(last, pace, _choose(over, _stage(pace.stage + 1), here))
 
