@@ -47,14 +47,15 @@ def _temporary_bytes(settings: Settings, tokens: int, chunk: int) -> int | None:
     graph, params = nnx.split(layer)
     options = sections.Loss(chunk=chunk)
 
-    def loss(params, hidden, targets):
-        weights = jnp.ones(targets.shape, jnp.float32)
+    def loss(params, hidden, targets, weights):
         logits = nnx.merge(graph, params)
-        return token_losses(hidden, logits, targets, weights, options).nats.sum()
+        return (weights * token_losses(hidden, logits, targets, weights, options).nats).sum()
 
     hidden = jax.ShapeDtypeStruct((1, tokens, settings.width), jnp.float32)
     targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, hidden, targets).compile()
+    weights = jax.ShapeDtypeStruct((1, tokens), jnp.float32)
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    program = gradient.lower(params, hidden, targets, weights).compile()
     analysis = program.memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
