@@ -3,8 +3,11 @@
 import json
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from dynmask_jax import Tokens, plan
 from train.config import Run, differences, from_json, option_names, to_json
 from train.curriculum import growth
 from train.presets import PRESETS
@@ -173,3 +176,23 @@ def test_presets_are_valid_and_say_what_they_are(name):
     preset = PRESETS[name]
     assert growth(preset()).window(0) >= 1
     assert preset.__doc__
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_curriculum_of_a_preset_saves_blocks(name):
+    """Of a row's one long document, which begins where no chunk does: at its start, and half of the way."""
+    run = PRESETS[name]()
+    grown, length = growth(run), run.data.length
+    summary = 300 if run.task == "summarize" else 0
+    tokens = Tokens(
+        jnp.arange(length - 101, dtype=jnp.int32) + (101 + summary if run.task == "summarize" else 0),
+        jnp.ones(length - 101, jnp.int32),
+    )
+
+    @jax.jit
+    def blocks(clock):
+        return plan(grown.mask(clock), tokens, block_q=run.block, block_k=run.block).active
+
+    start, middle, end = (int(blocks(jnp.int32(grown.steps * share // 100))) for share in (0, 50, 100))
+    assert start < 0.4 * end
+    assert middle < 0.95 * end

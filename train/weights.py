@@ -34,7 +34,10 @@ class Weights:
 
 
 def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
-    """Writes a safetensors file: a tensor for each array, `blocks.attention.query.kernel`, bit for bit.
+    """Writes a safetensors file: a tensor for each array, bit for bit.
+
+    A tensor's name is its place: `groups.layers.0.attention.query.kernel` is of the first layer in every
+    group, stacked.
 
     Its metadata hold the config as JSON, the tokenizer's name and fingerprint, and the vocabulary's
     size. The file is there in full or not at all.
