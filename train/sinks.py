@@ -170,6 +170,7 @@ class Bar(Sink):
             initial=start,
             total=steps,
             unit="step",
+            disable=start >= steps,  # what is written after the last step is no progress
             file=self._file,
             mininterval=seconds,
             maxinterval=seconds,
