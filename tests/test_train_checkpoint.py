@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit; damaged ones are seen, kept and passed over; others are refused."""
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -253,6 +254,24 @@ def test_a_folder_that_cannot_be_written_to_stops_the_save_with_its_path(tmp_pat
         (tmp_path / "checkpoint").write_text("a file")
         with pytest.raises(WriteError, match=r"the checkpoint .*checkpoint/2 could not be written: "):
             save_and_wait(checkpoints)
+
+
+@pytest.mark.parametrize("inside", ["2.orbax", "state", "batches", "about"])
+def test_a_disk_without_room_for_a_folder_stops_the_save_at_once(tmp_path, monkeypatch, inside):
+    saved(tmp_path, 1)
+    make = os.mkdir
+
+    def full(path, *arguments, **options):
+        if inside in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        make(path, *arguments, **options)
+
+    with opened(tmp_path) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", full)
+        with pytest.raises(WriteError, match=r"checkpoint/2 could not be written: No space left on device$"):
+            save_and_wait(checkpoints)
+    with opened(tmp_path) as checkpoints:
+        chex.assert_trees_all_equal(checkpoints.restore_newest(toy(0), rows()), toy(1))
 
 
 def save_and_wait(checkpoints):

@@ -47,6 +47,8 @@ class Checkpoints:
             keep_period=every,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
+            # A folder that cannot be made is then an error at once; else those who wait for it hang.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
