@@ -86,7 +86,7 @@ def measure(settings: Settings, repeats: int) -> dict:
 
 
 def _records(session: Session) -> list[dict]:
-    """What a run wrote of its steps, but of the first and the last, and the one at which the window jumps."""
+    """What a run wrote of its steps, but of the first, which compiles, and the last."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the progress bar
         train(session)
     steps = [record for record in metrics.read(session.folder.metrics) if "loss" in record]

@@ -72,6 +72,12 @@ def test_the_whole_train_step(topology):
     assert facts(topology, f"{FILE}:train_step").kernels == KERNELS
 
 
+def test_generation():
+    """A single query a text: no block of queries is whole."""
+    found = facts("v5e:2x2", f"{FILE}:generation")
+    assert found.kernels == {"dynmask_forward"}
+
+
 def test_a_block_costs_no_more_than_splash_attentions():
     """The compiler's own count, the same each time: see docs/benchmarks.md."""
     rows = [row for program in PROGRAMS for row in rows_of(program, "v5e:2x2", tokens=4_096, head_dim=128)]

@@ -10,7 +10,7 @@ import pytest
 from train_cases import small_run, write_text
 
 from train.checkpoint import Checkpoints
-from train.commands import COMMANDS, run_command
+from train.commands import COMMANDS, Drawing, run_command
 from train.config import Run, to_json
 from train.data import corpus
 from train.folder import RunFolder
@@ -90,6 +90,15 @@ def test_options_go_before_those_of_the_run(lm, capsys):
         assert said.err.startswith("3 tokens in ")
         texts.append(said.out)
     assert texts[0] != texts[1]
+
+
+def test_what_only_drawing_heeds_is_refused_without_it_and_falls_with_the_runs_own(lm, capsys):
+    """Else `--top-p 0.9` alone would be passed over in silence."""
+    said = refused(capsys, "generate", lm, "--prompt", "mask", "--top-p", "0.9")
+    assert "generation.top_p needs a generation.temperature above 0" in said
+    drawn = Generation(temperature=0.8, top_p=0.9)
+    assert Drawing(temperature=0.0).over(drawn) == Generation()
+    assert Drawing(temperature=0.5).over(drawn) == replace(drawn, temperature=0.5)
 
 
 def test_the_newest_whole_checkpoint_is_taken(lm, tmp_path, capsys):

@@ -54,6 +54,8 @@ from train.sections import (
         (Evaluation, "needles", -1, r"evaluation\.needles must be at least 0, got -1"),
         (Generation, "tokens", 0, r"generation\.tokens must be at least 1, got 0"),
         (Generation, "temperature", -0.1, r"generation\.temperature must be at least 0, got -0\.1"),
+        (Generation, "top_k", 5, r"generation\.top_k needs a generation\.temperature above 0"),
+        (Generation, "top_p", 0.9, r"generation\.top_p needs a generation\.temperature above 0"),
         (Generation, "top_k", 0, r"generation\.top_k must be at least 1, got 0"),
         (Generation, "top_p", 0.0, r"generation\.top_p must lie in 0…1 \(0 excluded\), got 0\.0"),
         (Checkpoints, "keep", 0, r"checkpoints\.keep must be at least 1, got 0"),

@@ -9,7 +9,8 @@ from cases import HEADS, MASKS
 
 from dynmask_jax import Causal, Predicate, SameSegment, Tokens, Window, attention, plan
 from train.batch import Batch
-from train.config import Curriculum, Data, Model, Run
+from train.config import Curriculum, Data, Generation, Model, Run
+from train.generation import Generator, Prompts, _Continuation, _follow
 from train.step import begin
 
 LENGTH = 32_768
@@ -100,3 +101,25 @@ def train_step():
     row = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     batch = Batch(row, row, jax.ShapeDtypeStruct((1, LENGTH), jnp.float32), row, row, row)
     return program.train_step, (jax.eval_shape(lambda: state), batch)
+
+
+def generation():
+    """Summaries of prompts of 1,024 tokens: the prompts, then one token of each text at a time."""
+    run = Run(
+        task="summarize",
+        block=512,
+        model=Model(layers=2, width=512, heads=8, kv_heads=4, hidden=1408, backend="tpu", dtype="bfloat16"),
+        data=Data(length=LENGTH),
+    )
+    program, state = begin(run, vocabulary=512)
+    generator = Generator.of(program, None, end=0)
+    numbers = jax.ShapeDtypeStruct((2,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), 2)))
+
+    def follow(params, inputs, lengths, starts, keys):
+        prompts = Prompts(inputs, lengths, starts, jax.random.wrap_key_data(keys))
+        continuation = _Continuation(generator.plans, Generation(tokens=512, temperature=1.0), 1_536)
+        return _follow(continuation, generator.graph, params, generator.mask, prompts, generator.end)
+
+    prompts = jax.ShapeDtypeStruct((2, 1_024), jnp.int32), numbers, numbers, keys
+    return follow, (jax.eval_shape(lambda: state.params), *prompts)

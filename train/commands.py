@@ -31,7 +31,7 @@ class Drawing:
     tokens: int | None = None
     """At most so many are generated; the end token ends a text before."""
     temperature: float | None = None
-    """0: always the likeliest token; 1: as the model predicts; lower is bolder."""
+    """0: always the likeliest token; 1: as the model predicts; between: surer of the likely ones."""
     top_k: int | None = None
     """Draw from the k likeliest tokens only."""
     top_p: float | None = None
@@ -42,7 +42,9 @@ class Drawing:
     """Of what is drawn."""
 
     def over(self, options: Generation) -> Generation:
-        """The options with what is given here in place of theirs."""
+        """The options with what is given here in place of theirs; at temperature 0 nothing is drawn from."""
+        if self.temperature == 0:
+            options = replace(options, top_k=None, top_p=None)
         given = {name: value for name, value in vars(self).items() if name != "seed" and value is not None}
         return replace(options, **given)
 

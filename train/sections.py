@@ -249,7 +249,7 @@ class Generation:
     tokens: int = 256
     """At most so many are generated; the end token ends a text before."""
     temperature: float = 0.0
-    """0: always the likeliest token; 1: as the model predicts; lower is bolder."""
+    """0: always the likeliest token; 1: as the model predicts; between: surer of the likely ones."""
     top_k: int | None = None
     """Draw from the k likeliest tokens only."""
     top_p: float | None = None
@@ -261,6 +261,9 @@ class Generation:
         at_least("generation.", self, tokens=1, temperature=0, top_k=1, batch=1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"generation.top_p must lie in 0…1 (0 excluded), got {self.top_p}")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                raise ValueError(f"generation.{name} needs a generation.temperature above 0, got 0")
 
 
 @dataclass(frozen=True)
