@@ -204,7 +204,8 @@ class Curriculum:
     chunk: int = 256
     """Tokens in a chunk, for static and reveal."""
     order: Order = "nearest"
-    """In which reveal shows the earlier chunks."""
+    """In which reveal shows the earlier chunks. For summarize, whose documents end at
+    data.length, nearest and oldest take shares of data.length: short documents are shown soon, or last."""
     pace: Pace = "steps"
     """What moves the schedule: steps, or loss: it goes through `stages`, and enters the next one once the
     validation loss, under the mask of the stage, has stopped falling."""
@@ -261,9 +262,9 @@ class Generation:
         at_least("generation.", self, tokens=1, temperature=0, top_k=1, batch=1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"generation.top_p must lie in 0…1 (0 excluded), got {self.top_p}")
-        for name in ("top_k", "top_p"):
-            if self.temperature == 0 and getattr(self, name) is not None:
-                raise ValueError(f"generation.{name} needs a generation.temperature above 0, got 0")
+        drawing = [name for name in ("top_k", "top_p") if getattr(self, name) is not None]
+        if drawing and self.temperature == 0:
+            raise ValueError(f"generation.{drawing[0]} needs a generation.temperature above 0, got 0")
 
 
 @dataclass(frozen=True)
