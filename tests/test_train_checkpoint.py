@@ -177,19 +177,29 @@ def test_a_damaged_one_is_set_aside_by_name_and_the_next_older_is_taken(tmp_path
 
 
 def test_where_all_are_damaged_that_is_said_and_nothing_is_deleted(tmp_path):
-    for _ in range(2):
-        saved(tmp_path, 1, 2)
-        for step in ("1", "2"):
-            DAMAGES["no position"](tmp_path / "checkpoint" / step)
+    saved(tmp_path, 1, 2)
+    for step in ("1", "2"):
+        DAMAGES["no position"](tmp_path / "checkpoint" / step)
+    for _ in range(2):  # nor does it begin anew when it is asked again
         with (
             opened(tmp_path) as checkpoints,
-            pytest.warns(UserWarning, match="damaged"),
             pytest.raises(
-                ValueError, match=r"none of the checkpoints in .* is whole; they now lie in .*-damaged"
+                ValueError, match=r"none of the checkpoints in .* is whole \(2: .*; 1: .*\)\. Begin"
             ),
         ):
             checkpoints.restore_newest(toy(0), rows())
-    assert names(tmp_path / "checkpoint-damaged") == ["1", "1-2", "2", "2-2"]
+        assert names(tmp_path / "checkpoint") == ["1", "2"]
+
+
+def test_damaged_ones_of_one_step_lie_side_by_side(tmp_path):
+    saved(tmp_path, 1)
+    for _ in range(2):
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(toy(2), rows())
+        DAMAGES["no position"](tmp_path / "checkpoint" / "2")
+        with opened(tmp_path) as checkpoints, pytest.warns(UserWarning, match="damaged"):
+            checkpoints.restore_newest(toy(0), rows())
+    assert names(tmp_path / "checkpoint-damaged") == ["2", "2-2"]
 
 
 def test_what_interrupted_saves_left_is_removed(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from train_cases import write_text
 
+from train import loop
 from train.__main__ import is_command, main, parse
 from train.commands import COMMANDS
 from train.config import Run, from_json
@@ -173,6 +174,20 @@ def test_lines_that_were_left_out_are_named(tmp_path, capsys):
     assert "a.jsonl, line 2" in capsys.readouterr().err
     main([*command, "--data.skip-malformed"])
     assert "a.jsonl, line 2" in capsys.readouterr().err
+
+
+def test_of_two_that_begin_a_run_at_once_the_slower_says_why_it_stops(tmp_path, capsys, monkeypatch):
+    command = ["run", *TINY, "--folder", str(tmp_path), "--data.paths", str(write_text(tmp_path))]
+
+    def train(session):
+        with session.folder.claimed():  # by the quicker one
+            loop.train(session)
+
+    monkeypatch.setattr("train.__main__.train", train)
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 1
+    assert "is in use: another process trains in it" in capsys.readouterr().err
 
 
 def test_a_run_that_stops_for_good_says_why_with_status_1(tmp_path, capsys):

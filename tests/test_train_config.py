@@ -1,6 +1,7 @@
 """What a config refuses, and how it is compared with a saved one."""
 
 import json
+import math
 from dataclasses import replace
 
 import jax
@@ -47,6 +48,7 @@ from train.sections import (
         (Summarize, "lead", 0, r"summarize\.lead must be at least 1, got 0"),
         (Loss, "chunk", 0, r"loss\.chunk must be at least 1, got 0"),
         (Loss, "z", -1.0, r"loss\.z must be at least 0, got -1\.0"),
+        (Loss, "z", math.nan, r"loss\.z must be at least 0, got nan"),
         (Optimizer, "accumulate", 0, r"optimizer\.accumulate must be at least 1, got 0"),
         (Optimizer, "ema", 1.0, r"optimizer\.ema must lie between 0 and 1, got 1\.0"),
         (Optimizer, "give_up", 0, r"optimizer\.give_up must be at least 1, got 0"),
@@ -75,6 +77,7 @@ from train.sections import (
         (Curriculum, "tolerance", -0.1, r"curriculum\.tolerance must be at least 0, got -0\.1"),
         (Run, "steps", 0, r"steps must be at least 1, got 0"),
         (Run, "name", "a/b", r"name must be one folder's name, without separators, got 'a/b'"),
+        (Run, "name", "..", r"name must be one folder's name, without separators, got '\.\.'"),
         (Run, "task", "translate", r"task must be one of 'lm', 'summarize', got 'translate'"),
         (
             Run,

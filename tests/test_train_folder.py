@@ -64,10 +64,12 @@ def test_where_it_lies_and_what_is_kept_and_shown_may_change(folder, run):
     assert json.loads(folder.config.read_text())["checkpoints"]["keep"] == 5
 
 
-def test_checkpoints_without_a_config_are_nobodys(folder, run):
-    folder.checkpoints.mkdir(parents=True)
+@pytest.mark.parametrize("name", ["checkpoint", "report.md", "profile"])
+def test_what_a_run_would_leave_is_nobodys_without_a_config(folder, run, name):
+    (folder.path / name).mkdir(parents=True)
+    (folder.path / "notes.txt").touch()
     with pytest.raises(
-        FileExistsError, match=r"small holds checkpoints, but no config\.json that says what of"
+        FileExistsError, match=rf"small holds {name}, but no config\.json that says what of; .*--overwrite"
     ):
         folder.holds(run)
 

@@ -14,6 +14,9 @@ import kill_run
 import pytest
 from train_cases import small_run
 
+from train import loop
+from train.data import corpus
+from train.disk import WriteError
 from train.folder import RunFolder
 from train.loop import NotFinite, prepare, train
 from train.metrics import read
@@ -126,6 +129,46 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     ):
         prepare(run)
     assert not folder_of(run).config.exists()
+
+
+def test_several_processes_are_refused_for_each_would_train_a_model_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"^training goes on in one process, got 2 of jax\.distributed$"):
+        prepare(run_of(tmp_path))
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(tmp_path, monkeypatch):
+    run = run_of(tmp_path)
+
+    def meanwhile(run):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "corpus", corpus)
+            train(prepare(run))
+        return corpus(run)
+
+    monkeypatch.setattr(loop, "corpus", meanwhile)
+    assert int(prepare(run).state.step) == 8
+
+
+def test_a_disk_that_is_full_when_the_report_is_written_is_named_and_a_report_is_whole(
+    finished, tmp_path, monkeypatch
+):
+    run, _, _ = finished
+    report = folder_of(run).report
+    written = report.read_text()
+    report.unlink()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    session = prepare(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(WriteError, match=r"report\.md could not be written: No space left on device"):
+            train(session)
+    assert not report.exists()
+    train(prepare(run))
+    assert report.read_text().splitlines()[:3] == written.splitlines()[:3]
 
 
 def test_the_loss_moves_the_curriculum_and_the_checkpoint_knows(tmp_path):

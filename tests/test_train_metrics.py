@@ -14,7 +14,7 @@ from train import metrics as train_metrics
 from train.flops import Peak, Work
 from train.metrics import Log, open_log, read, rewind
 from train.sections import Watch
-from train.sinks import Sink
+from train.sinks import JsonLines, Sink
 
 WORK = Work(per_token=6.0, per_pair={"global": 2.0, "local": 1.0})
 PEAK = Peak(100.0, "a test")
@@ -89,7 +89,7 @@ def kept():
     return Kept()
 
 
-def begin(kept: Kept, tmp_path, **watch) -> Log:
+def begin(kept: Sink, tmp_path, **watch) -> Log:
     """The log of a run of 8 steps, of 64 tokens each."""
     run = replace(small_run(tmp_path), watch=Watch(**watch))
     return Log([kept], run, bytes_per_token=2.0, work=WORK, peak=PEAK)
@@ -240,6 +240,26 @@ def test_a_sink_that_fails_leaves_no_other_open(kept, tmp_path):
 def written(path, records) -> list:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return records
+
+
+def test_numbers_of_a_probe_that_are_not_finite_are_null(tmp_path):
+    needle = {"depths": [0.0, 1.0], "found": [0.0, 0.5], "gain": [math.nan, 3.0]}
+    with begin(JsonLines(tmp_path / "metrics.jsonl"), tmp_path) as log:
+        log.validation(3, Validation(0.5, {}, needle=needle))
+    assert read(tmp_path / "metrics.jsonl")[0]["needle"]["gain"] == [None, 3.0]
+
+
+@pytest.mark.parametrize("most", [2, 3, 4, 9, 10, 11])
+def test_of_many_steps_a_few_are_read_the_ends_among_them_and_all_else(tmp_path, most):
+    path = tmp_path / "metrics.jsonl"
+    steps = [{"step": step, "loss": None if step == 3 else 1.0} for step in range(10)]
+    others = [{"step": step, "validation_loss": 5.0} for step in (0, 5, 10)]
+    written(path, sorted(steps + others, key=lambda record: record["step"]))
+    found = [record["step"] for record in read(path, most) if "loss" in record]
+    assert len(found) <= most
+    assert len(found) > most / 2 or most == 9
+    assert (found[0], found[-1]) == (0, 9)
+    assert [record for record in read(path, most) if "loss" not in record] == others
 
 
 def test_rewinding_keeps_what_led_to_the_checkpoint(tmp_path):

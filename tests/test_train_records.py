@@ -2,6 +2,7 @@
 
 import gzip
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -108,13 +109,16 @@ def test_a_file_that_only_says_it_is_gzip_is_reported(tmp_path):
         (b" \n ", "x: it is empty"),
     ],
 )
-def test_a_named_file_that_is_not_text_is_malformed_and_in_a_folder_left_out(
+def test_a_file_that_is_not_text_is_malformed_and_in_a_folder_too_but_not_asked_for(
     tmp_path, monkeypatch, content, reason
 ):
     monkeypatch.setattr(module, "PART", 4)  # the fault lies beyond the first part
     (tmp_path / "x").write_bytes(content)
     assert words(tmp_path / "x") == [reason]
-    assert read(tmp_path) == []
+    (named,) = read(tmp_path / "x")
+    assert isinstance(named, Malformed)
+    assert named.asked_for
+    assert read(tmp_path) == ([] if "empty" in reason else [replace(named, asked_for=False)])
 
 
 @given(

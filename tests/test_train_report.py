@@ -36,6 +36,7 @@ class Corpus:
     size: int = 56_789
     tokens: int = 23_456
     malformed: int = 3
+    truncated: int = 7
     bytes_per_token: float = 2.5
     held_out: list[Batch] = field(default_factory=held_out)
 
@@ -90,15 +91,20 @@ def test_a_report_says_what_a_run_was_and_came_to(tmp_path):
     assert ["`model.width`", "`16`", "`256`"] in rows(text, "Config")
     assert not any(name == "`model.rope_theta`" for name, *_ in rows(text, "Config"))
     assert f"python -m train generate {tmp_path} --prompt" in text
+    assert "documents cut to fit their row" not in data
     for name in ("Needles", "Summaries"):
         assert f"## {name}" not in text
 
 
 def test_a_report_has_the_probe_and_the_summaries_where_they_are(tmp_path):
-    run = small_run(tmp_path, task="summarize", data=Data(length=32, batch=2), summarize=Summarize())
+    options = Summarize(truncate=True)
+    run = small_run(tmp_path, task="summarize", data=Data(length=32, batch=2), summarize=options)
     scores = {"model": {"rouge1": 31.25, "rougeL": 20.0}, "lead": {"rouge1": 28.5, "rougeL": 18.0}}
-    text = reported(tmp_path, run, [*records_of(run, needles=True), {"step": 8, "rouge": scores}])
-    assert rows(text, "Needles")[1:] == [["0%", "25%", "25%", "+0.500"], ["100%", "75%", "75%", "+1.000"]]
+    records = [*records_of(run, needles=True), {"step": 8, "rouge": scores}]
+    next(r for r in reversed(records) if "needle" in r)["needle"]["gain"][0] = None  # was not finite
+    text = reported(tmp_path, run, records)
+    assert rows(text, "Needles")[1:] == [["0%", "25%", "25%", "–"], ["100%", "75%", "75%", "+1.000"]]
+    assert ["documents cut to fit their row", "7"] in rows(text, "Data")
     assert rows(text, "Summaries")[1:] == [["model", "31.25", "20.00"], ["lead", "28.50", "18.00"]]
     assert f"python -m train summarize FILE --run {tmp_path}" in text
     assert "A model that summarises, of" in text

@@ -157,6 +157,15 @@ def test_malformed_lines_stop_the_reading_or_are_counted(tmp_path):
         ]
 
 
+def test_files_of_a_folder_that_are_no_text_are_counted_and_stop_nothing(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    (tmp_path / "texts" / "b.txt").write_bytes("é".encode("latin-1"))
+    cache = made(tmp_path / "texts")
+    assert (len(cache.documents), cache.malformed) == (1, 1)
+    assert "b.txt, line 1: it is not UTF-8 text" in cache.reports[0]
+
+
 def test_no_text_is_refused(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [b"{"])
     with pytest.raises(
@@ -224,13 +233,22 @@ def test_a_cache_that_is_no_folder_is_named(tmp_path):
         made(tmp_path / "x.txt", cache=tmp_path / "x.txt")
 
 
-def test_a_damaged_cache_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        ("tokens.bin", b"te", r"tokens\.bin has 2 bytes, not 5"),
+        ("tokens.bin", None, r"it has no whole facts\.json, or a file is missing"),
+        ("facts.json", b'{"tokens"', r"it has no whole facts\.json"),
+        ("facts.json", None, r"it has no whole facts\.json"),
+    ],
+)
+def test_a_damaged_cache_is_refused(tmp_path, file, content, fault):
     (tmp_path / "x.txt").write_text("text")
     made(tmp_path / "x.txt")
-    (tokens,) = (tmp_path / "cache").glob("*/tokens.bin")
-    tokens.write_bytes(b"te")
+    (path,) = (tmp_path / "cache").glob(f"*/{file}")
+    path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"data\.cache: .*tokens\.bin is damaged: delete .* it is made again"
+        ValueError, match=rf"data\.cache: .* is damaged, {fault}.*: delete it, and it is made"
     ):
         made(tmp_path / "x.txt")
 

@@ -11,7 +11,6 @@ import tyro
 
 from train.commands import COMMANDS
 from train.config import Run, option_names, to_json
-from train.disk import WriteError
 from train.loop import NotFinite, Session, prepare, train
 from train.presets import PRESETS
 
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None):
       SystemExit: once the reason is on stderr. With status 2 where nothing was done: an option or a
         preset that does not exist, a value that is refused, text that is missing, a folder or a checkpoint
         that does not fit. With status 1 where a run stopped: a disk that is full, too many steps that
-        were not finite.
+        were not finite, another process that was quicker to train in the folder.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -121,7 +120,7 @@ def _train(session: Session):
     print(session.opening)
     try:
         result = train(session)
-    except (WriteError, NotFinite) as error:
+    except (OSError, NotFinite) as error:
         _stop(error, status=1)
     print(f"\n{result}\n\nAll of the run lies in {session.folder.path}")
 

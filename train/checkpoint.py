@@ -126,7 +126,8 @@ class Checkpoints:
     def restore_newest(self, like: State, batches: grain.DatasetIterator) -> State | None:
         """The newest state that is whole; `batches` is set to its position. None: there is none.
 
-        Damaged ones are moved out of the way, into a folder beside, with a warning.
+        Damaged ones that are newer are moved out of the way, into a folder beside, with a warning. Where
+        none is whole all stay, so that the same command is refused again and does not begin anew.
 
         Args:
           like: a state of the same structure, shapes, types and devices, or its
@@ -137,18 +138,23 @@ class Checkpoints:
           ValueError: all are damaged; or one belongs to another config, other data or another model,
             which is named.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged: dict[int, DamagedCheckpoint] = {}
+        for step in reversed(self.steps()):
             try:
                 about = self._about(step)
                 self._check_same(step, about, like)
-                return self._restore(step, about, like, batches)
+                state = self._restore(step, about, like, batches)
             except DamagedCheckpoint as damage:
-                self._set_aside(step, damage)
-        if steps:
+                damaged[step] = damage
+                continue
+            for newer, damage in damaged.items():
+                self._set_aside(newer, damage)
+            return state
+        if damaged:
+            faults = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
             raise ValueError(
-                f"none of the checkpoints in {self.folder} is whole; they now lie in "
-                f"{self._damaged}. Begin anew with --overwrite, or under another --name"
+                f"none of the checkpoints in {self.folder} is whole ({faults}). Begin anew with --overwrite, "
+                "or under another --name"
             )
         return None
 

@@ -7,7 +7,7 @@ def at_least(section: str, record: Any, **least: float):
     """Refuses a field below its minimum; one that is None is left alone."""
     for name, minimum in least.items():
         value = getattr(record, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:  # NaN is refused too
             raise ValueError(f"{section}{name} must be at least {minimum}, got {value}")
 
 

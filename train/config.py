@@ -59,7 +59,7 @@ class Run:
     def __post_init__(self):
         at_least("", self, steps=1, seed=0, block=1)
         one_of("", self, task=Task)
-        if not self.name or Path(self.name).name != self.name:
+        if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"name must be one folder's name, without separators, got {self.name!r}")
         if max(self.curriculum.start, self.curriculum.end or 0) > self.data.length:
             raise ValueError(

@@ -10,6 +10,7 @@ import jax
 from train import metrics, report
 from train.config import Run
 from train.data import Corpus
+from train.disk import writing
 from train.flops import Peak, work
 from train.folder import RunFolder
 from train.generation import Generator
@@ -18,6 +19,9 @@ from train.report import Facts
 from train.step import Program, State
 from train.summaries import Summarizer, evaluate_summaries
 from train.summary import Summary
+
+RECORDS = 20_000
+"""Of train steps, that the summary, the report and the pictures are made of: a long run has millions."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,18 @@ class Finish:
           compilations: of the train step, in this process; 0 where none was trained.
 
         Raises:
-          OSError: the folder cannot be written to.
+          WriteError: the folder cannot be written to.
         """
-        records = metrics.read(self.folder.metrics)
+        records = metrics.read(self.folder.metrics, RECORDS)
         if self.run.evaluation.summaries and not any("rouge" in record for record in records):
             self._summarise(state)
-            records = metrics.read(self.folder.metrics)
+            records = metrics.read(self.folder.metrics, RECORDS)
         summary = Summary(records, compilations)
         if jax.process_index() == 0 and (compilations or not self.folder.report.exists()):
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             facts = Facts(self.run, self.corpus, self.program.growth, parameters, self.peak)
-            report.write(self.folder.path, facts, summary)
+            with writing(self.folder.report):
+                report.write(self.folder.path, facts, summary)
         return summary
 
     def _summarise(self, state: State):

@@ -78,13 +78,14 @@ class RunFolder:
         Raises:
           ValueError: it holds a run of another config, each difference is named with both values; or
             a config that cannot be read.
-          FileExistsError: it holds checkpoints, and no config that says what of.
+          FileExistsError: it holds files of a run, which beginning would remove, and no config that
+            says of which.
         """
         if not self.config.exists():
-            if self.checkpoints.exists():
+            if there := [path.name for path in (self.checkpoints, *self._others) if path.exists()]:
                 raise FileExistsError(
-                    f"{self.path} holds checkpoints, but no {self.config.name} that says what of; begin anew "
-                    "with --overwrite, or choose another --name"
+                    f"{self.path} holds {', '.join(there)}, but no {self.config.name} that says what of; "
+                    "begin anew with --overwrite, which removes that, or choose another --name"
                 )
             return False
         try:

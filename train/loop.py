@@ -80,12 +80,15 @@ def prepare(run: Run, *, overwrite: bool = False) -> Session:
     Raises:
       OSError: texts are missing; or the folder cannot be written to, lies on a disk with too little
         space, or is in use by another process.
-      ValueError: the texts or the config are wrong; or the folder's run is of another config, of
-        other texts, or without a checkpoint that is whole.
+      ValueError: the texts or the config are wrong; the folder's run is of another config, of other
+        texts, or without a checkpoint that is whole; or there are several processes.
     """
+    if jax.process_count() > 1:  # each would train a model of its own
+        raise ValueError(f"training goes on in one process, got {jax.process_count()} of jax.distributed")
     folder = RunFolder(Path(run.folder) / run.name)
     check_writable(folder.path)
-    goes_on = not overwrite and folder.holds(run)
+    if not overwrite:
+        folder.holds(run)  # refused before the texts are read, which may take long
     sinks.check(run)
     texts = corpus(run)
     program, state = begin(run, texts.tokenizer.vocabulary)
@@ -93,6 +96,7 @@ def prepare(run: Run, *, overwrite: bool = False) -> Session:
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.claimed():
         _check_space(folder, run, state)
+        goes_on = not overwrite and folder.holds(run)  # another process may have been here meanwhile
         restored = _restored(folder, run, texts, state, batches) if goes_on else None
         if restored is None:  # new, or killed before its first checkpoint
             folder.begin(run)

@@ -45,7 +45,7 @@ import jax
 
 from train.config import Run
 from train.flops import Peak, Work
-from train.sinks import Record, Sink, open_sinks, steps_done, to_line
+from train.sinks import Record, Sink, open_sinks, steps_done
 from train.step import Metrics
 
 if TYPE_CHECKING:
@@ -114,7 +114,12 @@ class Log:
         if validation.pace_loss is not None:
             record["pace_loss"] = _finite(validation.pace_loss)
         if validation.needle is not None:
-            record["needle"] = dict(validation.needle)
+            needle = validation.needle
+            record["needle"] = {
+                "depths": needle["depths"],
+                "found": list(map(_finite, needle["found"])),
+                "gain": list(map(_finite, needle["gain"])),
+            }
         self._write(record)
 
     def rouge(self, steps_done: int, rouge: Mapping[str, Mapping[str, float]]):
@@ -215,14 +220,38 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, most: int | None = None) -> list[Record]:
     """The records of a metrics file, in order; a last line that was cut off is left out.
+
+    Args:
+      path: of the file; none is an empty one.
+      most: where there are more records of steps, so many of them are read, evenly spaced from the
+        first to the last; of the other kinds all are.
 
     Raises:
       ValueError: another line is no record; the message has its number.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [_parsed(path, n, line) for n, line in enumerate(lines, start=1) if line.endswith("\n")]
+    count = sum(_of_a_step(line) for _, line in _lines(path)) if most else 0
+    every, seen, records = -(-(count - 1) // (most - 1)) if most and count > most else 1, 0, []
+    for number, line in _lines(path):
+        if _of_a_step(line):
+            seen += 1
+            if (seen - 1) % every and seen != count:
+                continue
+        records.append(_parsed(path, number, line))
+    return records
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The whole lines of a file, numbered from 1: one at a time, for there may be millions."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        yield from ((number, line) for number, line in enumerate(file, start=1) if line.endswith("\n"))
+
+
+def _of_a_step(line: str) -> bool:
+    return '"loss": ' in line
 
 
 def _parsed(path: Path, number: int, line: str) -> Record:
@@ -245,11 +274,13 @@ def rewind(path: Path, done: int):
       ValueError: as `read`.
       OSError: the disk is full, or not writable.
     """
-    kept = [record for record in read(path) if done and steps_done(record) <= done]
     fresh = path.with_suffix(".rewound")
     try:
-        fresh.write_text("".join(map(to_line, kept)))
+        with fresh.open("w") as file:
+            for number, line in _lines(path):
+                if done and steps_done(_parsed(path, number, line)) <= done:
+                    file.write(line)
         fresh.replace(path)
-    except OSError:
+    except (OSError, ValueError):
         fresh.unlink(missing_ok=True)
         raise

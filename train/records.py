@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Malformed:
-    """What could not be read, and why: `str` of it names the file and the line."""
+    """What could not be read, and why: `str` of it names the file and the line.
+
+    Attributes:
+      asked_for: named, or a line of JSONL. What is not, a picture between a folder's texts say, is left
+        out and counted, and stops no run.
+    """
 
     path: Path
     line: int | None
     reason: str
+    asked_for: bool = True
 
     def __str__(self) -> str:
         return f"{place(self.path, self.line)}: {self.reason}"
@@ -86,8 +92,8 @@ def records(
 def _text(source: Source) -> Iterator[Record | Malformed]:
     """The file as one document, in parts that end with a line where it is large."""
     if (malformed := _not_text(source.path)) is not None:
-        if source.named:
-            yield malformed
+        if source.named or malformed.line is not None:  # of an empty file nothing is lost
+            yield replace(malformed, asked_for=source.named)
         return
     decoder, rest, part = codecs.getincrementaldecoder("utf-8")(), "", 0
     with source.path.open("rb") as file:

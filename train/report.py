@@ -16,6 +16,7 @@ import dynmask_jax
 from train.command_line import command, options
 from train.config import Run
 from train.curriculum import Growth
+from train.disk import write_atomically
 from train.flops import Peak
 from train.markdown import code, section, table
 from train.picture import bits_by_position, draw, draw_positions
@@ -59,7 +60,7 @@ def write(folder: Path, facts: Facts, summary: Summary):
         "positions.png": draw_positions(records, folder / "positions.png"),
     }
     pictures = [name for name, there in drawn.items() if there]
-    (folder / "report.md").write_text(report(folder, facts, summary, pictures))
+    write_atomically(folder / "report.md", report(folder, facts, summary, pictures))
 
 
 def report(folder: Path, facts: Facts, summary: Summary, pictures: Sequence[str]) -> str:
@@ -162,7 +163,7 @@ def _needles(summary: Summary) -> str:
         return ""
     first, last = probed[0], probed[-1]
     rows = [
-        (f"{depth:.0%}", f"{a:.0%}", f"{b:.0%}", f"{gain:+.3f}")
+        (f"{depth:.0%}", f"{a:.0%}", f"{b:.0%}", _or_none(gain, "+.3f"))
         for depth, a, b, gain in zip(last["depths"], first["found"], last["found"], last["gain"], strict=True)
     ]
     head = ("depth in the text", "found, first", "found, last", "bits a token gained, last")
@@ -229,6 +230,8 @@ def _data(facts: Facts, summary: Summary) -> str:
         ("rows held out for validation", f"{_held_out(corpus):,}"),
         ("left out, for they could not be read", f"{corpus.malformed:,}"),
     ]
+    if run.summarize.truncate:
+        rows.append(("documents cut to fit their row", f"{corpus.truncated:,}"))
     if summary.steps:
         padding = sum(record["padding"] for record in summary.steps) / len(summary.steps)
         rows += [

@@ -18,7 +18,7 @@ class Source:
     Attributes:
       path: the file, or the folder of a saved dataset.
       kind: a text file is one document, in lines (JSONL) each line is one, in a dataset each row.
-      named: asked for itself, not found in a folder, where files that are not text are left out.
+      named: asked for itself, not found in a folder, where files that are not text stop nothing.
     """
 
     path: Path

@@ -18,7 +18,7 @@ from train.sources import Source, files
 from train.token_writer import DOCUMENT, DOCUMENTS, FACTS, TEXTS, TOKENS, encoded, write, writing
 from train.tokenizers import Tokenizer
 
-VERSION = 1  # of the files below: others are not read
+VERSION = 2  # of the files below: others are not read
 UNFINISHED = ".unfinished-"
 ABANDONED = 24 * 3600  # seconds without a write, after which an unfinished folder is taken away
 
@@ -173,7 +173,11 @@ def _take_away_abandoned(folder: Path):
 
 
 def _open(folder: Path) -> TokenCache:
-    facts = json.loads((folder / FACTS).read_text())
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in (TOKENS, DOCUMENTS, TEXTS)}
+    except (FileNotFoundError, ValueError) as error:
+        raise _damaged(folder, f"it has no whole {FACTS}, or a file is missing") from error
     shapes = {
         TOKENS: (np.dtype(facts["dtype"]), facts["tokens"]),
         DOCUMENTS: (DOCUMENT, facts["documents"]),
@@ -181,8 +185,8 @@ def _open(folder: Path) -> TokenCache:
     }
     arrays = {}
     for name, (dtype, count) in shapes.items():
-        if (folder / name).stat().st_size != dtype.itemsize * count:
-            raise ValueError(f"data.cache: {folder / name} is damaged: delete {folder}, it is made again")
+        if sizes[name] != dtype.itemsize * count:
+            raise _damaged(folder, f"{name} has {sizes[name]:,} bytes, not {dtype.itemsize * count:,}")
         arrays[name] = np.memmap(folder / name, dtype, "r", shape=(count,)) if count else None
     return TokenCache(
         arrays[TOKENS],
@@ -193,3 +197,7 @@ def _open(folder: Path) -> TokenCache:
         tuple(facts["reports"]),
         facts["fingerprint"],
     )
+
+
+def _damaged(folder: Path, fault: str) -> ValueError:
+    return ValueError(f"data.cache: {folder} is damaged, {fault}: delete it, and it is made again")

@@ -86,7 +86,7 @@ def write(
             if not isinstance(item, Malformed):
                 writer.add(*item)
                 continue
-            if not skip_malformed:
+            if item.asked_for and not skip_malformed:
                 raise item.error()
             malformed += 1
             reports = [*reports, str(item)][:REPORTS]

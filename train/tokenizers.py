@@ -218,7 +218,7 @@ def _texts(paths: Sequence[str], columns: Mapping[str, str], skip_malformed: boo
         if not isinstance(record, Malformed):
             some = True
             yield from record.texts
-        elif not skip_malformed:
+        elif record.asked_for and not skip_malformed:
             raise record.error()
     if not some:
         raise ValueError(f"data.paths has no text: {', '.join(paths)}")
