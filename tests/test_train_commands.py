@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from train_cases import small_run, write_text
 
+from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.commands import COMMANDS, Drawing, run_command
 from train.config import Run, to_json
@@ -61,12 +62,12 @@ def summaries(tmp_path_factory) -> Path:
 def refused(capsys, name: str, *arguments) -> str:
     """What is said on stderr by a command that stops with status 2; one line."""
     with pytest.raises(SystemExit) as stopped:
-        run_command(name, list(map(str, arguments)))
+        main([name, *map(str, arguments)])
     assert stopped.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
-    assert said.err.startswith(f"python -m train {name}: ")
+    assert said.err.startswith("python -m train: ")
     return said.err
 
 

@@ -277,10 +277,17 @@ def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(settled):
 def test_the_running_mean_of_the_weights(settled, run):
     program, state, train_step = settled
     expected = state.ema
-    for _ in range(3):
+    decays = []
+    for _ in range(30):
+        done = int(state.step)
+        decays.append(min(0.75, (1 + done) / (10 + done)))
         state, _ = train_step(state, PACKED)
-        expected = jax.tree.map(lambda mean, new: 0.75 * mean + 0.25 * new, expected, state.params)
-    chex.assert_trees_all_close(state.ema, expected, rtol=1e-6)
+        expected = jax.tree.map(
+            lambda mean, new, decay=decays[-1]: decay * mean + (1 - decay) * new, expected, state.params
+        )
+    assert decays[0] < 0.5
+    assert decays[-1] == 0.75
+    chex.assert_trees_all_close(state.ema, expected, rtol=1e-5, atol=1e-6)
     assert program.weights(state) is state.ema
     plain, state = begin(run, VOCABULARY)
     assert state.ema is None

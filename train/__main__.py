@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from train.commands import COMMANDS
+from train.commands import COMMANDS, run_command
 from train.config import Run, option_names, to_json
 from train.loop import NotFinite, Session, prepare, train
 from train.presets import PRESETS
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None):
         return
     try:
         if is_command(arguments):
-            _act(*arguments)
+            run_command(arguments[0], arguments[1:])
             return
         command = parse(arguments)
         session = None if command.print_config else prepare(command.run, overwrite=command.overwrite)
@@ -123,12 +123,6 @@ def _train(session: Session):
     except (OSError, NotFinite) as error:
         _stop(error, status=1)
     print(f"\n{result}\n\nAll of the run lies in {session.folder.path}")
-
-
-def _act(name: str, *arguments: str):
-    """Does what a command is asked for."""
-    record, act = COMMANDS[name]
-    act(tyro.cli(record, prog=f"{PROGRAM} {name}", args=arguments))
 
 
 def _stop(error: Exception, *, status: int) -> NoReturn:

@@ -196,14 +196,11 @@ def run_command(name: str, arguments: Sequence[str]):
     """Runs one of `COMMANDS` with the words that follow its name.
 
     Raises:
-      SystemExit: with status 2, once the reason is on stderr; 0 after --help.
+      ValueError, OSError, ImportError: what is asked for cannot be done, and why.
+      SystemExit: what is typed does not fit, which `tyro` explains, or --help.
     """
     options, function = COMMANDS[name]
-    try:
-        function(tyro.cli(options, prog=f"{PROGRAM} {name}", args=list(arguments)))
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    function(tyro.cli(options, prog=f"{PROGRAM} {name}", args=list(arguments)))
 
 
 def _generator(weights: Weights, tokenizer: Tokenizer) -> Generator:

@@ -48,9 +48,11 @@ class Session:
         done, steps, where = int(self.state.step), self.run.steps, self.folder.path
         if done == steps:
             return f"The run in {where} is finished, all its {steps:,} steps; --overwrite begins it anew."
+        there = jax.device_count()
+        alone = f" It takes one of the {there} devices." if there > 1 else ""
         if done:
-            return f"The run in {where} goes on after step {done:,} of {steps:,}."
-        return f"A run of {steps:,} steps begins in {where}."
+            return f"The run in {where} goes on after step {done:,} of {steps:,}.{alone}"
+        return f"A run of {steps:,} steps begins in {where}.{alone}"
 
 
 @dataclass(frozen=True)

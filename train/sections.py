@@ -163,7 +163,8 @@ class Optimizer:
     accumulate: int = 1
     """Parts that a step's rows are computed in, one after the other: memory of one, gradient of all."""
     ema: float | None = None
-    """Decay of a running mean of the weights, 0.999 say, which validation and export take; None: none."""
+    """Decay of a running mean of the weights, 0.999 say, which validation and export take; None: none.
+    After n steps at most (1 + n) / (10 + n)."""
     give_up: int = 10
     """Steps in a row with a loss or gradient that is not finite, all skipped, before training stops."""
 

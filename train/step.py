@@ -128,7 +128,7 @@ class Program:
             skipped=_skips(optimizer).total_notfinite,
             skipped_in_a_row=_skips(optimizer).notfinite_count,
         )
-        ema = self._running_mean(state.ema, params, finite)
+        ema = self._running_mean(state.ema, params, finite, done)
         return State(state.step + 1, params, optimizer, ema, state.pace, state.key), metrics
 
     def evaluate(self, params: optax.Params, batch: Batch, mask: Mask) -> Evaluated:
@@ -216,10 +216,11 @@ class Program:
             return Tokens.sequence(batch.inputs.shape[1])
         return Tokens(batch.positions, batch.segments)
 
-    def _running_mean(self, ema, params, finite):
-        decay = self.run.optimizer.ema
-        if decay is None:
+    def _running_mean(self, ema, params, finite, updates):
+        if self.run.optimizer.ema is None:
             return None
+        # Short at first, as TensorFlow's moving averages: else the first weights stay in it for long.
+        decay = jnp.minimum(self.run.optimizer.ema, (1.0 + updates) / (10.0 + updates))
         new = optax.incremental_update(params, ema, 1 - decay)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, ema)
 

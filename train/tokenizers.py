@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from train.config import Task
+from train.disk import check_writable
 from train.records import Malformed, records
 from train.sources import sources
 
@@ -174,6 +175,7 @@ def train_bpe(
 
     Raises:
       FileExistsError: the file is there already.
+      OSError: its folder cannot be written to.
       ValueError: `vocabulary` is too small, there is no text, or some cannot be read.
     """
     if vocabulary <= ALPHABET:
@@ -182,8 +184,9 @@ def train_bpe(
         )
     if out.exists():
         raise FileExistsError(f"{out} is there already, and runs may depend on it: name another file")
-    library = _trained(_texts(paths, columns, skip_malformed), vocabulary)
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent)
+    library = _trained(_texts(paths, columns, skip_malformed), vocabulary)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     library.save(str(unfinished))
     unfinished.replace(out)
