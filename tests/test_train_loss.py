@@ -33,7 +33,7 @@ def plain(hidden, kernel, targets, weights, z):
     return jnp.where(weights != 0, nats, 0), jnp.where(weights != 0, z * normaliser**2, 0)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 6, 8, 26, 1024])
+@pytest.mark.parametrize("chunk", [1, 2, 6, 8, 26, None])
 @pytest.mark.parametrize("z", [0.0, 0.1])
 def test_any_chunk_gives_each_tokens_loss(chunk, z):
     for a, b in zip(chunked(*case(), chunk=chunk, z=z), plain(*case(), z), strict=True):
@@ -101,3 +101,17 @@ def test_memory_is_linear_in_the_length_with_a_vocabulary_of_32k():
     assert growth.max() < 1.2 * growth.min(), "each token costs the same"
     assert growth.max() < 20 * 4 * 32, "a few copies of its features, and not its 32,768 logits"
     assert memory(4_096, chunk=4_096) > logits[1], "which one chunk does make"
+
+
+@pytest.mark.parametrize(("vocabulary", "chunk"), [(256, 16_384), (4_096, 1_024), (32_768, 1_024)])
+def test_without_a_chunk_small_vocabularies_have_larger_ones(vocabulary, chunk):
+    shapes = []
+
+    def logits(x):
+        shapes.append(x.shape)
+        return jnp.zeros((*x.shape[:-1], vocabulary))
+
+    length = 2 * chunk
+    hidden, whole = jnp.zeros((1, length, 2)), jnp.zeros((1, length), jnp.int32)
+    jax.eval_shape(lambda: token_losses(hidden, logits, whole, jnp.ones((1, length)), Loss()))
+    assert shapes[-1] == (1, chunk, 2)

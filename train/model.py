@@ -92,8 +92,8 @@ class Transformer(nnx.Module):
     """The language model. Its first predictions are uniform: the last projection starts at zero.
 
     Layers are kept in groups, one of each reach in the pattern, stacked: weights are
-    `[layers / len(pattern), …]`, and one loop runs over the groups, so a program's size does not
-    depend on how many there are.
+    `[layers / len(pattern), …]`. From 5 layers on, one loop runs over the groups, so that a program's
+    size does not depend on how many there are.
 
     Args:
       shape: its sizes.
@@ -162,15 +162,25 @@ class Transformer(nnx.Module):
             return (x, cache), None
 
         numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(group, (self.embed(tokens), cache), (numbers, weights))
+        start, unroll = (self.embed(tokens), cache), 1 if self._looped else len(numbers)
+        (x, cache), _ = jax.lax.scan(group, start, (numbers, weights), unroll=unroll)
         return _normed(self.norm, x), cache
+
+    @property
+    def _looped(self) -> bool:
+        """Whether the program has a loop: not for few layers, as what each keeps is copied in and out of it.
+
+        Measured on two CPU cores, 4,096 bytes, width 64: a train step of 2 layers takes 209 ms without
+        the loop and 233 ms with it at the start of a curriculum, and 424 and 455 ms at its end.
+        """
+        return self.shape.layers > 4
 
     def _remat(self, block: Callable) -> Callable:
         """The block, which keeps for the backward pass what `model.remat` says."""
         if self.shape.remat == "none":
             return block
-        # A loop's body cannot share work with its backward pass, so nothing must keep XLA from it.
-        return jax.checkpoint(block, policy=POLICIES[self.shape.remat], prevent_cse=False)
+        # In a loop's body XLA sees no backward pass whose work it might take for the same; beside it, it does.
+        return jax.checkpoint(block, policy=POLICIES[self.shape.remat], prevent_cse=not self._looped)
 
 
 def _normed(norm: nnx.RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -135,8 +135,8 @@ class Summarize:
 class Loss:
     """The cross-entropy, computed over a few tokens' logits at a time."""
 
-    chunk: int = 1024
-    """Tokens whose logits exist at once."""
+    chunk: int | None = None
+    """Tokens whose logits exist at once. None: 1,024, or as many as have 16 MiB of logits."""
     z: float = 0.0
     """Weight of the squared log-normaliser (z-loss), which keeps logits from drifting; often 1e-4."""
 

@@ -220,7 +220,8 @@ class Program:
         if self.run.optimizer.ema is None:
             return None
         # Short at first, as TensorFlow's moving averages: else the first weights stay in it for long.
-        decay = jnp.minimum(self.run.optimizer.ema, (1.0 + updates) / (10.0 + updates))
+        count = jnp.asarray(updates).astype(jnp.float32)
+        decay = jnp.minimum(self.run.optimizer.ema, (1 + count) / (10 + count))
         new = optax.incremental_update(params, ema, 1 - decay)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, ema)
 
