@@ -179,7 +179,7 @@ class Transformer(nnx.Module):
         """The block, which keeps for the backward pass what `model.remat` says."""
         if self.shape.remat == "none":
             return block
-        # In a loop's body XLA sees no backward pass whose work it might take for the same; beside it, it does.
+        # In a loop's body XLA sees no backward pass whose work it might take for the same; outside it does.
         return jax.checkpoint(block, policy=POLICIES[self.shape.remat], prevent_cse=not self._looped)
 
 
