@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from dynmask_jax import Tokens, plan
-from train.config import Run, differences, from_json, option_names, to_json
+from train.config import Run, differences, from_json, options, to_json
 from train.curriculum import growth
 from train.presets import PRESETS
 from train.sections import (
@@ -169,7 +169,7 @@ def test_differences_name_the_field_and_both_values():
 
 
 def test_every_field_is_an_option():
-    names = option_names(Run())
+    names = list(options(Run()))
     assert names[0] == "name"
     assert {"steps", "model.kv_heads", "data.paths", "data.columns", "optimizer.clip", "watch.wandb"} < set(
         names

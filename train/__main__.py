@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from train.commands import COMMANDS, run_command
-from train.config import Run, option_names, to_json
+from train.config import Run, options, to_json
 from train.loop import NotFinite, Session, prepare, train
 from train.presets import PRESETS
 
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> Training:
         contradicts itself.
       SystemExit: a value of the wrong type, which `tyro` explains, or --help.
     """
-    preset, *options = arguments if not arguments[0].startswith("-") else ["run", *arguments]
+    preset, *words = arguments if not arguments[0].startswith("-") else ["run", *arguments]
     if preset not in PRESETS:
         raise ValueError(
             f"unknown preset or command {preset!r}; the presets are {', '.join(PRESETS)}; the commands are "
@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str]) -> Training:
         prog=f"{PROGRAM} {preset}",
         description=cleandoc(PRESETS[preset].__doc__ or ""),
         default=Training(PRESETS[preset]()),
-        args=options,
+        args=words,
         return_unknown_args=True,
     )
     if unknown:
@@ -131,7 +131,7 @@ def _stop(error: Exception, *, status: int) -> NoReturn:
 
 
 def _unknown(arguments: Sequence[str]) -> str:
-    names = (*option_names(PRESETS["run"]()), "overwrite", "print_config")
+    names = (*options(PRESETS["run"]()), "overwrite", "print_config")
     valid = [f"--{name.replace('_', '-')}" for name in names]
     named = [argument.split("=")[0] for argument in arguments if argument.startswith("-")] or [arguments[0]]
     close = difflib.get_close_matches(named[0], valid, n=1)

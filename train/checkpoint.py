@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from train.checksums import Leaves, leaves, shapes
 from train.config import Run, differences, to_json
 from train.disk import WriteError, reason
+from train.folder import saved_steps
 from train.step import State
 
 DAMAGED = "-damaged"
@@ -66,7 +67,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, ascending, in the folder at this moment."""
-        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
+        return saved_steps(self.folder)
 
     def save(self, state: State, batches: grain.DatasetIterator):
         """Begins to write the state under its step, beside the position that `batches` stands at.

@@ -1,10 +1,9 @@
 """The command line that a config stands for."""
 
-import dataclasses
 import shlex
 from typing import Any
 
-from train.config import Run
+from train.config import Run, options
 
 
 def command(run: Run) -> str:
@@ -20,16 +19,6 @@ def command(run: Run) -> str:
         if value != defaults[name]:
             words += _words(name.replace("_", "-"), value)
     return shlex.join(words)
-
-
-def options(record: Any, prefix: str = "") -> dict[str, Any]:
-    """Every option's value by its dotted name, `model.layers`, in the order they are declared."""
-    values = {}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        nested = dataclasses.is_dataclass(value)
-        values |= options(value, f"{prefix}{field.name}.") if nested else {prefix + field.name: value}
-    return values
 
 
 def _words(name: str, value: Any) -> list[str]:

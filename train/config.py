@@ -139,9 +139,14 @@ def _record(default: Any, saved: dict[str, Any]) -> Any:
     return dataclasses.replace(default, **values)
 
 
-def option_names(record: Any, prefix: str = "") -> list[str]:
-    """The dotted name of every field, `model.layers`, in the order they are declared."""
-    return list(_flat(dataclasses.asdict(record), prefix))
+def options(record: Any, prefix: str = "") -> dict[str, Any]:
+    """Every option's value by its dotted name, `model.layers`, in the order they are declared."""
+    values = {}
+    for each in dataclasses.fields(record):
+        value = getattr(record, each.name)
+        nested = dataclasses.is_dataclass(value)
+        values |= options(value, f"{prefix}{each.name}.") if nested else {prefix + each.name: value}
+    return values
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

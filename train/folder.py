@@ -13,6 +13,11 @@ from train.config import Run, differences, to_json
 from train.disk import write_atomically
 
 
+def saved_steps(checkpoints: Path) -> list[int]:
+    """The steps that a folder of checkpoints holds whole ones of, by their names, ascending."""
+    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal())
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one run.
@@ -40,6 +45,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """A folder, with one folder for each saved step."""
         return self.path / "checkpoint"
+
+    @property
+    def saved_steps(self) -> list[int]:
+        """The steps there are checkpoints of at this moment, ascending."""
+        return saved_steps(self.checkpoints)
 
     @property
     def profile(self) -> Path:

@@ -157,7 +157,6 @@ class _Training:
         run, program, text = session.run, session.program, session.corpus
         self.state, self._run, self._batches = session.state, run, session.batches
         stack.enter_context(session.folder.claimed())
-        stack.callback(session.batches.close)
         self._stop = stack.enter_context(StopSignals())
         self._checkpoints = stack.enter_context(
             Checkpoints(session.folder.checkpoints, run, text.fingerprint)
@@ -269,8 +268,7 @@ def _opened_log(session: Session, peak: flops.Peak) -> Log:
 
 def _left(folder: RunFolder) -> str:
     """What there is to go on from."""
-    steps = sorted(int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdecimal())
-    if not steps:
+    if not (steps := folder.saved_steps):
         return "there is no checkpoint yet: the same command begins anew"
     newest = folder.checkpoints / str(steps[-1])
     return f"the last good checkpoint is {newest}, and the same command goes on from it"

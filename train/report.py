@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import jax
 
 import dynmask_jax
-from train.command_line import command, options
-from train.config import Run
+from train.command_line import command
+from train.config import Run, options
 from train.curriculum import Growth
 from train.disk import write_atomically
 from train.flops import Peak

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
-
 KINDS = ("rouge1", "rouge2", "rougeL")
 
 
@@ -29,6 +27,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
             "rouge needs as many references as predictions, and one at least, got "
             f"{len(references)} and {len(predictions)}"
         )
+    from rouge_score.rouge_scorer import RougeScorer  # more than a second, for all that score nothing
+
     scorer = RougeScorer(KINDS, use_stemmer=True)
     scores = [scorer.score(*pair) for pair in zip(references, predictions, strict=True)]
     return {kind: 100 * sum(s[kind].fmeasure for s in scores) / len(scores) for kind in KINDS}

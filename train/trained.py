@@ -71,12 +71,11 @@ def _own_tokenizer(weights: Weights, name: str | None) -> Tokenizer:
 
 def _newest(folder: RunFolder, run: Run, vocabulary: int) -> Any:
     """The weights of the newest checkpoint that is whole; damaged ones are passed over with a warning."""
-    steps = [int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdecimal()]
-    if not steps:
+    if not (steps := folder.saved_steps):
         raise FileNotFoundError(f"{folder.path} holds no checkpoint yet")
     field = "params" if run.optimizer.ema is None else "ema"
     like = {field: getattr(jax.eval_shape(lambda: begin(run, vocabulary)[1]), field)}
-    for step in sorted(steps, reverse=True):
+    for step in reversed(steps):
         path = folder.checkpoints.absolute() / str(step)
         try:
             return _restored(path, like)[field]
