@@ -18,6 +18,7 @@ from train.sections import (
     Evaluation,
     Generation,
     Loss,
+    Mesh,
     Model,
     Optimizer,
     Summarize,
@@ -25,8 +26,8 @@ from train.sections import (
 )
 
 Task = Literal["lm", "summarize"]
-FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "watch.", "optimizer.give_up")
-"""Options, and sections, that may change when a run goes on: no weight depends on them."""
+FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "mesh.", "watch.", "optimizer.give_up")
+"""Options, and sections, that may change when a run goes on: no weight depends on them, but by rounding."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Run:
     evaluation: Evaluation = field(default_factory=Evaluation)
     generation: Generation = field(default_factory=Generation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    mesh: Mesh = field(default_factory=Mesh)
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self):

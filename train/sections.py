@@ -18,6 +18,8 @@ PrefixKind = Literal["bidirectional", "causal"]
 Kind = Literal["full", "static", "window", "chunks", "reveal"]
 Shape = Literal["linear", "exponential", "sine", "root", "cubic", "staircase"]
 Pace = Literal["steps", "loss"]
+Strategy = Literal["ring", "all_gather", "ulysses"]
+LayoutChoice = Literal["auto", "contiguous", "zigzag", "striped"]
 
 
 @dataclass(frozen=True)
@@ -278,9 +280,40 @@ class Checkpoints:
     """The latest so many are kept."""
     keep_every: int | None = None
     """Those at multiples of so many steps are kept as well."""
+    folder: str | None = None
+    """Where they lie: in folder / name of this one, which may be a bucket's, gs://bucket/runs, and which all
+    processes must see. None: in the run's folder."""
 
     def __post_init__(self):
         at_least("checkpoints.", self, every=0, keep=1, keep_every=1)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The devices of a run, as a grid of four axes, and how a sequence lies on them."""
+
+    data: int = 1
+    """Devices that rows are spread over, each with all weights of its own."""
+    fsdp: int = 1
+    """Devices that rows are spread over, and the weights and the optimizer's state too."""
+    context: int = 1
+    """Devices that the tokens of a row are spread over, and the weights and the optimizer's state too."""
+    tensor: int = 1
+    """Devices that the heads of attention and the features of the feed-forward layer are spread over."""
+    strategy: Strategy = "ring"
+    """How attention goes over context devices. ring: keys travel as far as the mask shows them;
+    all_gather: every device gets all keys; ulysses: heads are spread instead of tokens."""
+    layout: LayoutChoice = "auto"
+    """Which tokens of a row a context device holds; auto: what balances the mask of the step best."""
+
+    def __post_init__(self):
+        at_least("mesh.", self, data=1, fsdp=1, context=1, tensor=1)
+        one_of("mesh.", self, strategy=Strategy, layout=LayoutChoice)
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return self.data * self.fsdp * self.context * self.tensor
 
 
 @dataclass(frozen=True)
