@@ -8,6 +8,7 @@ pictures in `dynmask_jax.plot`.
 
 from dynmask_jax.attention import attention as attention
 from dynmask_jax.attention import default_backend as default_backend
+from dynmask_jax.context_parallel import context_parallel as context_parallel
 from dynmask_jax.curricula import Curriculum as Curriculum
 from dynmask_jax.curricula import growing_chunks as growing_chunks
 from dynmask_jax.curricula import growing_window as growing_window
