@@ -46,7 +46,7 @@ class ContextParallel:
     def visible_pairs(self, the_plan: Plan):
         return the_plan.visible_pairs()
 
-    def travel(self, the_plan: Plan, k) -> Travel:
+    def travel(self, q, k, the_plan: Plan) -> Travel:
         return Travel(hops=jnp.zeros((), jnp.int32), bytes=jnp.zeros((), jnp.float32))
 
 

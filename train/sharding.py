@@ -105,11 +105,11 @@ class Placement:
         """As `plan.visible_pairs()`, each device counting those of its own queries."""
         return plan.visible_pairs() if self.mesh is None else self._parallel(attention).visible_pairs(plan)
 
-    def travel(self, plan: Plan, keys: jax.ShapeDtypeStruct) -> Travel:
-        """What one layer's keys and values of this shape travel in a forward pass."""
+    def travel(self, plan: Plan, queries: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct) -> Travel:
+        """What one layer's forward pass moves, of queries and keys of these shapes."""
         if self.mesh is None:
             return Travel(hops=jnp.zeros((), jnp.int32), bytes=jnp.zeros((), jnp.float32))
-        return self._parallel(attention).travel(plan, keys)
+        return self._parallel(attention).travel(queries, keys, plan)
 
     def born(self, make: Callable[[], Tree]) -> Tree:
         """What `make` gives, every array made where it is to lie: nothing is whole on any device first."""

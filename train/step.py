@@ -91,14 +91,18 @@ class Program:
 
     def plans(self, mask: Mask, tokens: Tokens, kv_tokens: Tokens | None = None) -> Plans:
         """The plan of each reach in the model's pattern; keys are the queries where left out."""
+        block = self.run.block
+        return {
+            reach: plan(shown, tokens, kv_tokens, block_q=block, block_k=block)
+            for reach, shown in self.masks(mask).items()
+        }
+
+    def masks(self, mask: Mask) -> dict[Reach, Mask]:
+        """What layers of each reach in the model's pattern see of a mask."""
         # As many later keys, where the mask shows those: of a document that its tokens see on both sides.
         window = self.run.model.local_window
         masks: dict[Reach, Mask] = {"global": mask, "local": mask & Window(window, ahead=window - 1)}
-        block = self.run.block
-        return {
-            reach: plan(masks[reach], tokens, kv_tokens, block_q=block, block_k=block)
-            for reach in sorted(set(self.run.model.pattern))
-        }
+        return {reach: masks[reach] for reach in sorted(set(self.run.model.pattern))}
 
     def mask(self, state: State) -> Mask:
         """What the curriculum shows now."""
@@ -156,10 +160,14 @@ class Program:
     def _travel(self, plans: Plans, rows: int) -> Travel:
         """The hops of the layers whose keys go farthest, and the bytes that a device sends for all layers."""
         shape, groups = self.run.model, self.run.model.layers // len(self.run.model.pattern)
-        size = (rows, self.run.data.length, shape.kv_heads, shape.width // shape.heads)
-        keys = jax.ShapeDtypeStruct(size, jnp.dtype(shape.dtype))
+        queries, keys = (
+            jax.ShapeDtypeStruct(
+                (rows, self.run.data.length, heads, shape.width // shape.heads), jnp.dtype(shape.dtype)
+            )
+            for heads in (shape.heads, shape.kv_heads)
+        )
         travels: dict[Reach, Travel] = {
-            reach: self.placement.travel(seen, keys) for reach, seen in plans.items()
+            reach: self.placement.travel(seen, queries, keys) for reach, seen in plans.items()
         }
         return Travel(
             hops=jnp.stack([travel.hops for travel in travels.values()]).max(),
