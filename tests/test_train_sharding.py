@@ -21,8 +21,6 @@ LENGTH, VOCABULARY = 64, 32
 GROUPED = Model(
     layers=2, width=32, heads=4, kv_heads=2, hidden=32, pattern=("local", "global"), local_window=9
 )
-    layers=2, width=32, heads=4, kv_heads=2, hidden=32, pattern=("local", "global"), local_window=9
-)
 ALIKE = replace(GROUPED, layers=1, kv_heads=4, pattern=("global",))
 FLOAT32 = TOLERANCE[jnp.dtype("float32")]
 
