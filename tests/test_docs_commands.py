@@ -181,7 +181,7 @@ def test_the_table_of_slices_adds_up():
     for row in rows():
         check(f"python -m train {row['PRESET']}")
         chips = int(row["chips"])
-        topologies = [row["TOPOLOGY"], row["compiler's name"].partition(":")[2]]
+        topologies = [row["TOPOLOGY"], row["SLICE"].partition(":")[2]]
         assert [math.prod(map(int, each.split("x"))) for each in topologies] == [chips, chips]
         assert sorted(topologies[0].split("x")) == sorted(topologies[1].split("x"))
         cores = 2 if row["ACCELERATOR"].startswith("v5p") else 1
@@ -190,7 +190,7 @@ def test_the_table_of_slices_adds_up():
 
 
 def test_the_variables_are_a_row_of_the_table():
-    names = ("PRESET", "ACCELERATOR", "VERSION", "VMS", "GKE_TPU", "TOPOLOGY")
+    names = ("PRESET", "ACCELERATOR", "VERSION", "VMS", "GKE_TPU", "TOPOLOGY", "SLICE")
     assert [variable(name) for name in names] in [[row[name] for name in names] for row in rows()]
 
 
