@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Int
-from dynmask_jax.costs import STRATEGIES, Attended, Cost, cost
+from dynmask_jax.costs import Attended, Cost, cost
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.layouts import LAYOUTS, check_length, default_stripe, fits, lay_out, layout_order
 from dynmask_jax.machines import V5P, Heads, Machine
 from dynmask_jax.masks import Mask
 from dynmask_jax.plans import SKIP, blocks_of, plan
+from dynmask_jax.spread import STRATEGIES
 from dynmask_jax.tokens import Tokens
 
 EVEN = 1.15

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.machines import BACKWARD, FORWARD, Heads, Machine
-
-STRATEGIES = ("ring", "all_gather", "ulysses")
+from dynmask_jax.spread import STRATEGIES
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from dataclasses import replace
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from dynmask_jax import (
     LAYOUTS,
@@ -18,6 +20,7 @@ from dynmask_jax import (
     Window,
     balance,
     balances,
+    context_parallel,
     exponential,
     growing_chunks,
     growing_window,
@@ -28,6 +31,7 @@ from dynmask_jax import (
 )
 from dynmask_jax.balance import Balance
 from dynmask_jax.curricula import Order
+from dynmask_jax.spread import STRATEGIES
 
 DEVICES = 64
 BLOCK = 8
@@ -109,6 +113,25 @@ def test_a_window_takes_one_hop_while_it_fits_a_neighbour():
     assert hops("contiguous", 1) == (0, 0)
     assert [hops("contiguous", window) for window in (2, 65, 66, 512)] == [(1, 0), (1, 0), (2, 0), (7, 0)]
     assert hops("zigzag", 32) == (1, 1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_hops_and_bytes_are_those_that_context_parallel_counts(strategy):
+    heads = Heads(query=16, key=8, dim=4, dtype=jnp.float32)
+    q, k = (jax.ShapeDtypeStruct((1, 1024, n, heads.dim), heads.dtype) for n in (heads.query, heads.key))
+    mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
+    attend = context_parallel(mesh=mesh, strategy=strategy)
+    for window in (1, 40, 300, 1024):
+        found = balance(
+            Causal() & Window(jnp.int32(window)), 1024, 8, block=16, heads=heads, strategies=[strategy]
+        )
+        for layout in LAYOUTS:
+            choice = found.best(layout, strategy)
+            laid_out = lay_out(Tokens.sequence(1024), choice.order)
+            the_plan = plan(Causal() & Window(jnp.int32(window)), laid_out, block_q=16, block_k=16)
+            travel = attend.travel(q, k, the_plan)
+            assert travel.bytes == choice.cost.forward_bytes
+            assert strategy != "ring" or travel.hops == choice.hops
 
 
 def test_packed_documents_of_different_lengths_are_dealt_by_what_they_cost():

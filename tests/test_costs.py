@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmask_jax import H100, V5P, Heads, Machine
-from dynmask_jax.costs import STRATEGIES, Attended, arcs, cost
+from dynmask_jax.costs import Attended, arcs, cost
+from dynmask_jax.spread import STRATEGIES
 
 HEADS = Heads(query=8, key=4, dim=16, dtype=jnp.bfloat16)
 TOKENS = 10
