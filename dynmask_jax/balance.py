@@ -7,19 +7,20 @@ compiler's own schedules (docs/benchmarks.md).
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Int
-from dynmask_jax.costs import STRATEGIES, Attended, Cost, cost
+from dynmask_jax.costs import Attended, Cost, cost
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.layouts import LAYOUTS, check_length, default_stripe, fits, lay_out, layout_order
 from dynmask_jax.machines import V5P, Heads, Machine
 from dynmask_jax.masks import Mask
 from dynmask_jax.plans import SKIP, blocks_of, plan
+from dynmask_jax.spread import STRATEGIES
 from dynmask_jax.tokens import Tokens
 
 EVEN = 1.15
@@ -93,6 +94,11 @@ class Balance:
         alike = (choice for choice in even if choice.cost.seconds <= ALIKE * fastest)
         return min(alike, key=lambda choice: choice.cost.bytes + choice.cost.held)
 
+    @property
+    def fastest(self) -> Choice:
+        """By the estimate alone, however uneven."""
+        return min(self.choices, key=lambda choice: choice.cost.seconds)
+
     def best(self, layout: str, strategy: str = "ring") -> Choice:
         """The pick among the choices of one layout and one strategy.
 
@@ -129,21 +135,21 @@ def balance(
       heads: the shape of the layer.
       machine: whose times are estimated.
       layouts: of `LAYOUTS`; by default all that the length can be cut into.
-      strategies: of `STRATEGIES`; one that cannot be is left out: ulysses needs query heads for every
-        device, and key heads for every device or devices for every key head.
+      strategies: of `STRATEGIES`; one that cannot be is left out: ulysses needs query and key
+        heads in multiples of the devices.
 
     Raises:
       ValueError: a length that devices, or a layout that is named, do not divide; nothing to choose from.
 
     >>> print(balance(Causal() & Window(8192), 65536, 8, layouts=["contiguous", "zigzag"]))
     8 devices, TPU v5p: one layer, forward and backward
-    layout          strategy   max/mean critical  hops       sent   estimate
-    contiguous      ring           1.07     1.07  1+0     192 MiB   18.49 ms <
-    contiguous      all_gather     1.07     1.07  0+0     897 MiB   22.52 ms
-    contiguous      ulysses        1.00     1.00  0+0     280 MiB   19.64 ms
-    zigzag          ring           1.07     1.07  2+2     640 MiB   19.16 ms
-    zigzag          all_gather     1.07     1.07  0+0     897 MiB   22.52 ms
-    zigzag          ulysses        1.00     1.00  0+0     280 MiB   19.64 ms
+    layout               strategy   max/mean critical  hops       sent   estimate
+    contiguous           ring           1.07     1.07  1+0     160 MiB   18.15 ms <
+    contiguous           all_gather     1.07     1.07  0+0     896 MiB   22.51 ms
+    contiguous           ulysses        1.00     1.00  0+0     282 MiB   19.66 ms
+    zigzag               ring           1.07     1.32  2+2     576 MiB   23.38 ms
+    zigzag               all_gather     1.07     1.07  0+0     896 MiB   22.51 ms
+    zigzag               ulysses        1.00     1.00  0+0     282 MiB   19.66 ms
     """
     tokens = Tokens.sequence(tokens) if isinstance(tokens, int) else tokens
     length = tokens.shape[-1]
@@ -153,11 +159,11 @@ def balance(
         check_length(layout, length, devices)
     block = min(block, length // devices)
     rows = 1 if len(tokens.shape) == 1 else tokens.shape[0]
+    work_of = _Work(mask, tokens, devices, block)
     choices = []
-    for layout, options in _laid_out(mask, tokens, devices, block, layouts):
+    for layout, options in _tried(work_of, layouts):
         order = layout_order(layout, length, devices, **options)
-        work = np.asarray(_work(mask, tokens, order, devices=devices, block=block))
-        attended = Attended(work, block**2, rows * length // devices, heads, machine)
+        attended = Attended(work_of(order), block**2, rows * length // devices, heads, machine)
         costs = {strategy: cost(strategy, attended) for strategy in strategies}
         stripe, group = options.get("stripe"), options.get("group")
         choices += [Choice(layout, stripe, group, s, c, order) for s, c in costs.items() if c is not None]
@@ -171,49 +177,82 @@ def balances(curriculum: Curriculum, steps: Iterable[int], *args, **options) -> 
     return {step: balance(curriculum(step), *args, **options) for step in steps}
 
 
-def _laid_out(mask, tokens, devices: int, block: int, layouts: Sequence[str]):
+def _tried(work_of: "_Work", layouts: Sequence[str]) -> Iterator[tuple[str, dict]]:
     """Every layout with the options of `layout_order` that are tried.
 
-    Stripes are tried in every size down to a block, twice as many each time: fewer keep keys near the
-    queries that see them, more spread the work more evenly. Groups likewise, from two devices to all.
+    Stripes are tried from a block's size on, twice as large each time, down to four for each device
+    (two are zigzag): fewer keep keys near the queries that see them, more spread the work more evenly.
+    Groups are tried from all devices down, half as large each time.
     """
-    length = tokens.shape[-1]
-    finest = default_stripe(length, devices, most=block)
+    devices, finest = work_of.devices, work_of.stripe
     for layout in layouts:
         if layout == "striped":
-            stripes = length // devices // finest
-            yield from (
-                ("striped", {"stripe": finest * n}) for n in _halves(stripes) if n * 4 <= stripes or n == 1
-            )
+            stripes = work_of.tokens.shape[-1] // devices // finest
+            sizes = [finest * n for n in _powers(stripes) if 4 * n <= stripes or n == 1]
+            yield from (("striped", {"stripe": size}) for size in sizes)
         elif layout == "dealt":
-            work = _work_of_stripes(mask, tokens, finest, block)
-            yield from (("dealt", {"work": work, "group": n}) for n in reversed(_halves(devices)) if n > 1)
+            groups = [devices // n for n in _powers(devices)]
+            work = work_of.stripes()
+            yield from (("dealt", {"work": work, "group": n}) for n in groups if n > 1 or devices == 1)
         else:
             yield layout, {}
 
 
-def _halves(n: int) -> list[int]:
-    """n, n/2, n/4, … as long as they are whole."""
-    return [n] if n % 2 else [n, *_halves(n // 2)]
+def _powers(n: int) -> list[int]:
+    """The powers of two that divide n: 1, 2, 4, …."""
+    return [2**power for power in range(n.bit_length()) if n % 2**power == 0]
 
 
-def _work_of_stripes(mask, tokens, stripe: int, block: int) -> np.ndarray:
-    """Blocks of keys that each stripe of queries computes, summed over rows."""
-    codes = plan(mask, tokens, block_q=stripe, block_k=block).codes
-    return np.asarray((codes != SKIP).sum(axis=(0, 2)))
+class _Work:
+    """`work_of(order)`: `[N, N]`, the blocks that device i computes of the keys of device j, over all rows.
+
+    Layouts that move whole blocks, which are most, are counted from one plan of the row in its own order.
+    """
+
+    def __init__(self, mask: Mask, tokens: Tokens, devices: int, block: int):
+        self.mask, self.tokens, self.devices, self.block = mask, tokens, devices, block
+        self.stripe = default_stripe(tokens.shape[-1], devices, most=block)
+
+    def __call__(self, order: np.ndarray) -> np.ndarray:
+        if (blocks := _whole_blocks(order, self.devices, self.block)) is None:
+            return np.asarray(_work(self.mask, self.tokens, order, devices=self.devices, block=self.block))
+        by_device = self.active[blocks].reshape(self.devices, -1, blocks.size).sum(axis=1)
+        return by_device[:, blocks].reshape(self.devices, self.devices, -1).sum(axis=2)
+
+    def stripes(self) -> np.ndarray:
+        """Blocks of keys that each stripe of queries computes."""
+        if self.stripe == self.block:
+            return self.active.sum(axis=1)
+        codes = plan(self.mask, self.tokens, block_q=self.stripe, block_k=self.block).codes
+        return np.asarray((codes != SKIP).sum(axis=(0, 2)))
+
+    @functools.cached_property
+    def active(self) -> np.ndarray:
+        """`[Tb, Sb]`, in how many rows a block is computed, the row in its own order."""
+        codes = plan(self.mask, self.tokens, block_q=self.block, block_k=self.block).codes
+        return np.asarray((codes != SKIP).sum(axis=0), np.int32)
+
+
+def _whole_blocks(order: np.ndarray, devices: int, block: int) -> np.ndarray | None:
+    """Which block goes where, or None where some are cut."""
+    if order.size // devices % block:
+        return None
+    runs = order.reshape(-1, block)
+    whole = (runs[:, :1] % block == 0).all() and (runs == runs[:, :1] + np.arange(block)).all()
+    return runs[:, 0] // block if whole else None
 
 
 @functools.partial(jax.jit, static_argnames=("devices", "block"))
 def _work(mask, tokens: Tokens, order: Int[Array, " T"], *, devices: int, block: int) -> Int[Array, "N N"]:
-    """Blocks that device i computes of the keys of device j, over all rows."""
+    """The same for any order: a plan of the laid-out tokens, each device's share in blocks of its own."""
     laid_out = lay_out(tokens, order)
 
-    def shards(field):
+    def shares(field):
         """Each filled up to whole blocks by its last token, which widens no block's span."""
-        shard = field.reshape(-1, field.shape[-1] // devices)
-        return blocks_of(shard, block).reshape(*field.shape[:-1], -1)
+        share = field.reshape(-1, field.shape[-1] // devices)
+        return blocks_of(share, block).reshape(*field.shape[:-1], -1)
 
-    codes = plan(mask, jax.tree.map(shards, laid_out), block_q=block, block_k=block).codes
+    codes = plan(mask, jax.tree.map(shares, laid_out), block_q=block, block_k=block).codes
     each = codes.shape[1] // devices
     return (codes != SKIP).reshape(-1, devices, each, devices, each).sum(axis=(0, 2, 4))
 
@@ -222,7 +261,7 @@ def _text(found: Balance) -> str:
     pick = found.pick
     lines = [
         f"{found.devices} devices, {found.machine.name}: one layer, forward and backward",
-        f"{'layout':15} {'strategy':10} max/mean critical  hops       sent   estimate",
+        f"{'layout':20} {'strategy':10} max/mean critical  hops       sent   estimate",
     ]
     return "\n".join([*lines, *(_line(choice) + " <" * (choice is pick) for choice in found.choices)])
 
@@ -231,6 +270,6 @@ def _line(choice: Choice) -> str:
     cost = choice.cost
     critical = cost.critical / max(cost.work.mean(), 1e-9)
     return (
-        f"{choice.name:15} {choice.strategy:10} {choice.imbalance:8.2f} {critical:8.2f} "
+        f"{choice.name:20} {choice.strategy:10} {choice.imbalance:8.2f} {critical:8.2f} "
         f"{cost.ahead:2}+{cost.behind:<2} {cost.bytes / 2**20:6,.0f} MiB {1e3 * cost.seconds:7.2f} ms"
     )

@@ -1,23 +1,23 @@
 """What each strategy of context parallelism moves, and an estimate of the time that it takes.
 
-The model of a strategy is what `context_parallel` does:
+The model of each is what `context_parallel` does:
 
-- ring: keys and values travel in two arcs, `ahead` hops forward and `behind` hops backward, and every
-  visit is computed while the next is on its way. In the backward pass float32 gradients travel with
-  them, and then home in one transfer for each arc. Devices go in lock step, so a visit takes as long as
-  its slowest device: the critical path.
-- all_gather: all keys and values are gathered, then attended to; gradients are reduced and scattered.
-- ulysses: heads are spread instead of tokens, by an all-to-all of q, k, v before and of the output after.
+- ring: keys and values travel in two arcs, `ahead` hops forward and then `behind` hops backward, each
+  hop while the shard that came before is attended to. The backward pass fetches the farthest shard of
+  an arc in a few permutes of doubling distance and brings the shards home hop by hop, and the
+  gradients of their keys with them, in float32.
+- all_gather: all keys and values are gathered, before either pass; gradients are summed and scattered.
+- ulysses: heads are spread instead of tokens, by an all-to-all of q, k, v before and of the output and
+  its lse after; query heads and key heads must be multiples of the devices.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
 
-from dynmask_jax.machines import BACKWARD, FORWARD, TOKEN_BYTES, Heads, Machine
-
-STRATEGIES = ("ring", "all_gather", "ulysses")
+from dynmask_jax.machines import BACKWARD, FORWARD, Heads, Machine
+from dynmask_jax.spread import STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Attended:
 
     @property
     def shard(self) -> int:
-        """Bytes of one device's keys and values, with their tokens."""
-        return 2 * self.heads.bytes(self.tokens, self.heads.key) + TOKEN_BYTES * self.tokens
+        """Bytes of one device's keys and values."""
+        return 2 * self.heads.bytes(self.tokens, self.heads.key)
 
     @property
     def gradients(self) -> int:
@@ -64,9 +64,10 @@ class Cost:
 
     Attributes:
       work: `[N]`, blocks that each device computes.
-      critical: blocks on the critical path: of the slowest device at every point where all must wait.
+      critical: blocks on the critical path of a ring, whose devices wait for one another; of others the
+        greatest work.
       ahead, behind: hops of the ring's two arcs; 0 for others.
-      bytes: that each device sends.
+      forward_bytes, backward_bytes: that each device sends.
       held: bytes of other devices' keys, values and their gradients that a device holds at once.
       seconds: the estimate.
     """
@@ -75,9 +76,15 @@ class Cost:
     critical: float
     ahead: int
     behind: int
-    bytes: int
+    forward_bytes: int
+    backward_bytes: int
     held: int
     seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """That each device sends in both passes."""
+        return self.forward_bytes + self.backward_bytes
 
 
 def cost(strategy: str, attended: Attended) -> Cost | None:
@@ -91,94 +98,88 @@ def arcs(needed: np.ndarray) -> tuple[int, int]:
     """Hops ahead and behind, the fewest in all that bring every device the keys it needs.
 
     Args:
-      needed: `[N, N]`, whether device i needs keys of device j. They are (i − j) mod N hops ahead.
+      needed: `[N, N]`, whether device i needs keys of device j: they are (i − j) mod N hops ahead.
 
-    Where several do, the two that are closest to each other: the arcs travel at the same time.
+    Where several do, the one with most hops ahead.
     """
     n = needed.shape[0]
-    distances = sorted({int(i - j) % n for i, j in zip(*np.nonzero(needed), strict=True)} | {0})
+    query, key = np.nonzero(needed)
+    distances = np.union1d((query - key) % n, [0]).tolist()
     ends = [*distances[1:], n]
+    # All up to one distance come from ahead, the next and all others from behind.
     pairs = [(ahead, n - end) for ahead, end in zip(distances, ends, strict=True)]
-    return min(pairs, key=lambda pair: (sum(pair), abs(pair[0] - pair[1]), -pair[0]))
+    return min(pairs, key=lambda pair: (sum(pair), -pair[0]))
 
 
 def _ring(a: Attended) -> Cost:
     ahead, behind = arcs(a.work > 0)
-    rounds = _rounds(a.work, ahead, behind)
-    crowded = [1 + (a.machine.switched and hop <= min(ahead, behind)) for hop in range(1, len(rounds))]
-    sent = {FORWARD: a.shard, BACKWARD: a.shard + a.gradients}
-    seconds = 0.0
-    for way, each in sent.items():
-        transfers = [share * each / a.machine.link for share in crowded]
-        seconds += _lock_step(rounds * a.seconds(way), transfers)
-    home = a.gradients * ((ahead > 0) + (behind > 0))
+    out = [*range(ahead + 1), *range(-1, -behind - 1, -1)]
+    home = [*range(ahead, 0, -1), *range(-behind, 0), 0]
+    hop, hop_home = a.shard / a.machine.link, (a.shard + a.gradients) / a.machine.link
+    jumps = [_jump(length, a.devices) for length in (ahead, behind)]
+    jumped = sum(len(steps) if a.machine.switched else sum(steps) for steps in jumps)
+    seconds = _lock_step(_visits(a.work, out) * a.seconds(FORWARD), hop)
+    seconds += _lock_step(_visits(a.work, home) * a.seconds(BACKWARD), hop_home)
+    hops, permutes = ahead + behind, sum(len(steps) for steps in jumps)
     return Cost(
         work=a.work.sum(axis=1),
-        critical=_lock_step(rounds, [0.0] * (len(rounds) - 1)),
+        critical=_lock_step(_visits(a.work, out), 0.0),
         ahead=ahead,
         behind=behind,
-        bytes=(ahead + behind) * sum(sent.values()) + home,
-        # In each arc, the keys at work and those on their way.
-        held=2 * ((ahead > 0) + (behind > 0)) * (a.shard + a.gradients),
-        seconds=seconds + _home(a, ahead, behind),
+        forward_bytes=hops * a.shard,
+        backward_bytes=hops * (a.shard + a.gradients) + permutes * a.shard,
+        held=2 * (a.shard + a.gradients),  # those at work and those on their way
+        seconds=seconds + jumped * hop,
     )
 
 
-def _rounds(work: np.ndarray, ahead: int, behind: int) -> np.ndarray:
-    """`[rounds, N]`: what each device computes between two hops, of the keys that both arcs brought."""
-    n = work.shape[0]
-    device = np.arange(n)
-    rounds = np.zeros((1 + max(ahead, behind), n))
-    for hop in range(ahead + 1):
-        rounds[hop] += work[device, (device - hop) % n]
-    for hop in range(1, behind + 1):
-        rounds[hop] += work[device, (device + hop) % n]
-    return rounds
+def _visits(work: np.ndarray, distances: list[int]) -> np.ndarray:
+    """`[visits, N]`: what each device computes of the keys that many hops ahead of it, in turn."""
+    device = np.arange(work.shape[0])
+    return np.stack([work[device, (device - distance) % len(device)] for distance in distances])
 
 
-def _lock_step(rounds: np.ndarray, transfers: list[float]) -> float:
-    """When the last device ends. A round begins where the one before is computed and its keys are there.
+def _jump(length: int, devices: int) -> list[int]:
+    """The permutes that fetch a shard from so many hops away the shorter way round: how far each goes."""
+    nearer = min(length, devices - length)
+    return [2**bit for bit in range(nearer.bit_length()) if nearer >> bit & 1]
 
-    They are there a transfer after both the device and its neighbours began the round before: a device
-    may run ahead of its neighbour by one round, of the next by two.
+
+def _lock_step(visits: np.ndarray, transfer: float) -> float:
+    """When the last device ends. A visit begins where the one before is done and its keys have come.
+
+    They have come a transfer after both the device and its neighbours began the visit before. So a
+    device may run ahead of its neighbour by one visit, and of the next one by two.
     """
-    begin = np.zeros(rounds.shape[1])
-    for work, transfer in zip(rounds[:-1], transfers, strict=True):
+    begin = np.zeros(visits.shape[1])
+    for work in visits[:-1]:
         arrived = np.maximum(begin, np.maximum(np.roll(begin, 1), np.roll(begin, -1))) + transfer
         begin = np.maximum(begin + work, arrived)
-    return float((begin + rounds[-1]).max())
-
-
-def _home(a: Attended, ahead: int, behind: int) -> float:
-    """Gradients return in one transfer: over a torus it passes every link on the way."""
-    if a.machine.switched:
-        return a.gradients * ((ahead > 0) + (behind > 0)) / a.machine.link
-    return a.gradients * max(ahead, behind) / a.machine.link
+    return float((begin + visits[-1]).max())
 
 
 def _all_gather(a: Attended) -> Cost:
     others = a.devices - 1
-    sent = others * (2 * a.shard + a.gradients)
-    held = others * (a.shard + a.gradients)
-    return _at_once(a, sent, held, sent / (a.machine.link * (1 if a.machine.switched else 2)))
+    there, back = others * a.shard, others * (a.shard + a.gradients)
+    lanes = 1 if a.machine.switched else 2  # round a torus both ways at once
+    return _at_once(a, (there, back), back, (there + back) / (a.machine.link * lanes))
 
 
 def _ulysses(a: Attended) -> Cost | None:
     n, heads = a.devices, a.heads
-    if heads.query % n or (heads.key % n and n % heads.key):
+    if heads.query % n or heads.key % n:
         return None
-    key_heads = max(heads.key, n)  # fewer than devices: each is sent to all that share it
-    moved = 2 * heads.bytes(a.tokens, heads.query) + 2 * heads.bytes(a.tokens, key_heads)
-    sent = 2 * moved * (n - 1) // n + TOKEN_BYTES * a.tokens * (n - 1)
-    # On a ring a message passes a quarter of the devices, over links both ways.
-    passed = sent if a.machine.switched else sent * n / 8
-    even = Attended(np.full((n, n), a.work.sum() / n**2), a.pairs, a.tokens, heads, a.machine)
-    return _at_once(even, sent, moved, passed / a.machine.link)
+    lse = 4 * a.tokens * heads.query
+    moved = (2 * heads.bytes(a.tokens, heads.query) + a.shard + lse) * (n - 1) // n
+    # Round a ring a message goes over a quarter of the devices, and there are links both ways.
+    passed = 2 * moved * (1 if a.machine.switched else n / 8)
+    even = replace(a, work=np.full((n, n), a.work.sum() / n**2))
+    return _at_once(even, (moved, moved), moved, passed / a.machine.link)
 
 
-def _at_once(a: Attended, sent: int, held: int, transfer: float) -> Cost:
-    """All is there before the first block: nothing overlaps."""
+def _at_once(a: Attended, sent: tuple[int, int], held: int, transfer: float) -> Cost:
+    """All is there before the first block: nothing overlaps, and nobody waits for another meanwhile."""
     work = a.work.sum(axis=1)
     most = float(work.max())
     seconds = transfer + most * (a.seconds(FORWARD) + a.seconds(BACKWARD))
-    return Cost(work, most, ahead=0, behind=0, bytes=sent, held=held, seconds=seconds)
+    return Cost(work, most, 0, 0, *sent, held=held, seconds=seconds)

@@ -82,14 +82,18 @@ def layout_order(
 
 
 def default_stripe(length: int, devices: int, *, most: int = MOST_IN_A_STRIPE) -> int:
-    """Tokens in a stripe: as many as `most` allows that give each device whole stripes, an even number.
+    """Tokens in a stripe: as many as `most` allows that cut each device's share into an even number.
 
-    Even, because a deal and the deal back are level under a causal mask. Where a device holds an odd
-    number of tokens, the number of stripes is odd too.
+    Even, because a deal and the deal back are level under a causal mask. An odd share is cut into an odd
+    number, of at least 3 where it can be.
+
+    >>> [default_stripe(8 * share, 8) for share in (16_384, 512, 1_500, 9, 1)]
+    [512, 256, 375, 3, 1]
     """
     share = length // devices
-    share = share // 2 if share % 2 == 0 else share
-    return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
+    halves = share // 2 if share % 2 == 0 else share
+    fitting = [n for n in range(1, min(halves, most) + 1) if halves % n == 0 and n < share]
+    return max(fitting, default=1)
 
 
 def fits(layout: str, length: int, devices: int) -> bool:

@@ -9,8 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-TOKEN_BYTES = 8
-"""A key's position and segment, which travel with it."""
 FORWARD, BACKWARD = 4, 10
 """Floating-point operations of a pair for each of the H dimensions: 2 and 5 products of 2 operations."""
 
