@@ -151,7 +151,7 @@ class Placement:
         part of the activations travels, not the whole embedding.
         """
         x = embed(self._held(tokens, "data"))
-        for axes in (("data", None, WIDTH), (ROWS, None, TOKENS), (ROWS, TOKENS)):
+        for axes in (("data", None, WIDTH), ("data", TOKENS, "fsdp"), (ROWS, TOKENS)):
             x = self._held(x, *axes)
         return x
 
