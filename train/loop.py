@@ -3,7 +3,6 @@
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 
 import grain
@@ -16,9 +15,10 @@ from train.checksums import finite
 from train.config import Run
 from train.data import Corpus, corpus
 from train.disk import WriteError, check_space, check_writable
+from train.distributed import Processes, check_shared
 from train.evaluation import Validator
 from train.finish import Finish
-from train.folder import RunFolder
+from train.folder import BUCKET, RunFolder
 from train.metrics import Log
 from train.pace import advance
 from train.profile import Profile
@@ -41,6 +41,7 @@ class Session:
     program: Program
     state: State
     batches: grain.DatasetIterator
+    processes: Processes
 
     @property
     def opening(self) -> str:
@@ -48,8 +49,10 @@ class Session:
         done, steps, where = int(self.state.step), self.run.steps, self.folder.path
         if done == steps:
             return f"The run in {where} is finished, all its {steps:,} steps; --overwrite begins it anew."
-        there = jax.device_count()
-        alone = f" It takes one of the {there} devices." if there > 1 else ""
+        there, taken = jax.device_count(), self.run.mesh.size
+        alone = f" It takes {taken} of the {there} devices." if there > taken else ""
+        if (processes := self.processes.count) > 1:
+            alone = f" It takes {taken} devices, of {processes} processes."
         if done:
             return f"The run in {where} goes on after step {done:,} of {steps:,}.{alone}"
         return f"A run of {steps:,} steps begins in {where}.{alone}"
@@ -70,7 +73,7 @@ class Interrupted:
         )
 
 
-def prepare(run: Run, *, overwrite: bool = False) -> Session:
+def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = None) -> Session:
     """Reads the texts, builds the model, and claims the run's folder or takes its newest checkpoint.
 
     All that a caller can have wrong is refused here, before anything is trained or overwritten.
@@ -78,37 +81,33 @@ def prepare(run: Run, *, overwrite: bool = False) -> Session:
     Args:
       run: the config.
       overwrite: begin anew where the folder holds a run, which is removed.
+      processes: those of the run, where there are several; by default as JAX knows them. What one of them
+        refuses, it alone raises: see `Processes.ending_together`.
 
     Raises:
       OSError: texts are missing; or the folder cannot be written to, lies on a disk with too little
         space, or is in use by another process.
       ValueError: the texts or the config are wrong; the folder's run is of another config, of other
-        texts, or without a checkpoint that is whole; or there are several processes.
+        texts, or without a checkpoint that is whole; or the processes were started with different ones.
+      ImportError: a library is missing that the config asks for.
     """
-    if jax.process_count() > 1:  # each would train a model of its own
-        raise ValueError(f"training goes on in one process, got {jax.process_count()} of jax.distributed")
-    folder = RunFolder(Path(run.folder) / run.name)
-    check_writable(folder.path)
-    if not overwrite:
-        folder.holds(run)  # refused before the texts are read, which may take long
-    sinks.check(run)
+    processes = processes or Processes.here()
+    processes.check_same(run, overwrite=overwrite)
+    folder = RunFolder.of(run)
+    processes.first_says(lambda: _check_folder(folder, run, overwrite))
+    check_shared(folder.checkpoints.parent, processes)
     texts = corpus(run)
+    processes.check_equal(texts.fingerprint, "data.paths: the texts")
     program, state = begin(run, texts.tokenizer.vocabulary)
     batches = texts.batches()
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.claimed():
-        _check_space(folder, run, state)
-        goes_on = not overwrite and folder.holds(run)  # another process may have been here meanwhile
-        restored = _restored(folder, run, texts, state, batches) if goes_on else None
-        if restored is None:  # new, or killed before its first checkpoint
-            folder.begin(run)
-            # Bound to its devices, as a restored one is: the very same program is compiled for both.
-            state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
-        else:
-            folder.write_config(run)
-            metrics.rewind(folder.metrics, int(restored.step))
-            state = restored
-    return Session(run, folder, texts, program, state, batches)
+    with ExitStack() as claim:
+        goes_on = processes.first_says(lambda: _claim(claim, folder, run, state, overwrite))
+        restored = _restored(folder, run, texts, state, batches, processes) if goes_on else None
+        done = None if restored is None else int(restored.step)
+        processes.first_says(lambda: _begin(folder, run, done))
+    # Bound to its devices, as a restored one is: the very same program is compiled for both.
+    state = restored or jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    return Session(run, folder, texts, program, state, batches, processes)
 
 
 def train(session: Session) -> Summary | Interrupted:
@@ -124,7 +123,7 @@ def train(session: Session) -> Summary | Interrupted:
       WriteError: a file could not be written, be it that the disk is full. The checkpoints before are
         whole, as they are after every error.
     """
-    peak = flops.peak(session.run.watch, session.run.model.dtype, jax.devices()[:1])
+    peak = flops.peak(session.run.watch, session.run.model.dtype, jax.local_devices()[:1])
     state, compilations = session.state, 0
     with closing(session.batches):
         if int(state.step) < session.run.steps:
@@ -137,7 +136,7 @@ def train(session: Session) -> Summary | Interrupted:
             if interrupted is not None:
                 return interrupted
             state, compilations = training.state, training.compilations
-    finish = Finish(session.run, session.folder, session.corpus, session.program, peak)
+    finish = Finish(session.run, session.folder, session.corpus, session.program, peak, session.processes)
     return finish(state, compilations)
 
 
@@ -156,13 +155,15 @@ class _Training:
     def __init__(self, session: Session, peak: flops.Peak, stack: ExitStack):
         run, program, text = session.run, session.program, session.corpus
         self.state, self._run, self._batches = session.state, run, session.batches
-        stack.enter_context(session.folder.claimed())
+        processes = session.processes
+        processes.first_says(lambda: stack.enter_context(session.folder.claimed()))
         self._stop = stack.enter_context(StopSignals())
         self._checkpoints = stack.enter_context(
-            Checkpoints(session.folder.checkpoints, run, text.fingerprint)
+            Checkpoints(session.folder.checkpoints, run, text.fingerprint, processes)
         )
         self._log: Log = stack.enter_context(_opened_log(session, peak))
-        self._profile = stack.enter_context(Profile(session.folder.profile, run.watch))
+        watch = run.watch if processes.first else replace(run.watch, profile=None)
+        self._profile = stack.enter_context(Profile(session.folder.profile, watch))
         self._validator = Validator(program, text, run)
         self._train_step = jax.jit(program.train_step, donate_argnums=0)
         self._advance = jax.jit(partial(advance, options=run.curriculum))
@@ -233,11 +234,42 @@ class _Training:
             )
 
 
+def _check_folder(folder: RunFolder, run: Run, overwrite: bool):
+    """What is refused before the texts are read, which may take long."""
+    check_writable(folder.path)
+    if not overwrite:
+        folder.holds(run)
+    sinks.check(run)
+
+
+def _claim(stack: ExitStack, folder: RunFolder, run: Run, state: State, overwrite: bool) -> bool:
+    """Whether the folder, which is claimed until the stack is left, holds the run to go on with."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(folder.claimed())
+    _check_space(folder, run, state)
+    return not overwrite and folder.holds(run)  # another process may have been here meanwhile
+
+
+def _begin(folder: RunFolder, run: Run, done: int | None):
+    """Readies the folder for a run that goes on after so many steps; None: it is new, or was killed before
+    its first checkpoint."""
+    if done is None:
+        folder.begin(run)
+    else:
+        folder.write_config(run)
+        metrics.rewind(folder.metrics, done)
+
+
 def _restored(
-    folder: RunFolder, run: Run, text: Corpus, fresh: State, batches: grain.DatasetIterator
+    folder: RunFolder,
+    run: Run,
+    text: Corpus,
+    fresh: State,
+    batches: grain.DatasetIterator,
+    processes: Processes,
 ) -> State | None:
     """The state of the newest whole checkpoint, or None where there is none. Uses up the fresh one."""
-    with Checkpoints(folder.checkpoints, run, text.fingerprint) as checkpoints:
+    with Checkpoints(folder.checkpoints, run, text.fingerprint, processes) as checkpoints:
         if not checkpoints.steps():
             return None
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
@@ -248,10 +280,12 @@ def _restored(
 
 def _check_space(folder: RunFolder, run: Run, state: State):
     """Refuses a disk that cannot take the checkpoints that are kept, and one more while it is written."""
+    if BUCKET in str(folder.checkpoints):
+        return
     there = len(list(folder.checkpoints.glob("*"))) if folder.checkpoints.exists() else 0
     count = max(run.checkpoints.keep + 1 - there, 1)
     each = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    check_space(folder.path, count * each, f"{count} more checkpoints (checkpoints.keep)")
+    check_space(folder.checkpoints.parent, count * each, f"{count} more checkpoints (checkpoints.keep)")
 
 
 def _opened_log(session: Session, peak: flops.Peak) -> Log:
