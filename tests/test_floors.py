@@ -10,11 +10,11 @@ import dynmask_jax
 PACKAGE = Path(dynmask_jax.__file__).parent
 FLOORS = [
     {"array_typing", "errors", "platforms", "varying"},
-    {"schedules", "spans", "online_softmax", "scores", "rotary", "finite"},
-    {"tokens", "draws", "leaves"},
+    {"schedules", "spans", "online_softmax", "scores", "rotary", "finite", "layouts", "machines"},
+    {"tokens", "draws", "leaves", "costs"},
     {"masks"},
     {"curricula", "plans"},
-    {"backends.blocks", "backends.residuals", "backends.tpu_grid", "backends.dense", "nonfinite"},
+    {"balance", "backends.blocks", "backends.residuals", "backends.tpu_grid", "backends.dense", "nonfinite"},
     {"backends.tpu_tile"},
     {"backends.xla_backward", "backends.tpu_backward"},
     {"backends.xla", "backends.tpu"},

@@ -15,9 +15,10 @@ import tyro
 
 from train.generation import Generator
 from train.sections import Generation
+from train.step import program_of
 from train.summaries import Summarizer
 from train.tokenizers import Tokenizer, train_bpe
-from train.trained import program_of, trained
+from train.trained import trained
 from train.weights import Weights, export_weights
 
 PROGRAM = "python -m train"

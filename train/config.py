@@ -81,6 +81,7 @@ class Run:
             raise ValueError(f"evaluation.summaries needs the task summarize, got {self.task!r}")
         if self.curriculum.pace == "loss":
             _check_pace(self)
+        _check_mesh(self)
 
 
 def _check_pace(run: Run):
@@ -93,6 +94,28 @@ def _check_pace(run: Run):
             f"curriculum.pace loss may take stages * patience * evaluation.every = {needed} steps to show "
             f"everything, more than the run's steps ({run.steps})"
         )
+
+
+def _check_mesh(run: Run):
+    """Refuses a mesh whose axes cannot divide what is spread over them."""
+    mesh, model, data = run.mesh, run.model, run.data
+    rows = data.batch // run.optimizer.accumulate
+    halves = 2 if mesh.layout == "zigzag" and mesh.context > 1 else 1
+    needs = [
+        ("mesh.data * mesh.fsdp", mesh.data * mesh.fsdp, "data.batch / optimizer.accumulate", rows),
+        ("mesh.fsdp * mesh.context", mesh.fsdp * mesh.context, "model.width", model.width),
+        ("mesh.context", mesh.context, "data.length", data.length),
+        ("mesh.layout zigzag: 2 * mesh.context", halves * mesh.context, "data.length", data.length),
+        ("mesh.tensor", mesh.tensor, "model.heads", model.heads),
+        ("mesh.tensor", mesh.tensor, "model.kv_heads", model.kv_heads),
+        ("mesh.tensor", mesh.tensor, "model.hidden", model.hidden),
+    ]
+    if mesh.strategy == "ulysses" and mesh.context > 1:
+        both, name = mesh.context * mesh.tensor, "mesh.strategy ulysses: mesh.context * mesh.tensor"
+        needs += [(name, both, f"model.{heads}", getattr(model, heads)) for heads in ("heads", "kv_heads")]
+    for name, size, whole, of in needs:
+        if of % size:
+            raise ValueError(f"{name} ({size}) must divide {whole}, got {of}")
 
 
 def to_json(run: Run) -> str:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from dynmask_jax import Mask
+from dynmask_jax.array_typing import Int
 from train.batch import Batch
 from train.config import Run
 from train.data import Corpus
@@ -39,10 +40,13 @@ class Validator:
       program: of the run.
       corpus: whose held-out rows are read.
       run: the config.
+      order: of the tokens of a row over the devices of a mesh, `Layouts.full`; any is right.
     """
 
-    def __init__(self, program: Program, corpus: Corpus, run: Run):
-        self._program, self._rows = program, corpus.held_out
+    def __init__(
+        self, program: Program, corpus: Corpus, run: Run, order: Int[np.ndarray, " T"] | None = None
+    ):
+        self._program, self._rows, self._order = program, corpus.held_out, order
         self._evaluate = jax.jit(program.evaluate)
         self._by_loss = run.curriculum.pace == "loss"
         self._probe = Probe(program, corpus, run) if run.evaluation.needles else None
@@ -60,7 +64,12 @@ class Validator:
         )
 
     def _measured(self, params, mask: Mask) -> Evaluated:
-        return total(lambda batch: self._evaluate(params, batch, mask), self._rows)
+        on = self._program.placement
+
+        def evaluate(rows: Batch) -> Evaluated:
+            return self._evaluate(params, on.place(on.filled(rows), self._order), mask)
+
+        return total(evaluate, self._rows)
 
 
 def total(evaluate: Callable[[Batch], Evaluated], rows: Iterable[Batch]) -> Evaluated:

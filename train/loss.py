@@ -34,8 +34,9 @@ def token_losses(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     options: sections.Loss,
+    devices: int = 1,
 ) -> TokenLosses:
-    """The losses of the targets, with logits of `loss.chunk` tokens at a time.
+    """The losses of the targets, with logits of `loss.chunk` tokens at a time on each device.
 
     Args:
       hidden: what the logits are made from.
@@ -43,10 +44,11 @@ def token_losses(
       targets: what is to be predicted.
       weights: only whether they are 0 matters here: a chunk without a weight costs nothing.
       options: the chunk, and the weight of the penalty.
+      devices: how many the rows are spread over.
     """
     batch, length = targets.shape
     chunk = options.chunk or _default_chunk(jax.eval_shape(logits, hidden).shape[-1])
-    count = -(-length // max(1, chunk // batch))
+    count = -(-length // max(1, chunk * devices // batch))
     size = -(-length // count)  # chunks of one size, so that the least is filled up
 
     def of_chunk(part) -> TokenLosses:

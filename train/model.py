@@ -8,11 +8,12 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from dynmask_jax import Plan, attention
+from dynmask_jax import Plan
 from dynmask_jax.array_typing import Array, Float, Int, pytree
 from dynmask_jax.nnx import Attention
 from train import sections
 from train.sections import Reach
+from train.sharding import Placement
 
 Plans = dict[Reach, Plan]
 """The plan of each reach that the model's pattern has, "global" and "local"."""
@@ -48,32 +49,34 @@ class Cache:
 class FeedForward(nnx.Module):
     """SwiGLU: silu(x·gate) · (x·up), projected back. Shazeer 2020, arXiv:2002.05202."""
 
-    def __init__(self, shape: sections.Model, *, rngs: nnx.Rngs):
+    def __init__(self, shape: sections.Model, placement: Placement, *, rngs: nnx.Rngs):
+        self.placement = placement
         linear = partial(nnx.Linear, use_bias=False, dtype=jnp.dtype(shape.dtype), rngs=rngs)
         self.gate = linear(shape.width, shape.hidden)
         self.up = linear(shape.width, shape.hidden)
         self.down = linear(shape.hidden, shape.width)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+        return self.down(self.placement.features(nnx.silu(self.gate(x)) * self.up(x)))
 
 
 class Block(nnx.Module):
     """Attention, then feed-forward, each added to its input after an RMSNorm of it."""
 
-    def __init__(self, shape: sections.Model, *, rngs: nnx.Rngs):
+    def __init__(self, shape: sections.Model, placement: Placement, *, rngs: nnx.Rngs):
+        self.placement = placement
         self.attention_norm = nnx.RMSNorm(shape.width, rngs=rngs)
         self.attention = Attention(
             shape.width,
             shape.heads,
             num_kv_heads=shape.kv_heads,
             rope_theta=shape.rope_theta,
-            attention=attention if shape.backend is None else partial(attention, backend=shape.backend),
+            attention=placement.attention(shape.backend),
             dtype=jnp.dtype(shape.dtype),
             rngs=rngs,
         )
         self.feed_forward_norm = nnx.RMSNorm(shape.width, rngs=rngs)
-        self.feed_forward = FeedForward(shape, rngs=rngs)
+        self.feed_forward = FeedForward(shape, placement, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], plan: Plan, cache: Cache | None = None, layer=0, slot=0
@@ -84,8 +87,9 @@ class Block(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, slot, k, v)
             k, v = cache.keys[layer], cache.values[layer]
-        x = x + self.attention.attend(normed, k, v, plan)
-        return x + self.feed_forward(_normed(self.feed_forward_norm, x)), cache
+        settle = self.placement.activations
+        x = settle(x + self.attention.attend(normed, k, v, plan))
+        return settle(x + self.feed_forward(_normed(self.feed_forward_norm, x))), cache
 
 
 class Transformer(nnx.Module):
@@ -98,19 +102,27 @@ class Transformer(nnx.Module):
     Args:
       shape: its sizes.
       vocabulary: how many different tokens there are.
+      placement: the devices that it computes on.
       rngs: with a `params` stream.
     """
 
-    def __init__(self, shape: sections.Model, vocabulary: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: sections.Model,
+        vocabulary: int,
+        placement: Placement = Placement(),
+        *,
+        rngs: nnx.Rngs,
+    ):
         # As large as what a layer adds: tokens that are drowned in the first layers' noise learn slowly.
         unit = nnx.initializers.normal(1.0)
-        self.shape, dtype = shape, jnp.dtype(shape.dtype)
+        self.shape, self.placement, dtype = shape, placement, jnp.dtype(shape.dtype)
         self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=unit, dtype=dtype, rngs=rngs)
 
         @nnx.split_rngs(splits=shape.layers // len(shape.pattern))
         @nnx.vmap
         def stacked(rngs: nnx.Rngs) -> nnx.Sequential:
-            return nnx.Sequential(*[Block(shape, rngs=rngs) for _ in shape.pattern])
+            return nnx.Sequential(*[Block(shape, placement, rngs=rngs) for _ in shape.pattern])
 
         self.groups = stacked(rngs)
         self.norm = nnx.RMSNorm(shape.width, rngs=rngs)
@@ -162,8 +174,8 @@ class Transformer(nnx.Module):
             return (x, cache), None
 
         numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)
-        start, unroll = (self.embed(tokens), cache), 1 if self._looped else len(numbers)
-        (x, cache), _ = jax.lax.scan(group, start, (numbers, weights), unroll=unroll)
+        start, unroll = self.placement.embedded(self.embed(tokens)), 1 if self._looped else len(numbers)
+        (x, cache), _ = jax.lax.scan(group, (start, cache), (numbers, weights), unroll=unroll)
         return _normed(self.norm, x), cache
 
     @property

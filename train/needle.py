@@ -52,15 +52,18 @@ class Probe:
         self._shape = (len(DEPTHS), run.evaluation.needles, 2)  # depths, needles, right and wrong number
         rows = list(_rows(corpus, run))
         self._answer = int(max(row.weights.sum() for row in rows))
-        size = min(run.data.batch, len(rows))
-        rows += rows[: -len(rows) % size]  # all batches have one shape; what is read twice is cut off
+        on = program.placement
+        size = -(-min(run.data.batch, len(rows)) // on.rows) * on.rows
+        # All batches have one shape; what is read twice is cut off.
+        rows = list(itertools.islice(itertools.cycle(rows), -(-len(rows) // size) * size))
         self._batches = [jax.tree.map(_stack, *rows[i : i + size]) for i in range(0, len(rows), size)]
         self._score = jax.jit(self._scores)
         self._program = program
 
     def __call__(self, params) -> Needles:
         """What the weights find."""
-        scores = jax.device_get([self._score(params, batch) for batch in self._batches])
+        place = self._program.placement.place
+        scores = jax.device_get([self._score(params, place(batch)) for batch in self._batches])
         count = np.prod(self._shape)
         found, losses = (np.concatenate(p)[:count].reshape(self._shape) for p in zip(*scores, strict=True))
         gain = (losses[:, :, 1] - losses[:, :, 0]).mean(axis=1) / np.log(2)
@@ -75,7 +78,8 @@ class Probe:
         targets, weights = batch.targets[:, last], batch.weights[:, last]
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=-1)[:, :, 0]
         right = (logits.argmax(axis=-1) == targets) | (weights == 0)
-        return right.all(axis=1), (losses * weights).sum(axis=1) / weights.sum(axis=1)
+        scores = right.all(axis=1), (losses * weights).sum(axis=1) / weights.sum(axis=1)
+        return program.placement.everywhere(scores)
 
 
 @dataclass(frozen=True)

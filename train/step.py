@@ -1,6 +1,6 @@
 """The train step and the evaluation step: pure, and all that is compiled of a run's training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import flax.nnx as nnx
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from dynmask_jax import Mask, Tokens, Window, plan
-from dynmask_jax.array_typing import Array, Float, Int, pytree
+from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.context_parallel import Travel
 from train.batch import Batch
 from train.config import Run
 from train.curriculum import Growth, growth
@@ -17,70 +18,10 @@ from train.exposure import full_pairs
 from train.loss import TokenLosses, token_losses
 from train.model import Plans, Transformer
 from train.optimizer import adamw, learning_rate
-from train.pace import Pace, clock, first_stage
+from train.pace import clock, first_stage
 from train.sections import Reach
-
-
-@pytree
-class State:
-    """What training changes: all of it but the place in the data.
-
-    Attributes:
-      step: how many steps have been done, which is also the number of the next: int32.
-      params: the weights, a dictionary of arrays.
-      optimizer: optax's state, an `optax.ApplyIfFiniteState`.
-      ema: a running mean of the weights; None where the run has none.
-      pace: of a curriculum that the loss moves.
-      key: the data of the run's random key, uint32: `jax.random.wrap_key_data`.
-    """
-
-    step: Int[Array, ""]
-    params: optax.Params
-    optimizer: optax.OptState
-    ema: optax.Params | None
-    pace: Pace
-    key: Array
-
-
-@pytree
-class Metrics:
-    """What a train step reports.
-
-    Attributes:
-      loss: mean over the batch's weights, nats a token, without the z-loss.
-      weight: tokens in the loss.
-      tokens: tokens that are not padding.
-      exposure: visible pairs of all layers ÷ those at the full mask, 0…1.
-      window: tokens of the window or chunk.
-      pairs: of each reach, visible pairs of one layer (the mean over its heads), over all rows.
-      gradient_norm: before it is clipped.
-      learning_rate: of this step.
-      skipped: steps so far whose loss or gradient was not finite, which changed no weight.
-      skipped_in_a_row: of these, how many since the last step that was not.
-    """
-
-    loss: Float[Array, ""]
-    weight: Float[Array, ""]
-    tokens: Int[Array, ""]
-    exposure: Float[Array, ""]
-    window: Array
-    pairs: dict[Reach, Float[Array, ""]]
-    gradient_norm: Float[Array, ""]
-    learning_rate: Array
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
-
-
-@pytree
-class Evaluated:
-    """Losses of a batch, by how many tokens of its document come before each: `Program.bucket_starts`.
-
-    Attributes:
-      loss_sum: weighted, in nats. weight: what it is to be divided by. Both `[buckets]`.
-    """
-
-    loss_sum: Float[Array, " buckets"]
-    weight: Float[Array, " buckets"]
+from train.sharding import Placement
+from train.state import Evaluated, Metrics, State
 
 
 @dataclass(frozen=True)
@@ -92,12 +33,14 @@ class Program:
       graph: the model without its weights: `nnx.merge(graph, params)` is the `Transformer`.
       growth: what is shown at each step.
       optimizer: of the weights.
+      placement: the devices it goes on.
     """
 
     run: Run
     graph: nnx.GraphDef
     growth: Growth
     optimizer: optax.GradientTransformation
+    placement: Placement = field(default_factory=Placement)
 
     def train_step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """One update from one batch of rows, under the curriculum's mask at the state's clock.
@@ -105,7 +48,7 @@ class Program:
         A loss or gradient that is not finite changes nothing but the step and the counts of skips.
         """
         mask, weight = self.mask(state), batch.weights.sum()
-        gradients, loss, pairs = self._over_parts(state.params, batch, mask)
+        (gradients, loss, pairs), travel = self._over_parts(state.params, batch, mask)
         norm = optax.tree.norm(gradients)
         # optax skips a gradient that is not finite; it is made so where the loss alone shows that.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -125,11 +68,14 @@ class Program:
             pairs=pairs,
             gradient_norm=norm,
             learning_rate=jnp.asarray(rate),
+            hops=travel.hops.max(),
+            bytes_moved=travel.bytes.sum(),
             skipped=_skips(optimizer).total_notfinite,
             skipped_in_a_row=_skips(optimizer).notfinite_count,
         )
         ema = self._running_mean(state.ema, params, finite, done)
-        return State(state.step + 1, params, optimizer, ema, state.pace, state.key), metrics
+        after = State(state.step + 1, params, optimizer, ema, state.pace, state.key)
+        return self.placement.settled(after), self.placement.everywhere(metrics)
 
     def evaluate(self, params: optax.Params, batch: Batch, mask: Mask) -> Evaluated:
         """The losses of a batch under any mask, by bucket of `batch.context`."""
@@ -141,18 +87,22 @@ class Program:
         def by_bucket(values):
             return jax.ops.segment_sum(values.ravel(), buckets, len(self.bucket_starts))
 
-        return Evaluated(by_bucket(weights * losses.nats), by_bucket(weights))
+        return self.placement.everywhere(Evaluated(by_bucket(weights * losses.nats), by_bucket(weights)))
 
     def plans(self, mask: Mask, tokens: Tokens, kv_tokens: Tokens | None = None) -> Plans:
         """The plan of each reach in the model's pattern; keys are the queries where left out."""
+        block = self.run.block
+        return {
+            reach: plan(shown, tokens, kv_tokens, block_q=block, block_k=block)
+            for reach, shown in self.masks(mask).items()
+        }
+
+    def masks(self, mask: Mask) -> dict[Reach, Mask]:
+        """What layers of each reach in the model's pattern see of a mask."""
         # As many later keys, where the mask shows those: of a document that its tokens see on both sides.
         window = self.run.model.local_window
         masks: dict[Reach, Mask] = {"global": mask, "local": mask & Window(window, ahead=window - 1)}
-        block = self.run.block
-        return {
-            reach: plan(masks[reach], tokens, kv_tokens, block_q=block, block_k=block)
-            for reach in sorted(set(self.run.model.pattern))
-        }
+        return {reach: masks[reach] for reach in sorted(set(self.run.model.pattern))}
 
     def mask(self, state: State) -> Mask:
         """What the curriculum shows now."""
@@ -182,12 +132,13 @@ class Program:
     def _over_parts(self, params, batch: Batch, mask: Mask):
         """Gradient and mean loss of the batch, and its visible pairs, summed over parts of its rows.
 
-        Each part's loss is divided by the weight of the whole batch, so that parts may differ in theirs.
+        Beside these sums, what each part's keys travel. A part's loss is divided by the weight of the
+        whole batch, so that parts may differ in theirs.
         """
         weight = batch.weights.sum()
         total = jnp.where(weight > 0, weight, 1.0)  # rows of padding alone: a loss and gradient of 0
         count = self.run.optimizer.accumulate
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[1]), batch)
+        parts = jax.tree.map(lambda x: self.placement.parts(x, count), batch)
 
         def loss_of(params, part: Batch, plans: Plans):
             losses = self._losses(params, part, plans)
@@ -197,23 +148,50 @@ class Program:
         def add(sums, part: Batch):
             plans = self.plans(mask, self._tokens(part))
             (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, part, plans)
+            gradients, count = self.placement.settled(gradients), self.placement.visible_pairs
             rows = part.inputs.shape[0]
-            pairs = {reach: seen.visible_pairs() * (rows / seen.rows) for reach, seen in plans.items()}
-            return jax.tree.map(jnp.add, sums, (gradients, loss, pairs)), None
+            pairs = {reach: count(seen) * (rows / seen.rows) for reach, seen in plans.items()}
+            return jax.tree.map(jnp.add, sums, (gradients, loss, pairs)), self._travel(plans, rows)
 
         zero = jnp.zeros((), jnp.float32)
         start = jax.tree.map(jnp.zeros_like, params), zero, dict.fromkeys(set(self.run.model.pattern), zero)
-        return jax.lax.scan(add, start, parts)[0]
+        return jax.lax.scan(add, start, parts)
+
+    def _travel(self, plans: Plans, rows: int) -> Travel:
+        """The hops of the layers whose keys go farthest, and the bytes that a device sends for all layers."""
+        shape, groups = self.run.model, self.run.model.layers // len(self.run.model.pattern)
+        queries, keys = (
+            jax.ShapeDtypeStruct(
+                (rows, self.run.data.length, heads, shape.width // shape.heads), jnp.dtype(shape.dtype)
+            )
+            for heads in (shape.heads, shape.kv_heads)
+        )
+        travels: dict[Reach, Travel] = {
+            reach: self.placement.travel(seen, queries, keys) for reach, seen in plans.items()
+        }
+        return Travel(
+            hops=jnp.stack([travel.hops for travel in travels.values()]).max(),
+            bytes=groups * self._of_all_layers({reach: travels[reach].bytes for reach in plans}),
+        )
 
     def _losses(self, params, batch: Batch, plans: Plans) -> TokenLosses:
         model: Transformer = nnx.merge(self.graph, params)
         inputs, targets, weights = map(jnp.asarray, (batch.inputs, batch.targets, batch.weights))
-        return token_losses(model(inputs, plans), model.logits, targets, weights, self.run.loss)
+        on, hidden = self.placement, model(inputs, plans)
+        folded = token_losses(
+            on.fold(hidden),
+            lambda hidden: model.logits(on.folded(hidden)),
+            on.fold(targets),
+            on.fold(weights),
+            self.run.loss,
+            devices=on.rows * on.context,
+        )
+        return jax.tree.map(on.unfold, folded)
 
     def _tokens(self, batch: Batch) -> Tokens:
         """What masks read of the rows: of chunked ones the same for all."""
         if self.run.data.rows == "chunked":
-            return Tokens.sequence(batch.inputs.shape[1])
+            return Tokens(jnp.asarray(batch.positions)[0])
         return Tokens(batch.positions, batch.segments)
 
     def _running_mean(self, ema, params, finite, updates):
@@ -226,21 +204,45 @@ class Program:
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, ema)
 
     def _of_all_layers(self, pairs: dict[Reach, Float[Array, ""]]) -> Float[Array, ""]:
-        """The pairs of one layer each, summed over the layers of a group."""
+        """What one layer each has, summed over the layers of a group."""
         return jnp.stack([pairs[reach] for reach in self.run.model.pattern]).sum()
 
 
-def begin(run: Run, vocabulary: int) -> tuple[Program, State]:
+def begin(run: Run, vocabulary: int, placement: Placement = Placement()) -> tuple[Program, State]:
     """The program of a run, and its state before the first step.
+
+    The state is the same on every mesh, but for rounding; no array of it is ever whole on a device that
+    holds a part.
 
     Args:
       run: the config.
       vocabulary: how many different tokens there are.
+      placement: the devices that it goes on.
     """
-    graph, weights = nnx.split(Transformer(run.model, vocabulary, rngs=nnx.Rngs(run.seed)))
-    params = nnx.to_pure_dict(weights)
-    program = Program(run, graph, growth(run), adamw(run.optimizer, run.steps))
-    state = State(
+    program = program_of(run, vocabulary, placement)
+    return program, placement.born(lambda: _first(program, vocabulary))
+
+
+def program_of(run: Run, vocabulary: int, placement: Placement = Placement()) -> Program:
+    """A run's program without a state, which would take memory: for weights that are there already."""
+    model = nnx.eval_shape(lambda: _model(run, vocabulary, placement))
+    return Program(run, nnx.split(model)[0], growth(run), adamw(run.optimizer, run.steps), placement)
+
+
+def state_like(program: Program, vocabulary: int) -> State:
+    """The shapes of a run's state, with their shardings: `jax.ShapeDtypeStruct`s in place of arrays."""
+    return program.placement.shapes(jax.eval_shape(lambda: _first(program, vocabulary)))
+
+
+def _model(run: Run, vocabulary: int, placement: Placement) -> Transformer:
+    return Transformer(run.model, vocabulary, placement, rngs=nnx.Rngs(run.seed))
+
+
+def _first(program: Program, vocabulary: int) -> State:
+    """The state before the first step."""
+    run = program.run
+    params = nnx.to_pure_dict(nnx.split(_model(run, vocabulary, program.placement))[1])
+    return State(
         step=jnp.zeros((), jnp.int32),
         params=params,
         optimizer=program.optimizer.init(params),
@@ -249,7 +251,6 @@ def begin(run: Run, vocabulary: int) -> tuple[Program, State]:
         pace=first_stage(),
         key=jax.random.key_data(jax.random.fold_in(jax.random.key(run.seed), 1)),
     )
-    return program, state
 
 
 def _skips(state: optax.OptState) -> optax.ApplyIfFiniteState:

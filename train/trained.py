@@ -4,19 +4,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from train.checksums import leaves, shapes
 from train.config import Run, from_json
-from train.curriculum import growth
 from train.disk import reason
 from train.folder import RunFolder
-from train.model import Transformer
-from train.optimizer import adamw
-from train.step import Program, begin
+from train.step import program_of, state_like
 from train.tokenizers import Tokenizer, load_tokenizer
 from train.weights import Weights, load_weights
 
@@ -55,12 +51,6 @@ def trained(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tokeni
     return Weights(run, _newest(folder, run, own.vocabulary), own.vocabulary, own.fingerprint), own
 
 
-def program_of(run: Run, vocabulary: int) -> Program:
-    """A run's program without a state, which would take memory: for weights that are there already."""
-    model = nnx.eval_shape(lambda: Transformer(run.model, vocabulary, rngs=nnx.Rngs(run.seed)))
-    return Program(run, nnx.split(model)[0], growth(run), adamw(run.optimizer, run.steps))
-
-
 def _own_tokenizer(weights: Weights, name: str | None) -> Tokenizer:
     name = name or weights.run.data.tokenizer
     tokenizer = load_tokenizer(name, weights.run.data.end_token)
@@ -74,7 +64,7 @@ def _newest(folder: RunFolder, run: Run, vocabulary: int) -> Any:
     if not (steps := folder.saved_steps):
         raise FileNotFoundError(f"{folder.path} holds no checkpoint yet")
     field = "params" if run.optimizer.ema is None else "ema"
-    like = {field: getattr(jax.eval_shape(lambda: begin(run, vocabulary)[1]), field)}
+    like = {field: getattr(state_like(program_of(run, vocabulary), vocabulary), field)}
     for step in reversed(steps):
         path = folder.checkpoints.absolute() / str(step)
         try:

@@ -11,7 +11,7 @@ from safetensors.flax import save
 
 from train.config import Run, from_json, to_json
 from train.disk import writing
-from train.step import begin
+from train.step import program_of, state_like
 
 FORMAT = "dynmask_jax train 1"
 
@@ -100,7 +100,7 @@ def load_weights(path: Path) -> Weights:
 
 def params_like(run: Run, vocabulary: int) -> Any:
     """The shapes and types of a run's weights, `jax.ShapeDtypeStruct`s in place of arrays."""
-    return jax.eval_shape(lambda: begin(run, vocabulary)[1].params)
+    return state_like(program_of(run, vocabulary), vocabulary).params
 
 
 def _named(params: Any) -> dict[str, Any]:
