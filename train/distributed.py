@@ -126,15 +126,14 @@ class Processes:
         watch.start()
         try:
             yield
+            self.gathered("done")  # JAX would wait for the others at the exit too, but not for long
         except BaseException as error:
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
-            elif not error.code:
-                raise
             self._fail(error, over)
-        finally:
-            over.set()
-            watch.join()
+        over.set()
+        watch.join()
+        jax.distributed.shutdown()
 
     def _fail(self, error: BaseException, over: threading.Event):
         """Tells the others, and ends this process."""

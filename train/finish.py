@@ -19,7 +19,8 @@ from train.folder import RunFolder
 from train.generation import Generator
 from train.metrics import open_log
 from train.report import Facts
-from train.step import Program, State
+from train.state import State
+from train.step import Program, program_of
 from train.summaries import Summarizer, evaluate_summaries
 from train.summary import Summary
 
@@ -58,7 +59,7 @@ class Finish:
           WriteError: the folder cannot be written to.
         """
         if self.processes.first_says(self._lacks_summaries):
-            weights = self.program.weights(state), state.key
+            weights = self.program.placement.alone((self.program.weights(state), state.key))
             self.processes.first_says(lambda: self._summarise(*weights))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         self.processes.first_says(lambda: self._report(parameters, compilations))
@@ -85,7 +86,11 @@ class Finish:
         words = run.summarize.lead or self.corpus.lead_words
         assert words is not None  # summarize has training summaries
         scores = evaluate_summaries(
-            Summarizer(Generator.of(self.program, weights, tokenizer.end), tokenizer, run.summarize.truncate),
+            Summarizer(
+                Generator.of(program_of(run, tokenizer.vocabulary), weights, tokenizer.end),
+                tokenizer,
+                run.summarize.truncate,
+            ),
             self.corpus.examples[: run.evaluation.summaries],
             words,
             run.generation,
