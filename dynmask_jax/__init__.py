@@ -12,6 +12,7 @@ from dynmask_jax.balance import Balance as Balance
 from dynmask_jax.balance import Choice as Choice
 from dynmask_jax.balance import balance as balance
 from dynmask_jax.balance import balances as balances
+from dynmask_jax.context_parallel import context_parallel as context_parallel
 from dynmask_jax.curricula import Curriculum as Curriculum
 from dynmask_jax.curricula import growing_chunks as growing_chunks
 from dynmask_jax.curricula import growing_window as growing_window

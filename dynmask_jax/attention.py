@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import jax
@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Float
-from dynmask_jax.backends import dense, tpu, xla, xla_wide
+from dynmask_jax.backends.backend import Backend
+from dynmask_jax.backends.dense import DENSE
+from dynmask_jax.backends.tpu import TPU
+from dynmask_jax.backends.xla import XLA
+from dynmask_jax.backends.xla_wide import XLA_WIDE
 from dynmask_jax.masks import Mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
@@ -19,13 +23,13 @@ from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.varying import vary_like
 
-BACKENDS: dict[str, Callable] = {
-    "dense": dense.attend,
-    "xla": xla.attend,
-    "xla_wide": xla_wide.attend,
-    "tpu": tpu.attend,
+BACKENDS: dict[str, Backend] = {
+    "dense": DENSE,
+    "xla": XLA,
+    "xla_wide": XLA_WIDE,
+    "tpu": TPU,
 }
-"""name -> `(q, k, v, plan, scores) -> (out, lse)`."""
+"""name -> what computes attention on one device."""
 
 
 def default_backend(platform: str | None = None) -> str:
@@ -102,27 +106,47 @@ def attention(
     >>> attention(q, k, v, Causal() & Window(2)).shape
     (1, 4, 2, 8)
     """
+    call = checked(q, k, v, mask_or_plan, scale=scale, soft_cap=soft_cap, sinks=sinks, backend=backend)
+    out, lse = attend(q, k, v, sinks, call.plan, backend=call.backend, scores=call.scores)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `attention` was asked for, checked. Made by `checked`.
+
+    Attributes:
+      plan: which pairs.
+      backend: its name.
+      scores: how products become logits.
+    """
+
+    plan: Plan
+    backend: str
+    scores: Scores
+
+
+def checked(q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, backend=None) -> Call:
+    """The arguments of `attention`, checked; raises as it says."""
     _check_arrays(q, k, v)
     if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
         raise ValueError(f"sinks must have shape [heads] = ({q.shape[2]},), got {jnp.shape(sinks)}")
     the_plan = as_plan(mask_or_plan, q.shape[0], q.shape[1], k.shape[1])
     if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
         raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
-    scores = Scores(
-        _positive("scale", scale, 1 / math.sqrt(q.shape[3])), _positive("soft_cap", soft_cap, None)
-    )
-    out, lse = _attend(q, k, v, sinks, the_plan, backend=_known(backend), scores=scores)
-    return (out, lse) if return_lse else out
+    scale = _positive("scale", scale, 1 / math.sqrt(q.shape[3]))
+    return Call(the_plan, _known(backend), Scores(scale, _positive("soft_cap", soft_cap, None)))
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "scores"))
-def _attend(q, k, v, sinks, the_plan, *, backend, scores):
+def attend(q, k, v, sinks, the_plan: Plan, *, backend: str, scores: Scores):
+    """`(out, lse)` of arguments that have been checked."""
     # One type for all: inside shard_map a gradient must vary over the same axes as its array.
     q, k, v = vary_like((q, k, v), q, k, v, the_plan)
     out, lse = keep_nonfinite_apart(
-        functools.partial(BACKENDS[backend], plan=the_plan, scores=scores), q, k, v, the_plan
+        functools.partial(BACKENDS[backend].attend, plan=the_plan, scores=scores), q, k, v, the_plan
     )
-    return (out, lse) if sinks is None else _with_sinks(out, lse, jnp.asarray(sinks, lse.dtype))
+    return with_sinks(out, lse, sinks)
 
 
 def as_plan(mask_or_plan: Mask | Plan, batch: int, queries: int, keys: int) -> Plan:
@@ -151,9 +175,11 @@ def _known(backend: str | None) -> str:
     return name
 
 
-def _with_sinks(out, lse, sinks):
-    """One more key for each head, seen by all, with a value of zero: only the total grows."""
-    sinks = jnp.broadcast_to(sinks, lse.shape)
+def with_sinks(out, lse, sinks: Float[Array, " N"] | None):
+    """`(out, lse)` with one more key for each head, which all see, of value zero: only the total grows."""
+    if sinks is None:
+        return out, lse
+    sinks = jnp.broadcast_to(jnp.asarray(sinks, lse.dtype), lse.shape)
     # A query that sees nothing and has no sink either: neither side of the sum may be differentiated.
     nothing = jnp.isneginf(lse) & jnp.isneginf(sinks)
     total = jnp.logaddexp(jnp.where(nothing, 0.0, lse), sinks)

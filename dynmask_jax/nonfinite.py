@@ -29,10 +29,19 @@ def keep_nonfinite_apart(
     its gradient, and adds nothing to the gradients of keys. A query that sees nothing passes nothing
     on, whatever it holds and whatever gradient it is handed.
     """
-    bad_q, bad_kv = bad_rows(q), bad_rows(k) | bad_rows(v)
     out, lse = attend(q, k, v)
+    return marked(q, out, lse, sees(plan, bad_rows(k) | bad_rows(v), q.shape[:3]))
+
+
+def marked(
+    q: Float[Array, "B T N H"],
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B T N"],
+    sees_bad: Bool[Array, "B T N"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """A backend's `(out, lse)` with NaN for the queries that are not finite, or see what is not."""
     blind = jnp.isneginf(lse)
-    poisoned = (bad_q | _sees(plan, bad_kv, q.shape[:3])) & ~blind
+    poisoned = (bad_rows(q) | sees_bad) & ~blind
     # A selection, unlike a product, hands no NaN back to the side that it did not take.
     out = jnp.where(blind[..., None], jnp.zeros_like(out), out)
     # In the poisoned rows out is q · NaN, so that NaN is also what comes back as q's gradient.
@@ -41,8 +50,8 @@ def keep_nonfinite_apart(
     return jnp.where(poisoned[..., None], q * mark, out), lse
 
 
-def _sees(plan: Plan, keys: Bool[Array, "B S K"], shape: tuple[int, ...]) -> Bool[Array, "B T N"]:
-    """Which queries see any of the marked keys; no work where none is marked."""
+def sees(plan: Plan, keys: Bool[Array, "B S K"], shape: tuple[int, ...]) -> Bool[Array, "B T N"]:
+    """Which of the queries, of this shape, see any of the marked keys; no work where none is marked."""
     nobody = vary_like(jnp.zeros(shape, dtype=bool), plan, keys)
     return lax.cond(keys.any(), lambda: _sees_by_tile(plan, keys, shape), lambda: nobody)
 

@@ -37,3 +37,11 @@ def _vary(leaf, axes: frozenset):
 def shape_like(shape: tuple[int, ...], dtype, *others) -> jax.ShapeDtypeStruct:
     """The type of a kernel's output that varies over every mesh axis that arrays of `others` vary over."""
     return jax.eval_shape(lambda *others: vary_like(jnp.zeros(shape, dtype), *others), *others)
+
+
+def agreed(value):
+    """The greatest of a number on all devices that it may differ on: the same everywhere, so that a loop
+    with communication inside may be run that many times.
+    """
+    axes = tuple(sorted(_axes(value)))
+    return lax.pmax(value, axes) if axes else value

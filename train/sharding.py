@@ -143,13 +143,14 @@ class Placement:
             return tree
         return jax.lax.with_sharding_constraint(tree, self._on())
 
-    def embedded(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Inside `jit`: what a lookup in the embedding gave, brought to where `activations` holds it.
+    def embedded(self, embed: Callable, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Inside `jit`: `embed(tokens)`, held as `activations` holds it.
 
-        Each device looks up all tokens in the columns that it holds, and what it found goes to the tokens'
+        Each device looks up all tokens in the columns that it has, and what it found goes to the tokens'
         own devices, an axis at a time (the compiler knows no way for two at once but to gather all): a
         part of the activations travels, not the whole embedding.
         """
+        x = embed(self._held(tokens, "data"))
         for axes in (("data", None, WIDTH), (ROWS, None, TOKENS), (ROWS, TOKENS)):
             x = self._held(x, *axes)
         return x

@@ -13,8 +13,8 @@ import functools
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dynmask_jax.array_typing import Array, Float, pytree
-from dynmask_jax.backends.residuals import with_gradients
+from dynmask_jax.array_typing import Array, pytree
+from dynmask_jax.backends.backend import Backend
 from dynmask_jax.backends.tpu_backward import gradients
 from dynmask_jax.backends.tpu_grid import (
     LANES,
@@ -38,34 +38,8 @@ from dynmask_jax.backends.tpu_tile import (
     widened,
 )
 from dynmask_jax.errors import Unsupported
-from dynmask_jax.finite import finite_rows
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    plan: Plan,
-    scores: Scores,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention of every query over the keys that the plan's mask shows it.
-
-    A mask may use what Mosaic can compute of arrays: arithmetic, comparisons, logic, but no lookup. The
-    compiler refuses blocks that exceed vector memory: 1,024 by 1,024 fit in bfloat16 with H = 128.
-
-    Raises:
-      Unsupported: for dtypes other than float32 and bfloat16, and for a mask that a kernel cannot
-        compute: one that closes over an array, looks things up, or has leaves of other types than
-        bool, int32, uint32 and float32.
-    """
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise Unsupported(
-            f"backend 'tpu' computes in float32 and bfloat16, got {q.dtype}; backend 'xla' takes others"
-        )
-    check_kernel_mask(plan.mask)
-    return _attend(scores, q, k, v, plan)
 
 
 @pytree
@@ -119,10 +93,25 @@ def _add(state: State, logits, values):
     state.weighted[...] = state.weighted[...] * widened(rescale, fresh.shape[1]) + fresh
 
 
-def _forward(scores, q, k, v, plan: Plan):
+def forward(scores: Scores, q, k, v, plan: Plan):
+    """`(out, lse)` of every query over the keys that the plan's mask shows it.
+
+    A mask may use what Mosaic can compute of arrays: arithmetic, comparisons, logic, but no lookup. The
+    compiler refuses blocks that exceed vector memory: 1,024 by 1,024 fit in bfloat16 with H = 128.
+
+    Raises:
+      Unsupported: for dtypes other than float32 and bfloat16, and for a mask that a kernel cannot
+        compute: one that closes over an array, looks things up, or has leaves of other types than
+        bool, int32, uint32 and float32.
+    """
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise Unsupported(
+            f"backend 'tpu' computes in float32 and bfloat16, got {q.dtype}; backend 'xla' takes others"
+        )
+    check_kernel_mask(plan.mask)
     (size_q, size_k), rows = (plan.block_q, plan.block_k), plan.rows
     sizes = (q, size_q), (k, size_k), (v, size_k)
-    blocks = [blocks_by_head(finite_rows(x), size, rows) for x, size in sizes]
+    blocks = [blocks_by_head(x, size, rows) for x, size in sizes]
     lines = Lines.of_queries(plan, (blocks[0],))
     columns = Columns(token_blocks(plan.kv_tokens, size_k), tuple(blocks[1:]))
     heads, group, (bq, head_dim) = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3:]
@@ -144,4 +133,4 @@ def _forward(scores, q, k, v, plan: Plan):
     return from_blocks(out, size_q, q), from_blocks(lse[:, :, :, 0], size_q, q)
 
 
-_attend = with_gradients(_forward, gradients)
+TPU = Backend(forward, gradients)

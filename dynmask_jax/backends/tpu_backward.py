@@ -25,7 +25,6 @@ from dynmask_jax.backends.tpu_grid import (
     token_blocks,
 )
 from dynmask_jax.backends.tpu_tile import LOG2E, Tile, by_code, dot, in_lanes, keep_tokens, widened
-from dynmask_jax.finite import finite_rows
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
@@ -34,7 +33,6 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     """dq, dk, dv from the residuals `(q, k, v, plan, out, lse)` and the cotangents of out and lse."""
     q, k, v, plan, out, lse = saved
     d_out, d_lse = cotangents
-    q, k, v = (finite_rows(x) for x in (q, k, v))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     # A query that sees nothing gets weights of zero: exp2(−inf).
     level = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)

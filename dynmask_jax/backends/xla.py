@@ -10,25 +10,13 @@ Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691.
 import jax.numpy as jnp
 from jax import lax
 
-from dynmask_jax.array_typing import Array, Float, sum_dtype
+from dynmask_jax.array_typing import sum_dtype
+from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
-from dynmask_jax.backends.residuals import with_gradients
-from dynmask_jax.backends.xla_backward import backward
+from dynmask_jax.backends.xla_backward import gradients
 from dynmask_jax.online_softmax import Partial, finish, from_logits, merge
-from dynmask_jax.plans import Plan, tiles_of
-from dynmask_jax.scores import Scores
+from dynmask_jax.plans import tiles_of
 from dynmask_jax.varying import vary_like
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    plan: Plan,
-    scores: Scores,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention of every query over the keys that the plan's mask shows it."""
-    return _attend(scores, q, k, v, plan)
 
 
 def forward(scores, q, k, v, plan, over_lines=lax.map):
@@ -64,4 +52,4 @@ def _tile(scores, queries, keys, values, visible) -> Partial:
     return Partial(jnp.einsum("krs,ksh->krh", weights, values), peak, total)
 
 
-_attend = with_gradients(forward, backward)
+XLA = Backend(forward, gradients, prepared=as_they_are)

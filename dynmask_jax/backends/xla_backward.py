@@ -28,7 +28,7 @@ class QueryBlock:
     delta: Float[Array, "K rows"]
 
 
-def backward(scores, saved, cotangents):
+def gradients(scores, saved, cotangents):
     """The gradients of q, k and v from those of out and lse; d_q is summed in place."""
     q, k, v, plan, _, lse = saved
     wide, (heads, head_dim), key_heads = lse.dtype, q.shape[2:], k.shape[2]

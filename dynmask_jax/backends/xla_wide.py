@@ -16,32 +16,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
-from dynmask_jax.backends.residuals import with_gradients
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
-from dynmask_jax.plans import Plan, tiles_of
-from dynmask_jax.scores import Scores
+from dynmask_jax.plans import tiles_of
 from dynmask_jax.varying import vary_like
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    plan: Plan,
-    scores: Scores,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention of every query over the keys that the plan's mask shows it."""
-    return _attend(scores, q, k, v, plan)
 
 
 def _at_once(line, places):
     return jax.vmap(line)(places)
 
 
-def _backward(scores, saved, cotangents):
+def gradients(scores, saved, cotangents):
+    """The gradients of q, k and v from those of out and lse."""
     q, k, v, plan, _, lse = saved
     wide, heads, key_heads, tiles = lse.dtype, q.shape[2], k.shape[2], tiles_of(plan)
     others = cotangents[0], *levels_of(saved, cotangents)
@@ -92,4 +80,4 @@ def _backward(scores, saved, cotangents):
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
-_attend = with_gradients(functools.partial(forward, over_lines=_at_once), _backward)
+XLA_WIDE = Backend(functools.partial(forward, over_lines=_at_once), gradients, prepared=as_they_are)

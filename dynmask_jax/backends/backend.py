@@ -1,0 +1,80 @@
+"""What a backend is: a forward and a backward pass, and from them attention that JAX differentiates."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.finite import bad_rows, emptied, finite_rows
+from dynmask_jax.plans import Plan
+from dynmask_jax.scores import Scores
+
+
+def as_they_are(rows: Array) -> Array:
+    """Rows as they came, for a backend that looks for bad ones where it copies a block anyway."""
+    return rows
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes attention on one device.
+
+    Rows that are not finite are taken for zeros, and their gradients are zeros.
+
+    Attributes:
+      forward: `(scores, q, k, v, plan) -> (out, lse)`.
+      gradients: `(scores, (q, k, v, plan, out, lse), (d_out, d_lse)) -> (d_q, d_k, d_v)`. The keys may
+        be a part of those that out and lse are about: these are then the part's shares of the
+        gradients, and the shares of all parts add up to the whole.
+      prepared: of q, k and v before either of them: how the passes take rows.
+      differentiable: whether JAX differentiates the forward pass as it is, and `gradients` is for parts
+        alone. Else memory is O(T): what is kept is q, k, v, out and lse.
+    """
+
+    forward: Callable
+    gradients: Callable
+    prepared: Callable[[Array], Array] = finite_rows
+    differentiable: bool = False
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        plan: Plan,
+        scores: Scores,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+        """`(out, lse)`: attention of every query over the keys that the plan's mask shows it.
+
+        Raises:
+          Unsupported: this backend cannot do it.
+        """
+        if self.differentiable:
+            return _forward(self, scores, q, k, v, plan)
+        return _attend(self, scores, q, k, v, plan)
+
+
+def _forward(backend: Backend, scores, q, k, v, plan):
+    return backend.forward(scores, *map(backend.prepared, (q, k, v)), plan)
+
+
+def _with_residuals(backend: Backend, scores, q, k, v, plan):
+    out, lse = _forward(backend, scores, q, k, v, plan)
+    return (out, lse), (q, k, v, plan, out, lse)
+
+
+def _backward(backend: Backend, scores, saved, cotangents):
+    arrays, (plan, out, lse) = saved[:3], saved[3:]
+    prepared = *map(backend.prepared, arrays), plan, out, lse
+    return *without_bad(backend.gradients(scores, prepared, cotangents), arrays), None
+
+
+def without_bad(gradients: tuple, arrays: tuple) -> tuple:
+    """Gradients of q, k and v, with zeros for the rows that are not finite."""
+    return tuple(emptied(x, bad_rows(of)) for x, of in zip(gradients, arrays, strict=True))
+
+
+_attend = functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))(_forward)
+_attend.defvjp(_with_residuals, _backward)
