@@ -4,22 +4,44 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from signal import Signals
 
 import jax
 from kill_run import FORKS, ROOT, write_documents
 
-from train.__main__ import main as train_main
+from train import __main__ as main
+from train import loop
 from train.__main__ import parse
 from train.config import Run
+from train.disk import WriteError
 from train.folder import RunFolder
-from train.joining import OURS
+from train.joining import OURS, join
 
+STEPS = 12
 LIMIT = 300
 """Seconds that anything may take, on a machine that is busy with other things."""
+
+
+@dataclass(frozen=True)
+class Odd:
+    """What is odd about one of the processes.
+
+    Attributes:
+      words: typed beside what the others are given.
+      folder: that it is in; None: where it was started.
+      at: the step before which it gets a signal.
+      signal: which; None: it fails there by itself.
+    """
+
+    words: tuple[str, ...] = ()
+    folder: Path | None = None
+    at: int | None = None
+    signal: Signals | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,7 @@ class Together:
       folder: where the text, the compilation cache and the run folders lie.
       name: of the run.
       options: what is typed beside the usual.
+      odd: the processes that are not as the others, by number.
       processes: how many.
       devices: of each.
     """
@@ -37,6 +60,7 @@ class Together:
     folder: Path
     name: str
     options: tuple[str, ...] = ()
+    odd: Mapping[int, Odd] = field(default_factory=dict)
     processes: int = 2
     devices: int = 4
 
@@ -48,10 +72,11 @@ class Together:
             write_documents(text)
         return [
             *("run", "--name", self.name, "--folder", str(self.folder), "--data.paths", str(text)),
-            *("--steps", "6", "--block", "8", "--data.length", "64", "--data.batch", "2"),
+            *("--steps", str(STEPS), "--block", "8", "--data.length", "64", "--data.batch", "2"),
             *("--model.layers", "1", "--model.width", "32", "--model.heads", "4", "--model.kv-heads", "2"),
-            *("--model.hidden", "32", "--curriculum.start", "8", "--evaluation.rows", "2"),
-            *("--optimizer.ema", "0.9", "--checkpoints.every", "2", "--watch.peak-flops", "1e9"),
+            *("--model.hidden", "32", "--model.backend", "dense", "--curriculum.start", "8"),
+            *("--evaluation.rows", "2", "--optimizer.ema", "0.9", "--checkpoints.every", "2"),
+            *("--checkpoints.keep", "9", "--mesh.layout", "contiguous", "--watch.peak-flops", "1e9"),
             *self.options,
         ]
 
@@ -69,16 +94,20 @@ class Together:
         """All that a process printed so far, every time."""
         return self._out(process).read_text()
 
-    def finish(self, more: Mapping[int, Sequence[str]] | None = None) -> list[int | None]:
-        """Gives the command in all processes, with more words in some, and waits for the statuses of their ends."""
-        processes = self.start(more)
+    def finish(self) -> list[int | None]:
+        """Gives the command in all processes, and waits: the status of each, None if it did not end."""
+        processes = self._start()
+        until = time.monotonic() + LIMIT
         try:
-            return ended(processes)
+            for process in processes:
+                process.join(max(0.0, until - time.monotonic()))
+            return [process.exitcode for process in processes]
         finally:
-            stop(processes)
+            for process in processes:  # none is left behind
+                process.kill()
+                process.join()
 
-    def start(self, more: Mapping[int, Sequence[str]] | None = None) -> list[BaseProcess]:
-        """The processes, under way; to be ended by `stop`, whatever happens."""
+    def _start(self) -> list[BaseProcess]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -87,10 +116,8 @@ class Together:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         started = []
         for index in range(self.processes):
-            words = [*self.arguments, *(more or {}).get(index, ())]
-            where = (address, str(self.processes), str(index)) if self.processes > 1 else ()
-            target = (words, dict(zip(OURS, where, strict=False)), self.devices, self._out(index))
-            started.append(FORKS.Process(target=_command, args=target))
+            where = dict(zip(OURS, (address, str(self.processes), str(index)), strict=True))
+            started.append(FORKS.Process(target=_command, args=(self, index, where)))
             started[-1].start()
         if before is None:
             del os.environ["PYTHONPATH"]
@@ -102,42 +129,36 @@ class Together:
         return self.folder / f"{self.name}-{process}.out"
 
 
-def ended(processes: Sequence[BaseProcess]) -> list[int | None]:
-    """The exit status of each process, in the end; None for one that did not come to it."""
-    until = time.monotonic() + LIMIT
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-    return [process.exitcode for process in processes]
-
-
-def stop(processes: Sequence[BaseProcess]):
-    """Leaves none behind."""
-    for process in processes:
-        process.kill()
-        process.join()
-
-
-def wait_until(happened: Callable[[], bool], processes: Sequence[BaseProcess]):
-    """Waits for something that the processes do, as long as they all live.
-
-    Raises:
-      RuntimeError: one ended before, or it took too long.
-    """
-    until = time.monotonic() + LIMIT
-    while not happened():
-        if time.monotonic() > until or not all(process.is_alive() for process in processes):
-            raise RuntimeError(f"did not happen; statuses {[process.exitcode for process in processes]}")
-        time.sleep(0.005)
-
-
-def _command(arguments: list[str], where: Mapping[str, str], devices: int, out: Path):
-    """What a process does: `python -m train` with the arguments."""
-    with out.open("a") as file:
+def _command(run: Together, index: int, where: Mapping[str, str]):
+    """What a process does: `python -m train` with the run's arguments."""
+    with run._out(index).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(where)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
-    jax.config.update("jax_compilation_cache_dir", str(out.parent / "jax_cache"))
+    jax.config.update("jax_num_cpu_devices", run.devices)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    jax.config.update("jax_compilation_cache_dir", str(run.folder / "jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    train_main(arguments)
+    odd = run.odd.get(index, Odd())
+    if odd.folder is not None:
+        os.chdir(odd.folder)
+    if odd.at is not None:
+        loop._Training._step = _signalled(loop._Training._step, odd)
+    main.join = partial(join, heartbeat=10)
+    main.main([*run.arguments, *odd.words])
+
+
+def _signalled(step: Callable, odd: Odd) -> Callable:
+    """A step that is as before, but for a signal at one; and slow from there on, for that to be seen."""
+
+    def signalled(training, number: int):
+        if number == odd.at and odd.signal is None:
+            raise WriteError("the disk of this test is full")
+        if number == odd.at and odd.signal is not None:
+            os.kill(os.getpid(), odd.signal)
+        if odd.at is not None and number >= odd.at:
+            time.sleep(0.5)
+        step(training, number)
+
+    return signalled

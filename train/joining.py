@@ -17,10 +17,14 @@ OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 TIMEOUT = 300
-"""Seconds that processes wait for each other."""
+"""Seconds that processes wait for each other to join."""
+HEARTBEAT = 100
+"""Seconds without a sign of life after which a process counts as dead, and JAX ends the others."""
 
 
-def join(environment: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> Processes:
+def join(
+    environment: Mapping[str, str] = os.environ, timeout: int = TIMEOUT, heartbeat: int = HEARTBEAT
+) -> Processes:
     """This process among those of its run, which it joins if there are several.
 
     To be called before JAX's devices are used. Cloud TPU slices, GKE, SLURM and Open MPI are known by
@@ -30,6 +34,7 @@ def join(environment: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) ->
     Args:
       environment: variables.
       timeout: seconds until processes that have not come are given up: this one ends, and says so.
+      heartbeat: seconds until one that gives no sign of life is.
 
     Raises:
       ValueError: the variables are incomplete or no numbers; or JAX does not find the rest.
@@ -38,7 +43,7 @@ def join(environment: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) ->
         return Processes.here()
     if (where := expected(environment)) is None:
         return Processes()
-    _initialize(where, timeout)
+    _initialize(where | {"heartbeat_timeout_seconds": heartbeat}, timeout)
     return Processes.here()
 
 
@@ -113,7 +118,7 @@ def _initialize(where: Mapping[str, Any], timeout: int):
         print(
             f"gave up after {timeout} s: not all processes of this run came to {address}. Is the command "
             "running on every host, and can all of them reach that address? "
-            f"({json.dumps(dict(where) or 'found by JAX')})",
+            f"({json.dumps(where)})",
             file=sys.stderr,
             flush=True,
         )

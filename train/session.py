@@ -68,7 +68,7 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
     processes.check_same(run, overwrite=overwrite)
     folder = RunFolder.of(run)
     processes.first_says(lambda: _check_folder(folder, run, overwrite))
-    check_shared(folder.checkpoints.parent, processes)
+    check_shared((folder.elsewhere or folder.path).parent, processes)
     placement = Placement.of(run.mesh)
     texts = corpus(run)
     processes.check_equal(texts.fingerprint, "data.paths: the texts")
