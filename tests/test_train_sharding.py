@@ -77,11 +77,7 @@ class Case:
 ONE_LAYER = replace(GROUPED, layers=1, pattern=("global",), backend="dense")
 ALIKE = replace(ONE_LAYER, kv_heads=4)
 CASES = {
-    "data 4, context 2, in parts": Case(
-        Mesh(data=4, context=2),
-        "striped",
-        {"accumulate": 2, "batch": 8, "rows": "chunked", "model": ONE_LAYER},
-    ),
+    "data 4, context 2": Case(Mesh(data=4, context=2), "striped", {"rows": "chunked", "model": ALIKE}),
     "fsdp 2, context 4, in parts, all_gather": Case(
         Mesh(fsdp=2, context=4, strategy="all_gather"), "striped", {"accumulate": 2}
     ),
