@@ -101,6 +101,10 @@ class Placement:
         attend = attention if backend is None else partial(attention, backend=backend)
         return attend if self.mesh is None else self._parallel(attend)
 
+    def planned(self, plan: Plan) -> Plan:
+        """Inside `jit`: the plan laid out as attention reads it, once for all layers."""
+        return plan if self.mesh is None else self._parallel(attention).placed(plan)
+
     def visible_pairs(self, plan: Plan) -> Float[Array, ""]:
         """As `plan.visible_pairs()`, each device counting those of its own queries."""
         return plan.visible_pairs() if self.mesh is None else self._parallel(attention).visible_pairs(plan)
