@@ -16,6 +16,7 @@ from dynmask_jax.array_typing import Array, Float, Int
 from dynmask_jax.context_parallel import ContextParallel, Travel, context_parallel
 from train import sections
 from train.batch import Batch
+from train.torus import in_rings
 
 Tree = TypeVar("Tree")
 
@@ -61,7 +62,8 @@ class Placement:
         Args:
           options: the section `mesh` of the config.
           devices: as many as its axes have, or more, of which the first are taken; all of JAX's by
-            default. Those of a topology description are fine: neighbours on an axis are neighbours there.
+            default. Those of a topology description are fine. Along the context axis they are neighbours
+            on a TPU's torus (`train.torus`).
 
         Raises:
           ValueError: there are too few devices; or too many, in several processes, each of which must
@@ -79,6 +81,7 @@ class Placement:
             return cls()
         shape = [getattr(options, axis) for axis in AXES]
         grid = mesh_utils.create_device_mesh(shape, devices[: options.size], allow_split_physical_axes=True)
+        grid = in_rings(grid, AXES.index(TOKENS))
         return cls(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), options.strategy)
 
     @property
