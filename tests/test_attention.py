@@ -31,6 +31,7 @@ from dynmask_jax import (
     reveal,
 )
 from dynmask_jax.attention import BACKENDS
+from dynmask_jax.finite import bad_rows
 
 KERNELS = [name for name in BACKENDS if name != "dense"]
 
@@ -221,6 +222,15 @@ def test_calls_outside_jit_compile_once(backend, caplog):
 
     assert compiled(3)
     assert not compiled(4)
+
+
+@pytest.mark.parametrize("head_dim", [1, 4, 8, 64, 128])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bad_rows_are_found_at_any_width(dtype, head_dim):
+    """XLA's maximum on a CPU loses some NaN: a row of nothing else, and one with one or an infinity."""
+    rows = jnp.ones((3, 500, head_dim), dtype)
+    rows = rows.at[0, 7].set(jnp.nan).at[1, 8, head_dim // 2].set(jnp.nan).at[2, 9, -1].set(-jnp.inf)
+    assert np.argwhere(jax.jit(bad_rows)(rows)).tolist() == [[0, 7], [1, 8], [2, 9]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -147,11 +147,6 @@ DAMAGES = {
     "half of the numbers": lambda step: cut_short(largest(step / "state")),
     "no numbers": lambda step: largest(step / "state").unlink(),
     "no state": lambda step: shutil.rmtree(step / "state"),
-    "a bit of the position": lambda step: flipped(next((step / "batches").glob("process_*"))),
-    "another position": lambda step: next((step / "batches").glob("process_*")).write_text(
-        '{"next_index": 7}'
-    ),
-    "no position": lambda step: shutil.rmtree(step / "batches"),
     "a bit of what it is about": lambda step: flipped(step / "about" / "metadata"),
     "nothing it is about": lambda step: cut_short(step / "about" / "metadata"),
     "nothing": lambda step: [shutil.rmtree(step), step.mkdir()],
@@ -179,7 +174,7 @@ def test_a_damaged_one_is_set_aside_by_name_and_the_next_older_is_taken(tmp_path
 def test_where_all_are_damaged_that_is_said_and_nothing_is_deleted(tmp_path):
     saved(tmp_path, 1, 2)
     for step in ("1", "2"):
-        DAMAGES["no position"](tmp_path / "checkpoint" / step)
+        DAMAGES["nothing it is about"](tmp_path / "checkpoint" / step)
     for _ in range(2):  # nor does it begin anew when it is asked again
         with (
             opened(tmp_path) as checkpoints,
@@ -196,7 +191,7 @@ def test_damaged_ones_of_one_step_lie_side_by_side(tmp_path):
     for _ in range(2):
         with opened(tmp_path) as checkpoints:
             checkpoints.save(toy(2), rows())
-        DAMAGES["no position"](tmp_path / "checkpoint" / "2")
+        DAMAGES["nothing it is about"](tmp_path / "checkpoint" / "2")
         with opened(tmp_path) as checkpoints, pytest.warns(UserWarning, match="damaged"):
             checkpoints.restore_newest(toy(0), rows())
     assert names(tmp_path / "checkpoint-damaged") == ["2", "2-2"]
@@ -266,7 +261,7 @@ def test_a_folder_that_cannot_be_written_to_stops_the_save_with_its_path(tmp_pat
             save_and_wait(checkpoints)
 
 
-@pytest.mark.parametrize("inside", ["2.orbax", "state", "batches", "about"])
+@pytest.mark.parametrize("inside", ["2.orbax", "state", "about"])
 def test_a_disk_without_room_for_a_folder_stops_the_save_at_once(tmp_path, monkeypatch, inside):
     saved(tmp_path, 1)
     make = os.mkdir

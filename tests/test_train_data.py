@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -75,17 +74,6 @@ def test_held_out_files_are_held_out(tmp_path, lines):
     assert words(text.held_out) == {"HELD"}
     assert len(words(first(text, 60))) == 20
     assert (text.size, text.documents) == (204, 21)
-
-
-def test_batches_share_the_rows_among_processes(tmp_path, lines):
-    asked = run(tmp_path, lines, batch=4, seed=1)
-    whole, *parts = (corpus(asked, process=p, processes=n) for p, n in ((0, 1), (0, 2), (1, 2)))
-    assert first(whole, 1)[0].inputs.shape == (4, 16)
-    one, two = (first(part, 8) for part in parts)
-    assert {batch.inputs.shape for batch in one + two} == {(2, 16)}
-    assert any((a.inputs != b.inputs).any() for a, b in zip(one, two, strict=True))
-    jax.tree.map(np.testing.assert_array_equal, parts[0].held_out, parts[1].held_out)
-    assert parts[0].fingerprint == parts[1].fingerprint == whole.fingerprint
 
 
 def test_summaries_are_read_with_their_documents(tmp_path, pairs):
@@ -172,7 +160,6 @@ def test_the_default_text_is_the_standard_library(tmp_path):
     ("options", "message"),
     [
         ({"task": "summarize"}, r"data\.paths: summarize needs pairs of document and summary"),
-        ({"batch": 3}, r"data\.batch must be a multiple of the processes \(2\), got 3"),
         ({"columns": {"summary": "s"}}, r"data\.columns: the task lm reads text, got a column for summary"),
         ({"tokenizer": "none.json"}, r"data\.tokenizer: none\.json does not exist"),
         ({"held_out_paths": ("none.txt",)}, r"data\.held_out_paths: none\.txt does not exist"),
@@ -180,7 +167,7 @@ def test_the_default_text_is_the_standard_library(tmp_path):
 )
 def test_what_cannot_be_read_is_refused(tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
-        corpus(run(tmp_path, **({"batch": 2} | options)), process=0, processes=2)
+        corpus(run(tmp_path, **({"batch": 2} | options)))
 
 
 def test_text_that_is_trained_on_is_not_held_out(tmp_path, lines):

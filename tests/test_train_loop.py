@@ -66,7 +66,7 @@ def test_every_step_and_validation_is_recorded(finished):
 
 def test_a_finished_run_says_so_and_trains_no_more(finished):
     run, summary, opening = finished
-    assert opening == f"A run of 8 steps begins in {folder_of(run).path}. It takes one of the 8 devices."
+    assert opening == f"A run of 8 steps begins in {folder_of(run).path}. It takes 1 of the 8 devices."
     session = prepare(run)
     assert session.opening == (
         f"The run in {folder_of(run).path} is finished, all its 8 steps; --overwrite begins it anew."
@@ -131,9 +131,10 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     assert not folder_of(run).config.exists()
 
 
-def test_several_processes_are_refused_for_each_would_train_a_model_of_its_own(tmp_path, monkeypatch):
+def test_processes_that_have_not_joined_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"^training goes on in one process, got 2 of jax\.distributed$"):
+    words = r"^the devices belong to 2 processes that have not joined: call jax\.distributed\.initialize"
+    with pytest.raises(ValueError, match=words):
         prepare(run_of(tmp_path))
 
 

@@ -13,7 +13,7 @@ from dynmask_jax.array_typing import Array, pytree
 from train import metrics as train_metrics
 from train.flops import Peak, Work
 from train.metrics import Log, open_log, read, rewind
-from train.sections import Watch
+from train.sections import Mesh, Watch
 from train.sinks import JsonLines, Sink
 
 WORK = Work(per_token=6.0, per_pair={"global": 2.0, "local": 1.0})
@@ -43,6 +43,8 @@ class Metrics:
     pairs: dict[str, Array]
     gradient_norm: Array
     learning_rate: Array
+    hops: Array
+    bytes_moved: Array
     skipped: Array
     skipped_in_a_row: Array
 
@@ -71,6 +73,8 @@ def metrics(loss: float = 1.0, *, tokens: float = 48.0, skipped: int = 0, in_a_r
         pairs=pairs,
         gradient_norm=jnp.float32(0.25 if math.isfinite(loss) else math.nan),
         learning_rate=jnp.float32(0.125),
+        hops=jnp.int32(2),
+        bytes_moved=jnp.float32(4096),
         skipped=jnp.int32(skipped),
         skipped_in_a_row=jnp.int32(in_a_row),
     )
@@ -133,6 +137,18 @@ def test_what_a_record_of_a_step_holds(kept, tmp_path, clock):
         "tokens_per_second": 24.0,
         "mfu": (6 * 48 + 2 * 100 + 12) / 2 / 100,
     }
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_what_travels_is_written_where_a_row_lies_on_several_devices(kept, tmp_path, context):
+    run = replace(small_run(tmp_path), mesh=Mesh(context=context))
+    with Log([kept], run, bytes_per_token=2.0, work=WORK, peak=PEAK) as log:
+        log.step(0, metrics(), 0.0)
+        log.step(1, metrics(), 0.0)
+    travel = {"hops": 2, "bytes_moved": 4096.0}
+    assert {name: kept.records[0][name] for name in travel if name in kept.records[0]} == (
+        travel if context > 1 else {}
+    )
 
 
 def test_a_step_is_fetched_from_the_device_at_once(kept, tmp_path, monkeypatch):

@@ -34,8 +34,8 @@ def cut(kind, lengths=DOCUMENTS):
     return kind(tokens, spans, LENGTH)
 
 
-def first(count: int, source, asked: Run, process=0, processes=1) -> list:
-    iterator = iter(batches(source, asked, process, processes))
+def first(count: int, source, asked: Run) -> list:
+    iterator = iter(batches(source, asked))
     found = [next(iterator) for _ in range(count)]
     iterator.close()
     return found
@@ -105,26 +105,6 @@ def test_a_stream_is_read_once_in_an_epoch_and_then_in_another_order():
     assert one != two
 
 
-def test_processes_share_each_epoch():
-    source = cut(Stream, (30, 30, 25))
-    asked = run(data={"rows": "chunked", "batch": 2})
-    assert len(source) == 7
-    shards = [first(7, source, asked, process, 2) for process in (0, 1)]
-    assert all(batch.inputs.shape == (1, LENGTH) for shard in shards for batch in shard)
-    read = Counter(int(batch.inputs[0, 0]) for shard in shards for batch in shard)
-    assert read == dict.fromkeys(range(0, 7 * LENGTH, LENGTH), 2)  # two epochs of seven rows, half each
-
-
-def test_processes_pack_documents_of_their_own():
-    source = cut(Pieces)
-    asked = run(data={"batch": 2, "packing_bins": 1})
-    parts = [[int(tokens[0]) for tokens in segments(first(20, source, asked, p, 2))] for p in (0, 1)]
-    read = Counter(parts[0] + parts[1])
-    assert parts[0] != parts[1]
-    assert len(read) == len(source)
-    assert max(read.values()) - min(read.values()) <= 3  # rows of the one hold more than the other's
-
-
 def test_the_seed_chooses_the_order_and_seeds_may_be_large():
     def order(seed):
         return [s.tolist() for s in segments(first(12, cut(Pieces), run(seed=seed)))]
@@ -140,7 +120,7 @@ def test_the_seed_chooses_the_order_and_seeds_may_be_large():
 def test_a_run_resumed_at_any_batch_reads_the_same_batches(kind, options):
     source = cut(kind, (6, 5, 7, 5, 6, 8, 9) if kind is Pairs else DOCUMENTS)
     asked = run(task="summarize" if kind is Pairs else "lm", data=options)
-    pipeline = batches(source, asked, 0, 1)
+    pipeline = batches(source, asked)
     iterator, states, expected = iter(pipeline), [], []
     for _ in range(25):  # more than two epochs; 3 bins are open, and 2 rows are in a batch
         states.append(json.dumps(iterator.get_state()))

@@ -11,10 +11,14 @@ import tyro
 
 from train.commands import COMMANDS, run_command
 from train.config import Run, options, to_json
-from train.loop import NotFinite, Session, prepare, train
+from train.distributed import Processes
+from train.joining import join
+from train.loop import NotFinite, prepare, train
 from train.presets import PRESETS
 
 PROGRAM = "python -m train"
+ASKED = {"-h", "--help", "--print-config", "--print_config"}
+"""Options that train nothing, and need no other process."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,12 @@ def main(arguments: Sequence[str] | None = None):
         if is_command(arguments):
             run_command(arguments[0], arguments[1:])
             return
-        command = parse(arguments)
-        session = None if command.print_config else prepare(command.run, overwrite=command.overwrite)
+        # Before the options are read, so that one process that refuses its own leaves none waiting.
+        processes = Processes() if ASKED & set(arguments) else join()
     except (ValueError, OSError, ImportError) as error:
         _stop(error, status=2)
-    if session is None:
-        print(to_json(command.run), end="")
-    else:
-        _train(session)
+    with processes.ending_together():
+        _train(arguments, processes)
 
 
 def is_command(arguments: Sequence[str]) -> bool:
@@ -114,15 +116,25 @@ def overview() -> str:
     )
 
 
-def _train(session: Session):
-    for fault in session.corpus.reports:
-        print(f"left out: {fault}", file=sys.stderr)
-    print(session.opening)
+def _train(arguments: Sequence[str], processes: Processes):
+    try:
+        command = parse(arguments)
+        if command.print_config:
+            print(to_json(command.run), end="")
+            return
+        session = prepare(command.run, overwrite=command.overwrite, processes=processes)
+    except (ValueError, OSError, ImportError) as error:
+        _stop(error, status=2)
+    if processes.first:
+        for fault in session.corpus.reports:
+            print(f"left out: {fault}", file=sys.stderr)
+        print(session.opening)
     try:
         result = train(session)
     except (OSError, NotFinite) as error:
         _stop(error, status=1)
-    print(f"\n{result}\n\nAll of the run lies in {session.folder.path}")
+    if processes.first:
+        print(f"\n{result}\n\nAll of the run lies in {session.folder.path}")
 
 
 def _stop(error: Exception, *, status: int) -> NoReturn:

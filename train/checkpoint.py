@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 from train.checksums import Leaves, leaves, shapes
 from train.config import Run, differences, to_json
 from train.disk import WriteError, reason
-from train.folder import saved_steps
+from train.distributed import Processes
+from train.folder import BUCKET, saved_steps
 from train.step import State
 
 DAMAGED = "-damaged"
@@ -29,18 +30,20 @@ class DamagedCheckpoint(Exception):
 class Checkpoints:
     """The checkpoints of one run; use it as a context, which waits for the last one.
 
-    Each holds the state, the position of the data, and what they belong to: the config, the data's
-    fingerprint, and a checksum of every leaf.
+    Each holds the state, and what it belongs to: the position of the data, their fingerprint, the config,
+    and a checksum of every leaf. Nothing in it depends on the processes and devices that saved it.
 
     Args:
-      folder: where they lie; made if need be. What interrupted saves left in it is removed.
+      folder: where they lie, which all processes see; made if need be. What interrupted saves left in it is
+        removed.
       run: the config; `run.checkpoints` says which are kept.
       data: the fingerprint of the data.
+      processes: those of the run, which save and restore together.
     """
 
-    def __init__(self, folder: Path, run: Run, data: str):
-        self.folder = folder.absolute()
-        self._run, self._data = run, data
+    def __init__(self, folder: Path, run: Run, data: str, processes: Processes | None = None):
+        self.folder = folder if BUCKET in str(folder) else folder.absolute()
+        self._run, self._data, self._processes = run, data, processes or Processes()
         self._writing: int | None = None
         keep, every = run.checkpoints.keep, run.checkpoints.keep_every
         options = ocp.CheckpointManagerOptions(
@@ -66,8 +69,8 @@ class Checkpoints:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps there are checkpoints of, ascending, in the folder at this moment."""
-        return saved_steps(self.folder)
+        """The steps there are checkpoints of, ascending, as the first process sees them now."""
+        return self._processes.first_says(lambda: saved_steps(self.folder))
 
     def save(self, state: State, batches: grain.DatasetIterator):
         """Begins to write the state under its step, beside the position that `batches` stands at.
@@ -87,11 +90,11 @@ class Checkpoints:
             "config": json.loads(to_json(self._run)),
             "data": self._data,
             "leaves": leaves(state),
-            "position": _crc(batches.get_state()),
+            # Not by grain's own handler, which keeps a position for each process, to be read by as many.
+            "position": batches.get_state(),
         }
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            batches=grain.checkpoint.CheckpointSave(batches),
             about=ocp.args.JsonSave(about | {"crc": _crc(about)}),
         )
         self._writing = step
@@ -144,7 +147,8 @@ class Checkpoints:
             try:
                 about = self._about(step)
                 self._check_same(step, about, like)
-                state = self._restore(step, about, like, batches)
+                state = self._restore(step, about, like)
+                self._set_position(about, batches)
             except DamagedCheckpoint as damage:
                 damaged[step] = damage
                 continue
@@ -164,13 +168,21 @@ class Checkpoints:
         return self.folder.with_name(self.folder.name + DAMAGED)
 
     def _about(self, step: int) -> dict[str, Any]:
-        with _damage():
-            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
-                "about"
-            ]
-            if about.pop("crc") != _crc(about):
-                raise ValueError("what it says of itself is not what was saved")
-            return about
+        about = self._processes.first_says(lambda: self._read_about(step))
+        if isinstance(about, str):
+            raise DamagedCheckpoint(about)
+        return about
+
+    def _read_about(self, step: int) -> dict[str, Any] | str:
+        """What the checkpoint says of itself, or why it cannot be read."""
+        try:
+            with _damage():
+                about = json.loads((self.folder / str(step) / "about" / "metadata").read_text())
+                if about.pop("crc") != _crc(about):
+                    raise ValueError("what it says of itself is not what was saved")
+                return about
+        except DamagedCheckpoint as damage:
+            return str(damage)
 
     def _check_same(self, step: int, about: dict[str, Any], like: State):
         path = self.folder / str(step)
@@ -184,32 +196,46 @@ class Checkpoints:
         if different := _structure(about["leaves"], like):
             raise ValueError(f"the checkpoint {path} is of another model: {'; '.join(different)}")
 
-    def _restore(self, step: int, about: dict, like: State, batches: grain.DatasetIterator) -> State:
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), batches=grain.checkpoint.CheckpointRestore(batches)
-        )
-        with _damage():
-            state = self._manager.restore(step, args=items)["state"]
+    def _restore(self, step: int, about: dict, like: State) -> State:
+        state, fault = None, ""
+        try:
+            with _damage():
+                items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+                state = self._manager.restore(step, args=items)["state"]
+        except DamagedCheckpoint as damage:
+            fault = str(damage)
+        if faults := list(filter(None, self._processes.gathered(fault))):
+            raise DamagedCheckpoint(faults[0])
+        assert state is not None
         if wrong := [name for name, leaf in leaves(state).items() if leaf != about["leaves"][name]]:
             raise DamagedCheckpoint(f"the numbers of {', '.join(wrong)} are not those that were saved")
-        # What it is about is the first process's word, and each process has a position of its own.
-        if jax.process_index() == 0 and _crc(batches.get_state()) != about["position"]:
-            raise DamagedCheckpoint("the position of the data is not the one that was saved")
         return state
 
+    def _set_position(self, about: dict, batches: grain.DatasetIterator):
+        try:
+            batches.set_state(about["position"])
+        except Exception as error:  # whatever grain raises
+            raise DamagedCheckpoint(f"the position of the data cannot be gone to: {reason(error)}") from error
+
     def _set_aside(self, step: int, damage: DamagedCheckpoint):
+        target = self._processes.first_says(lambda: str(self._moved(step)))
+        self._manager.reload()
+        if self._processes.first:
+            warnings.warn(
+                f"the checkpoint {self.folder / str(step)} is damaged ({damage}) and was moved to {target}; "
+                "an older one is taken",
+                stacklevel=4,
+            )
+
+    def _moved(self, step: int) -> Path:
+        """Where a checkpoint now lies that lay among the others."""
         self._damaged.mkdir(exist_ok=True)
         target, again = self._damaged / str(step), 1
         while target.exists():
             again += 1
             target = self._damaged / f"{step}-{again}"
         (self.folder / str(step)).rename(target)
-        self._manager.reload()
-        warnings.warn(
-            f"the checkpoint {self.folder / str(step)} is damaged ({damage}) and was moved to {target}; "
-            "an older one is taken",
-            stacklevel=4,
-        )
+        return target
 
     @contextmanager
     def _naming_failures(self) -> Iterator[None]:

@@ -52,9 +52,14 @@ def _checksum(leaf: Array) -> Int[Array, ""]:
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     width = min(leaf.dtype.itemsize, 4)  # 8 bytes become two words
-    words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * width}").astype(jnp.uint32).ravel()
-    odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-    return (words * odd).sum(dtype=jnp.uint32)
+    words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * width}").astype(jnp.uint32)
+    # Words are numbered without a reshape, which would bring a leaf that is spread over devices together.
+    number, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        number += along * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return (words * (2 * number + 1)).sum(dtype=jnp.uint32)
 
 
 def _name(path: Any) -> str:

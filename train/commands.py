@@ -1,4 +1,5 @@
-"""Commands for what training leaves: `python -m train generate`, `summarize`, `export`; and `tokenizer`.
+"""Commands for what training leaves: `python -m train generate`, `summarize`, `export`; and for what
+comes before it: `tokenizer`, `compile`.
 
 Each is a frozen record, whose fields are its options, and a function of it. None of them trains.
 """
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from train.compiling import Compile, compile_for, with_preset
 from train.generation import Generator
 from train.sections import Generation
 from train.step import program_of
@@ -189,6 +191,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "summarize": (Summarize, summarize),
     "export": (Export, export),
     "tokenizer": (TrainTokenizer, train_tokenizer),
+    "compile": (Compile, compile_for),
 }
 """name -> its options, and what it does."""
 
@@ -201,7 +204,10 @@ def run_command(name: str, arguments: Sequence[str]):
       SystemExit: what is typed does not fit, which `tyro` explains, or --help.
     """
     options, function = COMMANDS[name]
-    function(tyro.cli(options, prog=f"{PROGRAM} {name}", args=list(arguments)))
+    words, default = list(arguments), None
+    if options is Compile:  # the one whose options are those of a run
+        default, words = with_preset(words)
+    function(tyro.cli(options, prog=f"{PROGRAM} {name}", args=words, default=default))
 
 
 def _generator(weights: Weights, tokenizer: Tokenizer) -> Generator:

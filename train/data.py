@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from train import pipeline
@@ -43,7 +42,7 @@ class Corpus:
 
     Attributes:
       tokenizer: what made the tokens.
-      rows: the pipeline that `batches` starts, of this process.
+      rows: the pipeline that `batches` starts.
       held_out: the rows of validation, at most evaluation.rows, in batches of one shape
         `[min(data.batch, rows), T]`; the last is filled up with padding. The same in all processes.
       examples: held-out pairs of document and summary, for `summarize`; else none.
@@ -73,7 +72,7 @@ class Corpus:
     fingerprint: str
 
     def batches(self) -> grain.DatasetIterator:
-        """Batches of this process, `[data.batch / processes, T]` NumPy arrays, without end.
+        """Batches, `[data.batch, T]` NumPy arrays, without end; the same in all processes.
 
         Each epoch comes in another order. The iterator's state can be saved, and set, at any batch;
         those after it are then the same, bit for bit. `close()` ends its thread.
@@ -81,26 +80,18 @@ class Corpus:
         return iter(self.rows)
 
 
-def corpus(run: Run, *, process: int | None = None, processes: int | None = None) -> Corpus:
+def corpus(run: Run) -> Corpus:
     """Reads the text, or finds its tokens in the cache, and cuts it into rows.
 
     Args:
       run: data, the task, the seed, and evaluation.rows are read of it.
-      process: which process this is, and
-      processes: how many share a batch; by default as JAX counts them.
 
     Raises:
       FileNotFoundError: a path, or a tokenizer, does not exist.
       OSError: a file cannot be read, or the cache not be written.
-      ValueError: text is malformed or cannot be used, see `token_cache` and `fitting`; there is too
-        little; or data.batch is no multiple of the processes.
+      ValueError: text is malformed or cannot be used, see `token_cache` and `fitting`; or there is too
+        little.
     """
-    process = jax.process_index() if process is None else process
-    processes = jax.process_count() if processes is None else processes
-    if run.data.batch % processes:
-        raise ValueError(
-            f"data.batch must be a multiple of the processes ({processes}), got {run.data.batch}"
-        )
     tokenizer = load_tokenizer(run.data.tokenizer, run.data.end_token)
     caches = _caches(run, tokenizer)
     kept = [fitting(cache, run.data.length, run.summarize.truncate) for cache in caches if cache.pairs]
@@ -111,7 +102,7 @@ def corpus(run: Run, *, process: int | None = None, processes: int | None = None
     _check_size(run, held_out_cut, held_out, "hold out")
     return Corpus(
         tokenizer=tokenizer,
-        rows=pipeline.batches(train_cut, run, process, processes),
+        rows=pipeline.batches(train_cut, run),
         held_out=pipeline.held_out_batches(held_out_cut, run),
         examples=Examples(caches[-1], held_out.documents) if kept else (),
         truncated=sum(int((own < cache.bodies).sum()) for own, cache in zip(kept, caches, strict=False)),

@@ -6,17 +6,21 @@ Each part is made if it is not there yet, so a run that was killed here is finis
 from dataclasses import dataclass
 
 import jax
+import optax
 
+from dynmask_jax.array_typing import Array
 from train import metrics, report
 from train.config import Run
 from train.data import Corpus
 from train.disk import writing
+from train.distributed import Processes
 from train.flops import Peak, work
 from train.folder import RunFolder
 from train.generation import Generator
 from train.metrics import open_log
 from train.report import Facts
-from train.step import Program, State
+from train.state import State
+from train.step import Program, program_of
 from train.summaries import Summarizer, evaluate_summaries
 from train.summary import Summary
 
@@ -34,6 +38,7 @@ class Finish:
       corpus: its texts.
       program: its model and curriculum.
       peak: what its devices can do.
+      processes: of which the first writes, and the others wait for it.
     """
 
     run: Run
@@ -41,9 +46,10 @@ class Finish:
     corpus: Corpus
     program: Program
     peak: Peak
+    processes: Processes
 
     def __call__(self, state: State, compilations: int) -> Summary:
-        """The summary of the whole run.
+        """The summary of the whole run; in other processes than the first it has no records.
 
         Args:
           state: after the last step.
@@ -52,26 +58,36 @@ class Finish:
         Raises:
           WriteError: the folder cannot be written to.
         """
-        records = metrics.read(self.folder.metrics, RECORDS)
-        if self.run.evaluation.summaries and not any("rouge" in record for record in records):
-            self._summarise(state)
-            records = metrics.read(self.folder.metrics, RECORDS)
-        summary = Summary(records, compilations)
-        if jax.process_index() == 0 and (compilations or not self.folder.report.exists()):
-            parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        if self.processes.first_says(self._lacks_summaries):
+            weights = self.program.placement.alone((self.program.weights(state), state.key))
+            self.processes.first_says(lambda: self._summarise(*weights))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        self.processes.first_says(lambda: self._report(parameters, compilations))
+        return self._summary(compilations) if self.processes.first else Summary([], compilations)
+
+    def _summary(self, compilations: int) -> Summary:
+        return Summary(metrics.read(self.folder.metrics, RECORDS), compilations)
+
+    def _report(self, parameters: int, compilations: int):
+        if compilations or not self.folder.report.exists():
             facts = Facts(self.run, self.corpus, self.program.growth, parameters, self.peak)
             with writing(self.folder.report):
-                report.write(self.folder.path, facts, summary)
-        return summary
+                report.write(self.folder.path, facts, self._summary(compilations))
 
-    def _summarise(self, state: State):
+    def _lacks_summaries(self) -> bool:
+        """Whether summaries are asked for that are not there yet."""
+        if not self.run.evaluation.summaries:
+            return False
+        return not any("rouge" in record for record in metrics.read(self.folder.metrics, RECORDS))
+
+    def _summarise(self, weights: optax.Params, key: Array):
         """Summarises held-out documents, and writes them and their scores."""
         run, tokenizer = self.run, self.corpus.tokenizer
         words = run.summarize.lead or self.corpus.lead_words
         assert words is not None  # summarize has training summaries
         scores = evaluate_summaries(
             Summarizer(
-                Generator.of(self.program, self.program.weights(state), tokenizer.end),
+                Generator.of(program_of(run, tokenizer.vocabulary), weights, tokenizer.end),
                 tokenizer,
                 run.summarize.truncate,
             ),
@@ -79,7 +95,7 @@ class Finish:
             words,
             run.generation,
             self.folder.summaries,
-            jax.random.wrap_key_data(state.key),
+            jax.random.wrap_key_data(key),
         )
         texts = self.corpus.bytes_per_token
         model = work(run.model, tokenizer.vocabulary)

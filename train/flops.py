@@ -105,8 +105,8 @@ def peak(watch: Watch, dtype: Dtype, devices: Collection[Any]) -> Peak:
 
     Args:
       dtype: what the model computes in.
-      devices: JAX's, all of one kind; those that an array lies on are `array.devices()`. CPU devices are
-        taken for one: what is measured is the whole machine.
+      devices: JAX's, all of one kind, the first of them of this process; those that an array lies on are
+        `array.devices()`. CPU devices are taken for one: what is measured is the whole machine.
     """
     device = next(iter(devices))
     if watch.peak_flops is not None:

@@ -8,14 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
 
 from train.config import Run, differences, to_json
 from train.disk import write_atomically
 
+BUCKET = "://"
+
 
 def saved_steps(checkpoints: Path) -> list[int]:
     """The steps that a folder of checkpoints holds whole ones of, by their names, ascending."""
-    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal())
+    return sorted(ocp.utils.checkpoint_steps(checkpoints)) if checkpoints.is_dir() else []
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,19 @@ class RunFolder:
 
     Attributes:
       path: the folder; need not exist yet.
+      elsewhere: the folder of the checkpoints, where they do not lie in `path`; may be in a bucket.
     """
 
     path: Path
+    elsewhere: Path | None = None
+
+    @classmethod
+    def of(cls, run: Run, path: Path | None = None) -> "RunFolder":
+        """The folder that a config names; or another one, where it was moved to."""
+        path = path or Path(run.folder) / run.name
+        if run.checkpoints.folder is None:
+            return cls(path)
+        return cls(path, _place(run.checkpoints.folder) / run.name)
 
     @property
     def config(self) -> Path:
@@ -44,7 +60,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """A folder, with one folder for each saved step."""
-        return self.path / "checkpoint"
+        return self.elsewhere or self.path / "checkpoint"
 
     @property
     def saved_steps(self) -> list[int]:
@@ -68,7 +84,7 @@ class RunFolder:
 
     @property
     def _discarded(self) -> Path:
-        return self.path / "checkpoint-discarded"
+        return self.checkpoints.with_name(self.checkpoints.name + "-discarded")
 
     @property
     def _others(self) -> tuple[Path, ...]:
@@ -85,6 +101,9 @@ class RunFolder:
     def holds(self, run: Run) -> bool:
         """Whether the folder holds this run, to go on with; it may be without a checkpoint yet.
 
+        Of a run whose checkpoints lie elsewhere they are enough: the rest may be lost with a machine. They
+        know what they are of.
+
         Raises:
           ValueError: it holds a run of another config, each difference is named with both values; or
             a config that cannot be read.
@@ -92,12 +111,13 @@ class RunFolder:
             says of which.
         """
         if not self.config.exists():
-            if there := [path.name for path in (self.checkpoints, *self._others) if path.exists()]:
+            own = () if self.elsewhere else (self.checkpoints,)
+            if there := [path.name for path in (*own, *self._others) if path.exists()]:
                 raise FileExistsError(
                     f"{self.path} holds {', '.join(there)}, but no {self.config.name} that says what of; "
                     "begin anew with --overwrite, which removes that, or choose another --name"
                 )
-            return False
+            return self.elsewhere is not None and bool(self.saved_steps)
         try:
             saved = json.loads(self.config.read_text())
         except ValueError as error:
@@ -120,7 +140,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._discard()
         if self.checkpoints.exists():
-            self.checkpoints.rename(self._discarded)
+            if BUCKET in str(self.checkpoints):  # where to rename is to copy
+                _remove(self.checkpoints)
+            else:
+                self.checkpoints.rename(self._discarded)
         for path in self._others:
             _remove(path)
         self.write_config(run)
@@ -159,8 +182,26 @@ class RunFolder:
         _remove(self._discarded)
 
 
+def _place(folder: str) -> Path:
+    """A folder's path, which may be in a bucket.
+
+    Raises:
+      ImportError: it is, and the library for that is not installed.
+    """
+    if BUCKET not in folder:
+        return Path(folder)
+    place: Any = epath.Path(folder)  # has all that a Path has
+    try:
+        place.exists()
+    except ImportError as error:
+        raise ImportError(f"checkpoints.folder: {folder} cannot be read: {error}") from error
+    return place
+
+
 def _remove(path: Path):
-    if path.is_dir():
+    if isinstance(path, epath.Path) and path.exists():
+        path.rmtree()
+    elif path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,58 +1,31 @@
-"""The training loop, from a config to a finished run folder; and on from wherever it stopped."""
+"""The training loop, from a run that is ready to a finished run folder."""
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 
-import grain
 import jax
-import orbax.checkpoint as ocp
 
-from train import flops, metrics, sinks
+from train import flops, metrics
 from train.checkpoint import Checkpoints
 from train.checksums import finite
-from train.config import Run
-from train.data import Corpus, corpus
-from train.disk import WriteError, check_space, check_writable
+from train.disk import WriteError
 from train.evaluation import Validator
 from train.finish import Finish
 from train.folder import RunFolder
+from train.layout import Layouts
 from train.metrics import Log
 from train.pace import advance
 from train.profile import Profile
+from train.session import Session as Session
+from train.session import prepare as prepare
 from train.signals import StopSignals
-from train.step import Program, State, begin
 from train.summary import Summary
 
 
 class NotFinite(ValueError):
     """Too many steps in a row had a loss or gradient that was not finite."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """A run that is ready to go on from `state`, with `batches` at the same place. Training uses both up."""
-
-    run: Run
-    folder: RunFolder
-    corpus: Corpus
-    program: Program
-    state: State
-    batches: grain.DatasetIterator
-
-    @property
-    def opening(self) -> str:
-        """Where the run stands, in a line."""
-        done, steps, where = int(self.state.step), self.run.steps, self.folder.path
-        if done == steps:
-            return f"The run in {where} is finished, all its {steps:,} steps; --overwrite begins it anew."
-        there = jax.device_count()
-        alone = f" It takes one of the {there} devices." if there > 1 else ""
-        if done:
-            return f"The run in {where} goes on after step {done:,} of {steps:,}.{alone}"
-        return f"A run of {steps:,} steps begins in {where}.{alone}"
 
 
 @dataclass(frozen=True)
@@ -70,47 +43,6 @@ class Interrupted:
         )
 
 
-def prepare(run: Run, *, overwrite: bool = False) -> Session:
-    """Reads the texts, builds the model, and claims the run's folder or takes its newest checkpoint.
-
-    All that a caller can have wrong is refused here, before anything is trained or overwritten.
-
-    Args:
-      run: the config.
-      overwrite: begin anew where the folder holds a run, which is removed.
-
-    Raises:
-      OSError: texts are missing; or the folder cannot be written to, lies on a disk with too little
-        space, or is in use by another process.
-      ValueError: the texts or the config are wrong; the folder's run is of another config, of other
-        texts, or without a checkpoint that is whole; or there are several processes.
-    """
-    if jax.process_count() > 1:  # each would train a model of its own
-        raise ValueError(f"training goes on in one process, got {jax.process_count()} of jax.distributed")
-    folder = RunFolder(Path(run.folder) / run.name)
-    check_writable(folder.path)
-    if not overwrite:
-        folder.holds(run)  # refused before the texts are read, which may take long
-    sinks.check(run)
-    texts = corpus(run)
-    program, state = begin(run, texts.tokenizer.vocabulary)
-    batches = texts.batches()
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.claimed():
-        _check_space(folder, run, state)
-        goes_on = not overwrite and folder.holds(run)  # another process may have been here meanwhile
-        restored = _restored(folder, run, texts, state, batches) if goes_on else None
-        if restored is None:  # new, or killed before its first checkpoint
-            folder.begin(run)
-            # Bound to its devices, as a restored one is: the very same program is compiled for both.
-            state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
-        else:
-            folder.write_config(run)
-            metrics.rewind(folder.metrics, int(restored.step))
-            state = restored
-    return Session(run, folder, texts, program, state, batches)
-
-
 def train(session: Session) -> Summary | Interrupted:
     """Trains to the run's last step; writes metrics, checkpoints and pictures as it goes.
 
@@ -124,7 +56,9 @@ def train(session: Session) -> Summary | Interrupted:
       WriteError: a file could not be written, be it that the disk is full. The checkpoints before are
         whole, as they are after every error.
     """
-    peak = flops.peak(session.run.watch, session.run.model.dtype, jax.devices()[:1])
+    devices = session.program.placement.devices
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    peak = flops.peak(session.run.watch, session.run.model.dtype, dict.fromkeys([*own, *devices]))
     state, compilations = session.state, 0
     with closing(session.batches):
         if int(state.step) < session.run.steps:
@@ -137,7 +71,7 @@ def train(session: Session) -> Summary | Interrupted:
             if interrupted is not None:
                 return interrupted
             state, compilations = training.state, training.compilations
-    finish = Finish(session.run, session.folder, session.corpus, session.program, peak)
+    finish = Finish(session.run, session.folder, session.corpus, session.program, peak, session.processes)
     return finish(state, compilations)
 
 
@@ -156,14 +90,18 @@ class _Training:
     def __init__(self, session: Session, peak: flops.Peak, stack: ExitStack):
         run, program, text = session.run, session.program, session.corpus
         self.state, self._run, self._batches = session.state, run, session.batches
-        stack.enter_context(session.folder.claimed())
+        processes = session.processes
+        processes.first_says(lambda: stack.enter_context(session.folder.claimed()))
         self._stop = stack.enter_context(StopSignals())
         self._checkpoints = stack.enter_context(
-            Checkpoints(session.folder.checkpoints, run, text.fingerprint)
+            Checkpoints(session.folder.checkpoints, run, text.fingerprint, processes)
         )
         self._log: Log = stack.enter_context(_opened_log(session, peak))
-        self._profile = stack.enter_context(Profile(session.folder.profile, run.watch))
-        self._validator = Validator(program, text, run)
+        watch = run.watch if processes.first else replace(run.watch, profile=None)
+        self._profile = stack.enter_context(Profile(session.folder.profile, watch))
+        self._place, self._layouts = program.placement.place, Layouts.of(program, text.held_out[0])
+        self._stage = int(self.state.pace.stage)
+        self._validator = Validator(program, text, run, self._layouts.full)
         self._train_step = jax.jit(program.train_step, donate_argnums=0)
         self._advance = jax.jit(partial(advance, options=run.curriculum))
 
@@ -193,7 +131,8 @@ class _Training:
 
     def _step(self, step: int):
         since = perf_counter()
-        batch = next(self._batches)  # while the device computes the step before
+        rows = next(self._batches)  # while the device computes the step before
+        batch = self._place(rows, self._layouts.order(step, self._stage))
         waited = perf_counter() - since
         self.state, measured = self._profile.step(step, self._train_step, self.state, batch)
         self._log.step(step, measured, waited)
@@ -210,7 +149,7 @@ class _Training:
             self._log.validation(done, validation)
         if done and validation.pace_loss is not None:
             pace = self._advance(self.state.pace, validation.pace_loss)
-            self.state = replace(self.state, pace=pace)
+            self.state, self._stage = replace(self.state, pace=pace), int(pace.stage)
 
     def _save(self, done: int, *, put_off: bool):
         """Saves the state; not, if it may be put off, while steps are being skipped."""
@@ -231,27 +170,6 @@ class _Training:
                 "optimizer.clip, or lengthen optimizer.warmup, under another --name; raise optimizer.give_up "
                 "to go on as it is"
             )
-
-
-def _restored(
-    folder: RunFolder, run: Run, text: Corpus, fresh: State, batches: grain.DatasetIterator
-) -> State | None:
-    """The state of the newest whole checkpoint, or None where there is none. Uses up the fresh one."""
-    with Checkpoints(folder.checkpoints, run, text.fingerprint) as checkpoints:
-        if not checkpoints.steps():
-            return None
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
-        for leaf in jax.tree.leaves(fresh):  # there may not be room for two
-            leaf.delete()
-        return checkpoints.restore_newest(like, batches)
-
-
-def _check_space(folder: RunFolder, run: Run, state: State):
-    """Refuses a disk that cannot take the checkpoints that are kept, and one more while it is written."""
-    there = len(list(folder.checkpoints.glob("*"))) if folder.checkpoints.exists() else 0
-    count = max(run.checkpoints.keep + 1 - there, 1)
-    each = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    check_space(folder.path, count * each, f"{count} more checkpoints (checkpoints.keep)")
 
 
 def _opened_log(session: Session, peak: flops.Peak) -> Log:

@@ -12,6 +12,9 @@ Of train steps, every `watch.log_every`-th, the last, and each that was skipped:
     padding             share of the batch's tokens that are padding
     gradient_norm       before clipping
     learning_rate
+    hops, bytes_moved   where a row lies on several devices: how often keys and values went on to the next
+                        one, in the layers where they went farthest; and what a device sent of them,
+                        forward, in all layers
     skipped             steps so far whose loss or gradient was not finite, and that changed nothing
     seconds             a step, and
     input_seconds       of them waiting for the batch; both are means over the steps since the last record
@@ -154,6 +157,7 @@ class Log:
     def _record(self, step: int, metrics: Metrics) -> Record:
         data, times = self._run.data, self._times
         loss = float(metrics.loss)
+        travel = {"hops": int(metrics.hops), "bytes_moved": float(metrics.bytes_moved)}
         return {
             "step": step,
             "loss": _finite(loss),
@@ -163,6 +167,7 @@ class Log:
             "padding": 1 - float(metrics.tokens) / (data.batch * data.length),
             "gradient_norm": _finite(float(metrics.gradient_norm)),
             "learning_rate": float(metrics.learning_rate),
+            **(travel if self._run.mesh.context > 1 else {}),
             "skipped": int(metrics.skipped),
             "seconds": times.seconds / times.steps,
             "input_seconds": times.waited / times.steps,

@@ -14,16 +14,18 @@ AHEAD = 2  # batches that are made while the model trains
 Cut = Pieces | Pairs | Stream
 
 
-def batches(cut: Cut, run: Run, process: int, processes: int) -> grain.IterDataset:
-    """Batches of one process, `[data.batch / processes, T]`, without end, each epoch in another order.
+def batches(cut: Cut, run: Run) -> grain.IterDataset:
+    """Batches, `[data.batch, T]`, without end, each epoch in another order.
 
-    All processes together read every item once in an epoch. Packing may lay the last items of an epoch
-    beside the first of the next.
+    Every item is read once in an epoch. Packing may lay the last items of an epoch beside the first of
+    the next. Every process reads all rows, and gives its devices theirs: the place in the data is then one
+    of the run, whose checkpoints any number of processes goes on from. To read is little beside training
+    on long rows.
     """
     seed = _seed(run)
-    endless = grain.MapDataset.source(cut).seed(seed).shuffle().repeat()[process::processes]
+    endless = grain.MapDataset.source(cut).seed(seed).shuffle().repeat()
     rows = _rows(endless, run, run.data.packing_bins, seed)
-    made = rows.batch(run.data.batch // processes).map(lambda rows: as_batch(rows, loss_from(run)))
+    made = rows.batch(run.data.batch).map(lambda rows: as_batch(rows, loss_from(run)))
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=AHEAD)
 
 

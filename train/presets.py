@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from train.config import Run
-from train.sections import Checkpoints, Curriculum, Data, Evaluation, Generation, Model, Optimizer
+from train.sections import Checkpoints, Curriculum, Data, Evaluation, Generation, Mesh, Model, Optimizer
 
 
 def base() -> Run:
@@ -117,5 +117,90 @@ def summarize() -> Run:
     )
 
 
-PRESETS = {"run": base, "demo": demo, "lm-8k": lm_8k, "lm-32k": lm_32k, "summarize": summarize}
+def lm_128k() -> Run:
+    """A language model of 1.3 billion weights on rows of 131,072 tokens, for 16 TPU v5e (v5e:4x4).
+
+    Needs: long texts and a tokenizer; the weights are counted with 32,768 tokens. What a device holds is in
+    docs/devices.md.
+    Expect: 2.6 billion tokens; chunks of 4,096 tokens grow to whole rows.
+    """
+    parent = lm_8k()
+    return replace(
+        parent,
+        name="lm-128k",
+        model=replace(
+            parent.model,
+            layers=24,
+            width=2_048,
+            heads=16,
+            kv_heads=8,
+            hidden=5_632,
+            rope_theta=5_000_000.0,
+        ),
+        data=replace(parent.data, length=131_072, batch=1),
+        optimizer=replace(parent.optimizer, learning_rate=3e-4, accumulate=1, ema=None),
+        curriculum=Curriculum(start=4_096, multiple_of=512),
+        evaluation=replace(parent.evaluation, rows=8),
+        mesh=Mesh(context=16),
+    )
+
+
+def lm_1m_v5p() -> Run:
+    """A language model of 7 billion weights on rows of 1,048,576 tokens, for 256 TPU v5p (v5p:8x8x4).
+
+    Needs: texts as long as books, and a tokenizer; the weights are counted with 32,768 tokens. What a device
+    holds is in docs/devices.md.
+    Expect: 4 million tokens a step; chunks of 8,192 tokens grow to whole rows.
+    """
+    parent = lm_128k()
+    return replace(
+        parent,
+        name="lm-1m-v5p",
+        steps=5_000,
+        model=replace(
+            parent.model,
+            layers=32,
+            width=4_096,
+            heads=32,
+            kv_heads=8,
+            hidden=14_336,
+            rope_theta=50_000_000.0,
+        ),
+        data=replace(parent.data, length=1_048_576, batch=4),
+        curriculum=Curriculum(start=8_192, multiple_of=512),
+        evaluation=replace(parent.evaluation, needles=0),
+        mesh=Mesh(fsdp=4, context=64),
+    )
+
+
+def lm_1m_v6e() -> Run:
+    """The same for 256 TPU v6e (v6e:16x16), whose memory is a third of a v5p's.
+
+    Needs: texts as long as books, and a tokenizer; the weights are counted with 32,768 tokens. What a device
+    holds is in docs/devices.md.
+    Expect: 1 million tokens a step, heads and features over 4 devices each.
+    """
+    parent = lm_1m_v5p()
+    return replace(
+        parent,
+        name="lm-1m-v6e",
+        steps=20_000,
+        data=replace(parent.data, batch=1),
+        mesh=Mesh(context=64, tensor=4),
+    )
+
+
+PRESETS = {
+    "run": base,
+    "demo": demo,
+    "lm-8k": lm_8k,
+    "lm-32k": lm_32k,
+    "lm-128k": lm_128k,
+    "lm-1m-v5p": lm_1m_v5p,
+    "lm-1m-v6e": lm_1m_v6e,
+    "summarize": summarize,
+}
 """name -> the `Run` that the command line starts from."""
+
+TOPOLOGIES = {"v5e:4x4": "lm-128k", "v5p:8x8x4": "lm-1m-v5p", "v6e:16x16": "lm-1m-v6e"}
+"""The preset that is made for a topology."""

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dynmask_jax import Plan, attention
 from dynmask_jax.array_typing import Array, Float, Int
-from dynmask_jax.context_parallel import Travel, context_parallel
+from dynmask_jax.context_parallel import ContextParallel, Travel, context_parallel
 from train import sections
 from train.batch import Batch
 
@@ -151,7 +151,7 @@ class Placement:
         part of the activations travels, not the whole embedding.
         """
         x = embed(self._held(tokens, "data"))
-        for axes in (("data", None, WIDTH), (ROWS, None, TOKENS), (ROWS, TOKENS)):
+        for axes in (("data", None, WIDTH), ("data", TOKENS, "fsdp"), (ROWS, TOKENS)):
             x = self._held(x, *axes)
         return x
 
@@ -224,7 +224,8 @@ class Placement:
         whole = jax.jit(lambda tree: tree, out_shardings=self._on())(tree)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
-    def _parallel(self, attend: Callable):
+    def _parallel(self, attend: Callable) -> ContextParallel:
+        assert self.mesh is not None
         return context_parallel(attend, mesh=self.mesh, axis=TOKENS, strategy=self.strategy)
 
     def _size(self, *axes: str) -> int:

@@ -91,7 +91,7 @@ class Program:
 
     def plans(self, mask: Mask, tokens: Tokens, kv_tokens: Tokens | None = None) -> Plans:
         """The plan of each reach in the model's pattern; keys are the queries where left out."""
-        block = self.run.block
+        block = min(self.run.block, self.run.data.length // self.placement.context)  # within a device
         return {
             reach: plan(shown, tokens, kv_tokens, block_q=block, block_k=block)
             for reach, shown in self.masks(mask).items()

@@ -1,10 +1,12 @@
 """All documents as tokens, in one memory-mapped array that is written once and found again by later runs."""
 
+import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -20,6 +22,7 @@ from train.tokenizers import Tokenizer
 
 VERSION = 2  # of the files below: others are not read
 UNFINISHED = ".unfinished-"
+CLAIM = ".claim-"
 ABANDONED = 24 * 3600  # seconds without a write, after which an unfinished folder is taken away
 
 
@@ -112,8 +115,10 @@ def token_cache(
     """The sources' documents as tokens: from the cache, or read, encoded and written to it.
 
     A cache goes by the files' paths, sizes and times of change and by all other arguments. It appears
-    in `folder` in one move when it is finished: what a crash leaves is never read, and two processes
-    may make the same one. Neither the texts nor the tokens are ever all in memory.
+    in `folder` in one move when it is finished: what a crash leaves is never read. Of several processes
+    that want the same one the first makes it and the others wait; where the file system knows no locks,
+    each makes one, and the first to finish is taken. Neither the texts nor the tokens are ever all in
+    memory.
 
     Raises:
       ValueError: a text is malformed (see `records`) and is not to be left out; there is no text; a
@@ -126,17 +131,40 @@ def token_cache(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _take_away_abandoned(folder)
-            unfinished = folder / f"{UNFINISHED}{uuid4().hex}"
-            unfinished.mkdir()
-        try:
-            documents = encoded(records(found, task, columns), tokenizer)
-            write(documents, found, tokenizer, unfinished, skip_malformed)
-            if _key(found, task, columns, tokenizer, skip_malformed) != key:
-                raise OSError("data.paths: files changed while they were read")
-            _move(unfinished, finished)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with _claimed(folder / f"{CLAIM}{key}"), _unfinished(folder) as unfinished:
+            if not finished.exists():  # another process may have been first
+                documents = encoded(records(found, task, columns), tokenizer)
+                write(documents, found, tokenizer, unfinished, skip_malformed)
+                if _key(found, task, columns, tokenizer, skip_malformed) != key:
+                    raise OSError("data.paths: files changed while they were read")
+                _move(unfinished, finished)
     return _open(finished)
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Waits until no other process that lives holds the claim of this name."""
+    with writing(path.parent):
+        claim = path.open("w")
+    with claim:
+        with suppress(OSError):  # the file system knows no locks
+            fcntl.flock(claim, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # those that wait for it hold the file itself
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A folder to make a cache in; it is gone afterwards, unless it was given a name."""
+    unfinished = folder / f"{UNFINISHED}{uuid4().hex}"
+    with writing(folder):
+        unfinished.mkdir()
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _key(
