@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks import (
+    balance,
     causal,
     curriculum,
     exposure,
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "flashmask": flashmask,
     "plans": plans,
     "tpu_schedule": tpu_schedule,
+    "balance": balance,
 }
 
 

@@ -4,7 +4,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import causal, curriculum, exposure, flashmask, loss, memory, plans, tpu_schedule, trainer
+from benchmarks import (
+    balance,
+    causal,
+    curriculum,
+    exposure,
+    flashmask,
+    loss,
+    memory,
+    plans,
+    tpu_schedule,
+    trainer,
+)
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 """Where the results lie that the documentation shows: NAME.json."""
@@ -27,6 +38,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "flashmask": ("The twelve masks of FlashMask", flashmask.section),
     "plans": ("Finding the blocks to skip", plans.section),
     "tpu_schedule": ("Static cost on TPU", tpu_schedule.section),
+    "balance": ("Balance over devices", balance.section),
 }
 """NAME of the JSON file -> the section's title, and how its results read."""
 

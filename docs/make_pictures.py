@@ -1,6 +1,10 @@
-"""Draws the README's picture, docs/curriculum.png: `python docs/make_pictures.py`."""
+"""Draws the pictures of the documentation, docs/*.png: `python docs/make_pictures.py`.
+
+curriculum.png is drawn from the library, balance.png from docs/benchmarks/balance.json.
+"""
 
 import io
+import json
 from pathlib import Path
 
 import jax
@@ -24,6 +28,17 @@ MEANING = {
     "full": "every pair visible: computed without the mask",
     "test: visible": "some pairs visible: computed …",
     "test: hidden": "… and the others masked",
+}
+BALANCE_CURRICULA = ("growing window, linear", "growing chunks, linear", "reveal, nearest")
+BALANCE_PANELS = {
+    "max/mean work": ("imbalance", 1),
+    "GiB each device sends": ("bytes", 2**30),
+    "estimated seconds a layer": ("milliseconds", 1e3),
+}
+LAYOUT_STYLES = {
+    "contiguous": {"color": "#0072b2", "linestyle": "--", "linewidth": 2},
+    "zigzag": {"color": "#e69f00", "linestyle": "-.", "linewidth": 2},
+    "picked": {"color": "#d55e00", "linewidth": 2.5, "marker": "o", "markersize": 4},
 }
 
 
@@ -72,6 +87,27 @@ def _work(the_plan: Plan):
     return the_plan.visible_pairs(), the_plan.active
 
 
+def balance_picture(results: dict) -> Figure:
+    """Evenness, traffic and time of three layouts over three curricula, from the benchmark's results."""
+    figure = Figure(figsize=(14, 8.6), dpi=100, layout="constrained")
+    panels = figure.subplots(len(BALANCE_PANELS), len(BALANCE_CURRICULA), sharex=True, sharey="row")
+    for column, name in zip(panels.T, BALANCE_CURRICULA, strict=True):
+        rows = [row for row in results["rows"] if row["curriculum"] == name]
+        for ax, (what, unit) in zip(column, BALANCE_PANELS.values(), strict=True):
+            for layout, style in LAYOUT_STYLES.items():
+                values = [row[layout][what] / unit for row in rows]
+                ax.plot([row["stage"] / 10 for row in rows], values, label=layout, **style)
+            ax.grid(alpha=0.3)
+        column[0].axhline(1.15, color="grey", linestyle=":", linewidth=1.5, label="1.15")
+        column[0].set_title(name, fontsize=13)
+        column[-1].set_xlabel("share of the growth, %", fontsize=12)
+    for ax, label in zip(panels[:, 0], BALANCE_PANELS, strict=True):
+        ax.set_ylabel(label, fontsize=12)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=12)
+    return figure
+
+
 def save(figure: Figure, path: Path):
     """Writes a PNG of 64 colours, a third of the size of the full range's."""
     png = io.BytesIO()
@@ -80,4 +116,8 @@ def save(figure: Figure, path: Path):
 
 
 if __name__ == "__main__":
-    save(curriculum_picture(), Path(__file__).parent / "curriculum.png")
+    docs = Path(__file__).parent
+    save(curriculum_picture(), docs / "curriculum.png")
+    save(
+        balance_picture(json.loads((docs / "benchmarks" / "balance.json").read_text())), docs / "balance.png"
+    )

@@ -25,8 +25,8 @@ from dynmask_jax.tokens import Tokens
 
 EVEN = 1.15
 """The greatest work of a device, over the mean, that a pick has where a layout reaches it."""
-ALIKE = 1.02
-"""Estimates of time that are this close are no reason to prefer one over another."""
+ALIKE = 1.05
+"""Estimates of time that are this close are no reason to send more: they are not better than that."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Balance:
         """The fastest of those that are even.
 
         Of the choices whose most laden device has at most 1.15 of the mean (of the most even ones, where
-        none is) the fastest by the estimate; of those within 2% of it the one that sends and holds
+        none is) the fastest by the estimate; of those within 5% of it the one that sends and holds
         least; of those the simplest. Evenness goes first because it is counted and time is estimated.
         """
         bound = max(EVEN, min(choice.imbalance for choice in self.choices))

@@ -2,13 +2,16 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from benchmarks import (
+    balance,
     block_masks,
     causal,
     curriculum,
@@ -27,7 +30,8 @@ from benchmarks import (
 from benchmarks.__main__ import BENCHMARKS, main, measured
 from benchmarks.calls import BOTH, FORWARD, WAYS, Size, both_ways, compiled
 from benchmarks.timing import attempt, compared, machine, medians
-from dynmask_jax import Causal, Tokens, attention, mask_tensor
+from dynmask_jax import LAYOUTS, Causal, Tokens, Window, attention, mask_tensor
+from dynmask_jax import balance as simulate
 
 TOYS = {
     "causal": causal.Settings(32, 2, 8),
@@ -39,7 +43,11 @@ TOYS = {
     "flashmask": flashmask.Settings(64, 2, 8, patterns=("causal", "document")),
     "plans": plans.Settings((64,), ours=(128,)),
     "tpu_schedule": tpu_schedule.Settings((), (), ()),
+    "balance": balance.Settings(1_024, devices=8, block=8, chunk=100, stages=(0, 300, balance.END)),
 }
+
+
+NO_MEDIANS = ("memory", "loss", "tpu_schedule", "balance")
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +92,8 @@ def test_every_benchmark_has_a_toy_a_section_and_results(results):
     for name, found in results.items():
         text = report.section(name, found)
         assert text.startswith(f"## {report.SECTIONS[name][0]}\n")
-        assert ("medians of 1 rounds" in text) == (name not in ("memory", "loss", "tpu_schedule")), (
-            "a peak is no median, and a schedule is always the same"
+        assert ("medians of 1 rounds" in text) == (name not in NO_MEDIANS), (
+            "a peak is no median, and what is counted is always the same"
         )
         assert f"jax {found['machine']['jax']}" in text
 
@@ -229,6 +237,51 @@ def test_the_documentations_table_is_that_of_its_json():
     assert report.table_path(report.FOLDER).read_text() == report.document(report.FOLDER), (
         "docs/benchmarks.md is not what docs/benchmarks/*.json give: run python -m benchmarks --table"
     )
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """The documentation's results of `benchmarks.balance`."""
+    return json.loads((report.FOLDER / "balance.json").read_text())
+
+
+def test_the_picks_at_a_million_tokens_are_even_at_every_stage(simulated):
+    assert simulated["settings"] == json.loads(json.dumps(asdict(balance.FULL)))
+    picks = {(row["curriculum"], row["stage"]): row["picked"]["imbalance"] for row in simulated["rows"]}
+    assert len(picks) == 9 * len(balance.FULL.stages) + 1
+    assert picks[balance.FULL_MASK, balance.END] <= 1.05
+    assert max(picks.values()) <= 1.15
+
+
+def test_the_simulators_results_are_those_of_the_code(simulated, monkeypatch):
+    kept = (balance.FULL_MASK, "growing window, linear", "reveal, strided")
+    every = balance.curricula(balance.FULL)
+    monkeypatch.setattr(balance, "curricula", lambda settings: {name: every[name] for name in kept})
+    stage = 50
+    rows = [
+        row for row in simulated["rows"] if row["curriculum"] in kept and row["stage"] in (stage, balance.END)
+    ]
+    stages = (stage, balance.END)
+    assert balance.measure(replace(balance.FULL, stages=stages), repeats=1)["rows"] == rows
+
+
+def test_the_guide_to_devices_shows_the_simulators_figures(simulated):
+    docs = report.FOLDER.parent
+    text = (docs / "devices.md").read_text()
+    assert balance.summary(simulated) in text, (
+        "docs/devices.md is not what docs/benchmarks/balance.json gives"
+    )
+    example = simulate(Causal() & Window(40_000), 2**17, 8, layouts=LAYOUTS[:3], strategies=["ring"])
+    assert str(example) in text
+    zigzag, contiguous = (max(row[name]["imbalance"] for row in simulated["rows"]) for name in balance.FIXED)
+    assert f"zigzag reaches {zigzag:.2f} and contiguous {contiguous:.2f}" in text
+    picture = runpy.run_path(str(docs / "make_pictures.py"))["balance_picture"](simulated)
+    assert [ax.get_title() for ax in picture.axes[:3]] == [
+        "growing window, linear",
+        "growing chunks, linear",
+        "reveal, nearest",
+    ]
+    assert (docs / "balance.png").stat().st_size < 200_000
 
 
 def test_the_command_is_one_line_away():

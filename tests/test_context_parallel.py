@@ -42,6 +42,7 @@ def mesh_of(**sizes: int):
 
 RING = mesh_of(context=8)
 LENGTH = 96  # 12 a device
+LAYOUT_OPTIONS = {"striped": {"stripe": 3}, "dealt": {"work": np.arange(32) % 7}}
 
 
 def arrays(heads=16, kv_heads=8, batch=2, length=LENGTH, dtype=jnp.float32):
@@ -105,7 +106,7 @@ def test_every_strategy_layout_and_mask(name, strategy):
     spread = jax.jit(functools.partial(everything, attend, for_heads(MASKS[name], heads["heads"]), blocks))
     qkv, tokens = arrays(**heads), packed()
     for layout in LAYOUTS:
-        order = layout_order(layout, LENGTH, 8, stripe=3 if layout == "striped" else None)
+        order = layout_order(layout, LENGTH, 8, **LAYOUT_OPTIONS.get(layout, {}))
         back = np.argsort(order)
         found = spread(*(x[:, order] for x in qkv), *(x[:, order] for x in tokens))
         assert_same([x[:, back] for x in found], alone(name, **heads))

@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dynmask_jax import Plan, attention
 from dynmask_jax.array_typing import Array, Float, Int
-from dynmask_jax.context_parallel import Travel, context_parallel
+from dynmask_jax.context_parallel import ContextParallel, Travel, context_parallel
 from train import sections
 from train.batch import Batch
+from train.torus import in_rings
 
 Tree = TypeVar("Tree")
 
@@ -61,7 +62,8 @@ class Placement:
         Args:
           options: the section `mesh` of the config.
           devices: as many as its axes have, or more, of which the first are taken; all of JAX's by
-            default. Those of a topology description are fine: neighbours on an axis are neighbours there.
+            default. Those of a topology description are fine. Along the context axis they are neighbours
+            on a TPU's torus (`train.torus`).
 
         Raises:
           ValueError: there are too few devices; or too many, in several processes, each of which must
@@ -79,6 +81,7 @@ class Placement:
             return cls()
         shape = [getattr(options, axis) for axis in AXES]
         grid = mesh_utils.create_device_mesh(shape, devices[: options.size], allow_split_physical_axes=True)
+        grid = in_rings(grid, AXES.index(TOKENS))
         return cls(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), options.strategy)
 
     @property
@@ -100,6 +103,10 @@ class Placement:
         """Attention over this mesh, with the signature of `dynmask_jax.attention`."""
         attend = attention if backend is None else partial(attention, backend=backend)
         return attend if self.mesh is None else self._parallel(attend)
+
+    def planned(self, plan: Plan) -> Plan:
+        """Inside `jit`: the plan laid out as attention reads it, once for all layers."""
+        return plan if self.mesh is None else self._parallel(attention).placed(plan)
 
     def visible_pairs(self, plan: Plan) -> Float[Array, ""]:
         """As `plan.visible_pairs()`, each device counting those of its own queries."""
@@ -224,7 +231,8 @@ class Placement:
         whole = jax.jit(lambda tree: tree, out_shardings=self._on())(tree)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
-    def _parallel(self, attend: Callable):
+    def _parallel(self, attend: Callable) -> ContextParallel:
+        assert self.mesh is not None
         return context_parallel(attend, mesh=self.mesh, axis=TOKENS, strategy=self.strategy)
 
     def _size(self, *axes: str) -> int:

@@ -93,7 +93,7 @@ class Program:
         """The plan of each reach in the model's pattern; keys are the queries where left out."""
         block = min(self.run.block, self.run.data.length // self.placement.context)  # within a device
         return {
-            reach: plan(shown, tokens, kv_tokens, block_q=block, block_k=block)
+            reach: self.placement.planned(plan(shown, tokens, kv_tokens, block_q=block, block_k=block))
             for reach, shown in self.masks(mask).items()
         }
 
