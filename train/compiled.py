@@ -160,8 +160,8 @@ def _check_mesh(run: Run, name: str, devices: list[Any]):
     if size > len(devices) or (hosts > 1 and size < len(devices)):
         axes = " × ".join(str(getattr(run.mesh, axis)) for axis in AXES)
         raise ValueError(
-            f"mesh: {axes} ({' × '.join(AXES)}) is of {size} devices, and {name} has {len(devices)}, of {hosts} "
-            f"hosts: all must be in it, --mesh.context {len(devices)} say"
+            f"mesh: {axes} ({' × '.join(AXES)}) is of {size} devices, and {name} has {len(devices)}, of "
+            f"{hosts} hosts: all must be in it, --mesh.context {len(devices)} say"
         )
 
 
@@ -214,7 +214,7 @@ def _operations(run: Run, vocabulary: int) -> float:
         "global": rows * length * (length + 1) / 2,
         "local": rows * (length * window - window * (window - 1) / 2),
     }
-    shown = {reach: pairs[reach] for reach in set(run.model.pattern)}
+    shown: dict[Reach, float] = {reach: pairs[reach] for reach in set(run.model.pattern)}
     return flops.work(run.model, vocabulary).of(rows * length, shown)
 
 

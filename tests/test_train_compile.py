@@ -1,0 +1,238 @@
+"""The train step compiled for TPUs that are not there: what the program's text says, and what is refused."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from train import topology
+from train.__main__ import main
+from train.compiled import kinds
+from train.compiling import with_preset
+from train.presets import PRESETS, TOPOLOGIES
+from train.scheduled import bytes_of, parse
+from train.transfers import Transfer, transfers
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+TEXT = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%body (carry: (s32[], bf16[8,128], s32[])) -> (s32[], bf16[8,128], s32[]) {
+  %carry = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  %keys = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
+  %hops = s32[]{:T(128)} get-tuple-element(%carry), index=2
+  %one = s32[]{:T(128)} constant(1)
+  %collective-permute-start = (bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%keys), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, metadata={op_name="jit(step)/jvp()/shard_map/ppermute"}
+  %next = s32[]{:T(128)} add(%count, %one)
+  %dynmask_forward.7 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%keys), custom_call_target="tpu_custom_call"
+  %collective-permute-done = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} collective-permute-done(%collective-permute-start)
+  ROOT %tuple = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) tuple(%next, %collective-permute-done, %hops)
+}
+
+%condition (carry.1: (s32[], bf16[8,128], s32[])) -> pred[] {
+  %carry.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
+  %count.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  %hops.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=2
+  ROOT %less = pred[]{:T(512)} compare(%count.1, %hops.1), direction=LT
+}
+
+%product (p: bf16[8,128]) -> f32[8,8] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %convolution = f32[8,8]{1,0:T(8,128)} convolution(%p, %p), dim_labels=bf_oi->bf
+}
+
+%begins (q: bf16[8,128]) -> bf16[32,128] {
+  %q = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %custom-call = bf16[32,128]{1,0:T(8,128)(2,1)} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%ends (r: bf16[8,128]) -> bf16[32,128] {
+  %r = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.2 = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%r), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %custom-call.1 = bf16[32,128]{1,0:T(8,128)(2,1)} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%layer (state: (u32[], bf16[8,128])) -> (u32[], bf16[8,128]) {
+  %state = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %number = u32[]{:T(128)} get-tuple-element(%state), index=0
+  %two = u32[]{:T(128)} constant(2)
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
+  %start = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%begins
+  %fusion = f32[8,8]{1,0:T(8,128)} fusion(%x), kind=kOutput, calls=%product
+  %done = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%ends
+  %all-reduce = f32[8,8]{1,0:T(8,128)} all-reduce(%fusion), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add, metadata={op_name="jit(step)/transpose(jvp())/dot_general"}
+  %raised = u32[]{:T(128)} add(%number, %two)
+  ROOT %out = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%raised, %x)
+}
+
+%more (state.1: (u32[], bf16[8,128])) -> pred[] {
+  %state.1 = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %number.1 = u32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %limit = u32[]{:T(128)} constant(6)
+  ROOT %less.1 = pred[]{:T(512)} compare(%number.1, %limit), direction=LT
+}
+
+ENTRY %main (arg: (s32[], bf16[8,128], s32[]), arg.1: (u32[], bf16[8,128])) -> bf16[8,128] {
+  %arg = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
+  %arg.1 = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(1)
+  %ring = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) while(%arg), condition=%condition, body=%body, metadata={op_name="jit(step)/jvp()/while"}
+  %layers = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%arg.1), condition=%more, body=%layer
+  ROOT %result = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%layers), index=1
+}
+"""
+
+
+def test_transfers_and_what_runs_meanwhile():
+    ring, gathered, reduced = transfers(parse(TEXT))
+    assert (ring.kind, ring.bytes, ring.devices) == ("collective-permute", 8 * 128 * 2, 4)
+    assert ring.between == {"dynmask_forward": 1, "others": 1}
+    assert (ring.asynchronous, ring.overlaps, ring.by_data, ring.times) == (True, True, True, 1)
+    assert (gathered.kind, gathered.bytes, gathered.devices) == ("all-gather", 3 * 8 * 128 * 2, 4)
+    assert gathered.between == {"products": 1}
+    assert (gathered.overlaps, gathered.by_data, gathered.times) == (True, False, 3)
+    assert (reduced.kind, reduced.bytes, reduced.devices) == ("all-reduce", 2 * 8 * 8 * 4 * 3 // 4, 4)
+    assert (reduced.asynchronous, reduced.overlaps, reduced.times) == (False, False, 3)
+
+
+def test_a_permute_that_is_done_at_once_overlaps_nothing():
+    lines = TEXT.split("\n")
+    kernel = next(line for line in lines if "tpu_custom_call" in line)
+    early = [line for line in lines if line != kernel]
+    early.insert(early.index(next(line for line in early if "-start = " in line)), kernel)
+    ring, *_ = transfers(parse("\n".join(early)))
+    assert ring.between == {"others": 1}
+    assert ring.asynchronous
+    assert not ring.overlaps
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[4,8]<=[8,4]T(1,0)", 8),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_0','axis_1'}", 8),
+        ("mesh['axis_0'=8,'axis_1'=4] {'axis_0':(1)2,'axis_1'}", 8),
+    ],
+)
+def test_ways_to_name_devices(groups, devices):
+    text = TEXT.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", groups)
+    assert transfers(parse(text))[-1].devices == devices
+
+
+def test_text_that_is_not_understood_is_refused():
+    with pytest.raises(ValueError, match="not scheduled"):
+        parse(TEXT.replace("is_scheduled=true, ", ""))
+    with pytest.raises(ValueError, match="has a start and no end"):
+        transfers(parse(TEXT.replace("collective-permute-done(", "copy(")))
+    with pytest.raises(ValueError, match="names its devices in a way that is not known"):
+        transfers(parse(TEXT.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", "?")))
+
+
+def test_bytes_of_small_types():
+    assert bytes_of("(s4[3]{0}, pred[5]{0}, f8e4m3fn[2,2]{1,0}, f32[], token[])") == 2 + 5 + 4 + 4
+
+
+def test_kinds_sum_what_is_alike():
+    def transfer(**changes) -> Transfer:
+        source = "jit(train_step)/transpose(jvp())/checkpoint/rematted_computation/dot_general"
+        return replace(Transfer("all-gather", source, 10, 4, (), True, {"products": 2}), **changes)
+
+    again, backward = kinds(
+        (transfer(), transfer(bytes=5), transfer(source="jit(f)/transpose(jvp())/ppermute", between={}))
+    )
+    assert (again.phase, again.source, again.meanwhile) == ("forward again", "weights", "products")
+    assert (again.count, again.bytes) == (2, 15)
+    assert (backward.phase, backward.source, backward.meanwhile) == ("backward", "ring of keys", "nothing")
+
+
+def test_the_preset_of_a_topology():
+    assert set(TOPOLOGIES.values()) <= set(PRESETS)
+    for words in (["--topology", "v5e:4x4"], ["--topology=v5e:4x4", "--seed", "1"]):
+        command, rest = with_preset(words)
+        assert (command.run.name, rest) == ("lm-128k", words)
+    assert with_preset(["--topology", "v5e:2x2"])[0].run == PRESETS["run"]()
+    command, rest = with_preset(["lm-128k", "--seed", "1"])
+    assert (command.topology, rest) == ("v5e:4x4", ["--seed", "1"])
+    assert with_preset(["demo"])[0].topology is None
+
+
+def refused(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compile", *words])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_without_libtpu(capsys, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'dynmask_jax[tpu]'" in refused(capsys, "lm-128k")
+
+
+def test_a_preset_or_a_topology_that_is_missing(capsys):
+    assert "unknown preset 'lm-64k'; the presets are run, demo" in refused(capsys, "lm-64k")
+    assert "compile needs --topology" in refused(capsys, "demo")
+
+
+@needs_libtpu
+def test_a_topology_that_is_unknown_and_a_mesh_of_other_devices(capsys):
+    assert "--topology: libtpu knows no 'v9z:2x2'" in refused(capsys, "demo", "--topology", "v9z:2x2")
+    said = refused(capsys, "lm-128k", "--mesh.context", "8")
+    assert "mesh: 1 × 1 × 8 × 1 (data × fsdp × context × tensor) is of 8 devices, and v5e:4x4 has 16" in said
+    said = refused(capsys, "demo", "--topology", "v5e:2x2", "--mesh.context", "8")
+    assert "and v5e:2x2 has 4, of 1 hosts" in said
+
+
+SMALL = """--topology v5e:2x2 --mesh.context 2 --mesh.fsdp 2 --block 128 --data.length 2048 --data.batch 2
+--model.width 256 --model.heads 2 --model.kv-heads 1 --model.hidden 512 --model.layers 6
+--model.dtype bfloat16 --model.remat full --curriculum.start 256""".split()
+
+
+def compiled(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "train", "compile", *words]
+    return subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+    )
+
+
+@needs_libtpu
+def test_a_run_on_a_mesh(tmp_path):
+    """The ring's permutes go on while the kernels compute, forward and backward, in every layer."""
+    done = compiled(*SMALL, "--vocabulary", "512", "--json", str(tmp_path / "found.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 × TPU v5 lite, mesh 1 × 2 × 2 × 1" in done.stdout
+    assert "of 15.75 GiB: it fits" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    weights = 6 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512 + 2 * 256) + 2 * 512 * 256 + 256
+    assert found["weights"] == weights
+    # Three float32 numbers of a weight, spread over the four devices; norms are whole, and counts small.
+    assert 3 * 4 * weights / 4 <= found["memory"]["state"] < 1.1 * 3 * 4 * weights / 4
+    ring = [each for each in found["transfers"] if each["source"].endswith("ppermute")]
+    by_data = [each for each in ring if any(loop["times"] is None for loop in each["loops"])]
+    kernels = [{name for name in each["between"] if name.startswith("dynmask_")} for each in by_data]
+    assert all(kernels)
+    assert set().union(*kernels) >= {"dynmask_forward", "dynmask_dq"}
+    assert {each["loops"][-2]["times"] for each in by_data} == {6}
+
+
+@needs_libtpu
+def test_a_run_that_does_not_fit(tmp_path):
+    width = "--model.width 32768 --model.heads 256 --model.kv-heads 256 --model.hidden 32768".split()
+    done = compiled(*SMALL, *width, "--json", str(tmp_path / "found.json"))
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "it does not fit" in done.stdout
+    assert json.loads((tmp_path / "found.json").read_text())["transfers"] == []
