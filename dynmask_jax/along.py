@@ -21,12 +21,14 @@ class Along:
       devices: its size.
       backend: what computes on one device.
       scores: how products become logits.
+      mesh_axes: all of the mesh's.
     """
 
     axis: str
     devices: int
     backend: Backend
     scores: Scores
+    mesh_axes: tuple[str, ...]
 
     def owner(self, distance) -> Array:
         """The device so many steps before this one."""

@@ -165,12 +165,13 @@ def _attend(q, k, v, sinks, plan: Plan, *, spread: Spread, backend: str, scores:
             return attend(q, k, v, None, own, backend=backend, scores=scores)
         if spread.strategy == "ulysses":
             return attend_by_heads(spread, backend, scores, own, (q, k, v))
-        along = Along(spread.axis, spread.devices, BACKENDS[backend], scores)
+        along = Along(spread.axis, spread.devices, BACKENDS[backend], scores, spread.mesh.axis_names)
         out, lse = WITH_OWN_QUERIES[spread.strategy](along, q, k, v, own)
         return marked(q, out, lse, _sees_bad(along, q, bad_rows(k) | bad_rows(v), own))
 
     arrays = spread.arrays
-    out, lse = spread.over_devices(on_device, plan, (q, k, v), (arrays, arrays))
+    # JAX's interpreter of Pallas kernels cannot tell what varies over an axis, where the list of blocks does.
+    out, lse = spread.over_devices(on_device, plan, (q, k, v), (arrays, arrays), check_vma=backend != "tpu")
     return with_sinks(out, lse, sinks)
 
 
@@ -181,7 +182,7 @@ def _sees_bad(along: Along, q, bad: Bool[Array, "B S K"], own: Plan) -> Bool[Arr
     def somebody():
         return sees(own, lax.all_gather(bad, along.axis, axis=1, tiled=True), q.shape[:3])
 
-    return lax.cond(agreed(bad.any().astype(jnp.int32)) > 0, somebody, lambda: nobody)
+    return lax.cond(agreed(bad.any().astype(jnp.int32), along.mesh_axes) > 0, somebody, lambda: nobody)
 
 
 @functools.partial(jax.jit, static_argnames="spread")
@@ -213,7 +214,7 @@ def _travel(q, k, plan: Plan, *, spread: Spread) -> Travel:
         return Travel(jnp.int32(2), jnp.float32((n - 1) / n * (2 * queries + 2 * keys + lse)))
 
     def on_device(own: Plan):
-        ahead, behind = arcs(own, spread.axis, n)
+        ahead, behind = arcs(own, spread.axis, spread.mesh.axis_names, n)
         return ahead + behind
 
     hops = spread.over_devices(on_device, plan, (), PartitionSpec())

@@ -33,7 +33,7 @@ def _forward(along: Along, q, k, v, local: Plan):
         return Partial.of(*along.backend.forward(along.scores, q, *keys, seen))
 
     nothing = vary_like(Partial.empty(q.shape, sum_dtype(q.dtype)), q, k, local)
-    ahead, behind = arcs(local, along.axis, along.devices)
+    ahead, behind = arcs(local, along.axis, along.mesh_axes, along.devices)
 
     def go_ahead(distance, carry):
         keys, partial = carry
@@ -76,7 +76,7 @@ def _gradients(along: Along, saved, kept, cotangents):
         _, d_keys, d_q = lax.fori_loop(0, length, step, (last, nothing, d_q))
         return d_keys, d_q
 
-    ahead, behind = arcs(local, along.axis, along.devices)
+    ahead, behind = arcs(local, along.axis, along.mesh_axes, along.devices)
     d_q = vary_like(jnp.zeros(q.shape, lse.dtype), q, k, local)
     (k_ahead, v_ahead), d_q = arc(AHEAD, ahead, kept[0], d_q)
     (k_behind, v_behind), d_q = arc(BEHIND, behind, kept[1], d_q)
@@ -111,12 +111,14 @@ def part(local: Plan, owner, shards: int) -> Plan:
     return Plan(local.mask, local.q_tokens, tokens, codes, local.block_q, local.block_k)
 
 
-def arcs(local: Plan, axis: str, devices: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
+def arcs(
+    local: Plan, axis: str, mesh_axes: tuple[str, ...], devices: int
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """How far keys travel forward and backward along an axis, the same on all devices of the mesh."""
     distances = jnp.arange(devices, dtype=jnp.int32)
     owners = (lax.axis_index(axis) - distances) % devices
     sees = jax.vmap(lambda owner: (part(local, owner, devices).codes != SKIP).any())(owners)
-    return least_arcs(agreed(sees.astype(jnp.int32)) > 0)
+    return least_arcs(agreed(sees.astype(jnp.int32), mesh_axes) > 0)
 
 
 def least_arcs(needed: Bool[Array, " devices"]) -> tuple[Int[Array, ""], Int[Array, ""]]:

@@ -85,7 +85,9 @@ class Spread:
                     "no such limit"
                 )
 
-    def over_devices(self, function, of_plan: Plan, arrays: tuple, out: PartitionSpec | tuple):
+    def over_devices(
+        self, function, of_plan: Plan, arrays: tuple, out: PartitionSpec | tuple, *, check_vma: bool = True
+    ):
         """`function(own plan, *arrays)` on every device, its results laid out as `out`.
 
         Its own plan is for its queries and all keys; with ulysses for all queries too, and its own heads.
@@ -102,7 +104,7 @@ class Spread:
         by_head = jax.tree.map(lambda leaf: PartitionSpec(*[self.head_axis] * jnp.ndim(leaf)), of_plan.mask)
         specs = by_head, queries, keys, queries if fits else None, self.arrays
         codes = of_plan.codes if fits else None
-        spread = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=out)
+        spread = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=check_vma)
         return spread(of_plan.mask, of_plan.q_tokens, of_plan.kv_tokens, codes, arrays)
 
     def placed(self, plan: Plan) -> Plan:

@@ -39,9 +39,8 @@ def shape_like(shape: tuple[int, ...], dtype, *others) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda *others: vary_like(jnp.zeros(shape, dtype), *others), *others)
 
 
-def agreed(value):
-    """The greatest of a number on all devices that it may differ on: the same everywhere, so that a loop
+def agreed(value, axes: tuple[str, ...]):
+    """The greatest of a number on all devices along some axes: the same on all of them, so that a loop
     with communication inside may be run that many times.
     """
-    axes = tuple(sorted(_axes(value)))
-    return lax.pmax(value, axes) if axes else value
+    return lax.pmax(_vary(value, frozenset(axes) - _axes(value)), axes)

@@ -130,6 +130,19 @@ def test_every_backend(backend, strategy):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("backend", ["xla", "tpu"])
+def test_an_axis_of_the_mesh_that_nothing_lies_along(backend):
+    """Its devices all do the same, and gradients are not added up over them."""
+    attend = context_parallel(functools.partial(attention, backend=backend), mesh=mesh_of(stage=2, context=2))
+    actual, expected = (
+        jax.jit(functools.partial(everything, f, Causal(), (8, 8)))(
+            *arrays(2, 2, length=32), *packed(length=32)
+        )
+        for f in (attend, functools.partial(attention, backend="dense"))
+    )
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bfloat16_with_every_option(strategy):
     mesh = mesh_of(fsdp=2, context=4)

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from train_cases import small_run
 
 from dynmask_jax.array_typing import pytree
+from train import checksums
 from train.checkpoint import Checkpoints
 from train.checksums import leaves
 from train.disk import WriteError
@@ -250,6 +252,16 @@ def test_a_checksum_tells_zeros_of_either_sign_and_one_nan_from_another():
     bits = jnp.asarray([0, 2**31, 0x7FC00000, 0x7FC00001], jnp.uint32)
     numbers = jax.lax.bitcast_convert_type(bits, jnp.float32)
     assert len({leaves({"x": number})["x"][2] for number in numbers}) == 4
+
+
+@pytest.mark.parametrize("spread", [P("a", "b"), P("b"), P(None, ("a", "b")), P()])
+def test_a_checksum_is_the_same_on_any_mesh_and_brings_nothing_together(spread):
+    numbers = jax.random.normal(jax.random.key(0), (16, 24, 8)).astype(jnp.bfloat16)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    apart = jax.device_put(numbers, jax.sharding.NamedSharding(mesh, spread))
+    assert leaves({"x": apart}) == leaves({"x": numbers})
+    compiled = checksums._checksums.lower({"x": apart}).compile().as_text()
+    assert "all-gather" not in compiled
 
 
 def test_a_folder_that_cannot_be_written_to_stops_the_save_with_its_path(tmp_path):

@@ -1,17 +1,23 @@
 """Runs of several real processes: the same losses, stopped and killed together, refused together."""
 
+import re
 import shutil
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from kill_run import differences
-from process_run import STEPS, Odd, Together
+from process_run import STEPS, Odd, Together, began, statuses
 
+from train.folder import RunFolder
+from train.joining import join
 from train.loop import prepare, train
 from train.metrics import read
+from train.sections import Mesh
 
 ROWS_AND_TOKENS = ("--mesh.data", "2", "--mesh.context", "4")
 TOKENS = ("--mesh.data", "1", "--mesh.context", "8")
@@ -101,9 +107,49 @@ def test_what_one_refuses_ends_both_before_anything_is_written(alone, odd, optio
     assert not run.where.path.exists()
 
 
-def test_one_that_fails_while_training_ends_the_other_with_its_words(alone):
-    run = replace(alone, name="failed", odd={1: Odd(at=3)})
-    assert run.finish() == [1, 1], run.printed(0) + run.printed(1)
-    words = "the disk of this test is full; the last good checkpoint is "
-    assert f"process 1 failed: {words}" in run.printed(0)
-    assert words in run.printed(1)
+def _fails_or_waits(index: int, folder: Path, where: Mapping[str, str]):
+    began(folder / f"fails-{index}.out", where, devices=1)
+    processes = join()
+    with processes.ending_together():
+        if index == 1:
+            raise SystemExit(3) from OSError("the disk of this test is full")
+        multihost_utils.process_allgather(np.zeros(1))  # waits for the other as a train step does
+
+
+def test_one_that_fails_while_others_wait_for_its_devices_ends_them_with_its_words(tmp_path):
+    assert statuses(_fails_or_waits, [(0, tmp_path), (1, tmp_path)]) == [3, 3]
+    assert "process 1 failed: the disk of this test is full" in (tmp_path / "fails-0.out").read_text()
+
+
+def _joins(index: int, folder: Path, where: Mapping[str, str]):
+    began(folder / f"joins-{index}.out", where, devices=1)
+    if index == 1:
+        raise SystemExit(0)  # never comes
+    join(timeout=2)
+
+
+def test_one_that_waits_for_others_in_vain_says_where(tmp_path):
+    assert statuses(_joins, [(0, tmp_path), (1, tmp_path)]) == [2, 0]
+    assert re.match(
+        r"gave up after 2 s: not all processes of this run came to localhost:\d+\. Is the command running",
+        (tmp_path / "joins-0.out").read_text(),
+    )
+
+
+@pytest.mark.parametrize("steps", [(4, 8)])
+def test_a_checkpoint_goes_on_on_any_mesh_with_the_same_losses(one, tmp_path, steps):
+    run, first, again = one.run, *steps
+    for start, mesh in ((first, Mesh(fsdp=2, layout="contiguous")), (again, Mesh()), (first, one.run.mesh)):
+        folder = tmp_path / f"{mesh.size}"
+        other = replace(
+            run, folder=str(folder), data=replace(run.data, cache=f"{run.folder}/cache"), mesh=mesh
+        )
+        shutil.copytree(one.where.path, RunFolder.of(other).path)
+        for later in RunFolder.of(other).saved_steps:
+            if later > start:
+                shutil.rmtree(RunFolder.of(other).checkpoints / str(later))
+        session = prepare(other)
+        assert int(session.state.step) == start
+        train(session)
+        records = [record["loss"] for record in read(RunFolder.of(other).metrics) if "loss" in record]
+        np.testing.assert_allclose(records, losses(one), rtol=1e-5)

@@ -1,5 +1,6 @@
 """A run's folder: who may begin in it, who may go on, and what a kill can leave."""
 
+import importlib.util
 import json
 import os
 import re
@@ -177,6 +178,46 @@ def test_one_process_at_a_time_and_a_killed_one_counts_no_more(folder, run):
         pass
     with folder.claimed():
         pass
+
+
+@pytest.fixture
+def apart(run, tmp_path):
+    """The folder of a run whose checkpoints lie elsewhere, and that run."""
+    run = replace(run, checkpoints=Checkpoints(folder=str(tmp_path / "bucket")))
+    return RunFolder.of(run), run
+
+
+def test_checkpoints_may_lie_elsewhere_under_the_runs_name(apart, tmp_path):
+    folder, run = apart
+    assert folder.path == Path(run.folder) / "small"
+    assert folder.checkpoints == tmp_path / "bucket" / "small"
+    assert RunFolder.of(run, tmp_path / "moved").checkpoints == folder.checkpoints
+    assert RunFolder.of(replace(run, checkpoints=Checkpoints())).checkpoints == folder.path / "checkpoint"
+
+
+def test_they_are_enough_to_go_on_though_the_folder_is_lost(apart):
+    folder, run = apart
+    assert not folder.holds(run)
+    (folder.checkpoints / "4").mkdir(parents=True)
+    assert folder.holds(run)
+    folder.path.mkdir(parents=True)
+    folder.metrics.touch()  # something else is there
+    with pytest.raises(FileExistsError, match=r"small holds metrics\.jsonl, but no config\.json"):
+        folder.holds(run)
+
+
+def test_beginning_anew_removes_them_there(apart):
+    folder, run = apart
+    (folder.checkpoints / "4").mkdir(parents=True)
+    (folder.checkpoints.parent / "another" / "8").mkdir(parents=True)
+    folder.begin(run)
+    assert names(folder.checkpoints.parent) == ["another"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="the library is installed")
+def test_a_bucket_without_its_library_is_refused(run):
+    with pytest.raises(ImportError, match=r"^checkpoints\.folder: gs://b/runs cannot be read: .*gcsfs"):
+        RunFolder.of(replace(run, checkpoints=Checkpoints(folder="gs://b/runs")))
 
 
 def test_a_path_below_a_file_cannot_be_written_to(tmp_path):

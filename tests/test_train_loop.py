@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import kill_run
 import pytest
 from train_cases import small_run
 
-from train import loop
+from train import session
 from train.data import corpus
 from train.disk import WriteError
 from train.folder import RunFolder
@@ -143,12 +144,29 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(tmp_pat
 
     def meanwhile(run):
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "corpus", corpus)
+            patch.setattr(session, "corpus", corpus)
             train(prepare(run))
         return corpus(run)
 
-    monkeypatch.setattr(loop, "corpus", meanwhile)
+    monkeypatch.setattr(session, "corpus", meanwhile)
     assert int(prepare(run).state.step) == 8
+
+
+def test_a_run_whose_machine_is_lost_goes_on_from_checkpoints_elsewhere(finished, tmp_path):
+    run = run_of(tmp_path, checkpoints=Checkpoints(every=4, folder=str(tmp_path / "elsewhere")))
+    train(prepare(run))
+    shutil.rmtree(tmp_path / "elsewhere" / "small" / "8")
+    shutil.rmtree(folder_of(run).path)
+    with pytest.raises(ValueError, match=r"checkpoint .*elsewhere/small/4 is of another config: seed"):
+        prepare(replace(run, seed=1))
+    lost = prepare(run)
+    assert "goes on after step 4 of 8" in lost.opening
+    train(lost)
+    there, whole = (read(folder_of(each).metrics) for each in (run, finished[0]))
+    assert [record["step"] for record in there] == [4, 5, 6, 7, 8]
+    assert [r["loss"] for r in there[:4]] == [r["loss"] for r in whole if "loss" in r][4:]
+    assert prepare(run, overwrite=True).opening.startswith("A run of 8 steps begins")
+    assert not (tmp_path / "elsewhere" / "small").exists()
 
 
 def test_a_disk_that_is_full_when_the_report_is_written_is_named_and_a_report_is_whole(

@@ -4,7 +4,9 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -272,7 +274,7 @@ def test_what_a_killed_process_leaves_is_not_read_and_later_taken_away(tmp_path)
     path, folder = write_lines(tmp_path / "x.jsonl", [{"text": "one"}, {"text": "two"}]), tmp_path / "cache"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(folder)], check=False)
     assert killed.returncode == -9
-    (left,) = folder.iterdir()
+    (left,) = folder.glob(".unfinished-*")
     assert texts(made(path)) == [b"one\0", b"two\0"]
     assert left.exists()  # another process might be at it
     for written in [left, *left.iterdir()]:
@@ -282,7 +284,11 @@ def test_what_a_killed_process_leaves_is_not_read_and_later_taken_away(tmp_path)
     assert not left.exists()
 
 
-def test_two_processes_may_make_the_same_cache(tmp_path, monkeypatch):
+def test_two_processes_may_make_the_same_cache_where_there_are_no_locks(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(token_cache.fcntl, "flock", no_locks)
     path = write_lines(tmp_path / "x.jsonl", [{"text": "one"}, {"text": "two"}])
     encoded = token_cache.encoded
 
@@ -294,4 +300,24 @@ def test_two_processes_may_make_the_same_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(token_cache, "encoded", beaten)
     assert texts(made(path)) == [b"one\0", b"two\0"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_of_those_that_want_the_same_cache_at_once_one_makes_it(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text")
+    write, begun, writes = token_cache.write, threading.Event(), []
+
+    def slow(*arguments):
+        writes.append(threading.current_thread())
+        begun.set()
+        time.sleep(0.2)  # the others come meanwhile
+        write(*arguments)
+
+    monkeypatch.setattr(token_cache, "write", slow)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(made, tmp_path / "a.txt")
+        begun.wait()
+        others = [pool.submit(made, tmp_path / "a.txt") for _ in range(2)]
+        assert {each.result().fingerprint for each in (first, *others)} == {first.result().fingerprint}
+    assert len(writes) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1

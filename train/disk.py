@@ -14,8 +14,12 @@ class WriteError(OSError):
     """Something of a run could not be written; says what, why, and what is left to go on from."""
 
 
-def check_writable(folder: Path):
+def check_writable(folder: Path, option: str = "folder"):
     """Refuses a folder in which no file can be made. Makes none that stays, nor the folder itself.
+
+    Args:
+      folder: where.
+      option: that says so.
 
     Raises:
       OSError: with the folder and the reason.
@@ -31,10 +35,10 @@ def check_writable(folder: Path):
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
-        raise OSError(f"folder: {folder} cannot be written to: {reason(error)}") from error
+        raise OSError(f"{option}: {folder} cannot be written to: {reason(error)}") from error
 
 
-def check_space(folder: Path, needed: int, purpose: str):
+def check_space(folder: Path, needed: int, purpose: str, option: str = "folder"):
     """Refuses a folder whose disk has less than `needed` bytes left; the folder exists.
 
     Raises:
@@ -43,7 +47,7 @@ def check_space(folder: Path, needed: int, purpose: str):
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"folder: {folder} has too little space: {size(free)} are free, and {purpose} take {size(needed)}"
+            f"{option}: {folder} has too little space: {size(free)} are free, and {purpose} take {size(needed)}"
         )
 
 

@@ -63,6 +63,11 @@ class RunFolder:
         return self.elsewhere or self.path / "checkpoint"
 
     @property
+    def in_bucket(self) -> bool:
+        """Whether the checkpoints lie in one, and not on a disk."""
+        return BUCKET in str(self.checkpoints)
+
+    @property
     def saved_steps(self) -> list[int]:
         """The steps there are checkpoints of at this moment, ascending."""
         return saved_steps(self.checkpoints)
@@ -140,7 +145,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._discard()
         if self.checkpoints.exists():
-            if BUCKET in str(self.checkpoints):  # where to rename is to copy
+            if self.in_bucket:  # where to rename is to copy
                 _remove(self.checkpoints)
             else:
                 self.checkpoints.rename(self._discarded)

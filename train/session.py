@@ -13,7 +13,7 @@ from train.config import Run
 from train.data import Corpus, corpus
 from train.disk import check_space, check_writable
 from train.distributed import Processes, check_shared
-from train.folder import BUCKET, RunFolder
+from train.folder import RunFolder
 from train.sharding import Placement
 from train.state import State
 from train.step import Program, begin
@@ -87,6 +87,8 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
 def _check_folder(folder: RunFolder, run: Run, overwrite: bool):
     """What is refused before the texts are read, which may take long."""
     check_writable(folder.path)
+    if folder.elsewhere and not folder.in_bucket:
+        check_writable(folder.elsewhere, "checkpoints.folder")
     if not overwrite:
         folder.holds(run)
     sinks.check(run)
@@ -96,6 +98,8 @@ def _claim(stack: ExitStack, folder: RunFolder, run: Run, state: State, overwrit
     """Whether the folder, which is claimed until the stack is left, holds the run to go on with."""
     folder.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(folder.claimed())
+    if folder.elsewhere and not folder.in_bucket:
+        folder.elsewhere.parent.mkdir(parents=True, exist_ok=True)
     _check_space(folder, run, state)
     return not overwrite and folder.holds(run)  # another process may have been here meanwhile
 
@@ -130,9 +134,15 @@ def _restored(
 
 def _check_space(folder: RunFolder, run: Run, state: State):
     """Refuses a disk that cannot take the checkpoints that are kept, and one more while it is written."""
-    if BUCKET in str(folder.checkpoints):
+    if folder.in_bucket:
         return
     there = len(list(folder.checkpoints.glob("*"))) if folder.checkpoints.exists() else 0
     count = max(run.checkpoints.keep + 1 - there, 1)
     each = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    check_space(folder.checkpoints.parent, count * each, f"{count} more checkpoints (checkpoints.keep)")
+    purpose = f"{count} more checkpoints (checkpoints.keep)"
+    check_space(
+        folder.checkpoints.parent,
+        count * each,
+        purpose,
+        "checkpoints.folder" if folder.elsewhere else "folder",
+    )
