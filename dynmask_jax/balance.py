@@ -139,7 +139,9 @@ def balance(
         heads in multiples of the devices.
 
     Raises:
-      ValueError: a length that devices, or a layout that is named, do not divide; nothing to choose from.
+      TypeError: a machine that is no `Machine`.
+      ValueError: no devices; a length that devices, or a layout that is named, do not divide; nothing to
+        choose from.
 
     >>> print(balance(Causal() & Window(8192), 65536, 8, layouts=["contiguous", "zigzag"]))
     8 devices, TPU v5p: one layer, forward and backward
@@ -151,6 +153,10 @@ def balance(
     zigzag               all_gather     1.07     1.07  0+0     896 MiB   22.51 ms
     zigzag               ulysses        1.00     1.00  0+0     282 MiB   19.66 ms
     """
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    if not isinstance(machine, Machine):
+        raise TypeError(f"machine must be a Machine, as dynmask_jax.V5E, got {machine!r}")
     tokens = Tokens.sequence(tokens) if isinstance(tokens, int) else tokens
     length = tokens.shape[-1]
     if layouts is None:

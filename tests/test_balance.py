@@ -174,6 +174,10 @@ def test_layouts_that_do_not_fit_are_left_out_or_refused_by_name():
         balance(Causal(), 27, 3).best("zigzag")
     with pytest.raises(ValueError, match="strategy must be one of"):
         balance(Causal(), 27, 3, strategies=["star"])
+    with pytest.raises(ValueError, match="devices must be at least 1, got 0"):
+        balance(Causal(), 27, 0)
+    with pytest.raises(TypeError, match="machine must be a Machine, as dynmask_jax.V5E, got 'V5E'"):
+        balance(Causal(), 27, 3, machine="V5E")
 
 
 def test_one_device_has_all_of_it():

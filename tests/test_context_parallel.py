@@ -378,5 +378,8 @@ def test_other_functions_and_meshes_are_refused():
         context_parallel(nnx.dot_product_attention, mesh=RING)
     with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, got tuple"):
         context_parallel(attention, mesh=(8,))
+    explicit = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match=r"mesh has Explicit axes \(context\).*axis_types=.*Auto"):
+        context_parallel(attention, mesh=explicit)
     with pytest.raises(TypeError, match="window"):
         context_parallel(attention, mesh=RING)(*arrays(), Causal(), window=3)
