@@ -23,6 +23,7 @@ from benchmarks import (
     peers,
     plans,
     report,
+    topologies,
     torch_peers,
     tpu_schedule,
     trainer,
@@ -44,10 +45,11 @@ TOYS = {
     "plans": plans.Settings((64,), ours=(128,)),
     "tpu_schedule": tpu_schedule.Settings((), (), ()),
     "balance": balance.Settings(1_024, devices=8, block=8, chunk=100, stages=(0, 300, balance.END)),
+    "topologies": topologies.Settings(()),
 }
 
 
-NO_MEDIANS = ("memory", "loss", "tpu_schedule", "balance")
+NO_MEDIANS = ("memory", "loss", "tpu_schedule", "balance", "topologies")
 
 
 @pytest.fixture(scope="module")

@@ -187,7 +187,8 @@ class Placement:
             whole = tuple(None if axes == WIDTH else axes for axes in spread)
             return _gathered(leaf, dtype, self._on(*whole), self._on(*spread)) if spread else leaf
 
-        return jax.tree.map_with_path(gather, weights)
+        with jax.named_scope("gathered"):
+            return jax.tree.map_with_path(gather, weights)
 
     def own(self, path: str, weight: Array) -> Array:
         """Inside `jit`: `[devices of rows and tokens, …]`, of a weight a whole one for each of them.
