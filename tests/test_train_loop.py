@@ -22,6 +22,7 @@ from train.folder import RunFolder
 from train.loop import NotFinite, prepare, train
 from train.metrics import read
 from train.sections import Checkpoints, Curriculum, Evaluation, Optimizer, Watch
+from train.trained import trained
 
 FILES = ["checkpoint", "config.json", "curriculum.png", "metrics.jsonl", "positions.png", "report.md"]
 
@@ -165,6 +166,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_checkpoints_elsewhere(finished
     there, whole = (read(folder_of(each).metrics) for each in (run, finished[0]))
     assert [record["step"] for record in there] == [4, 5, 6, 7, 8]
     assert [r["loss"] for r in there[:4]] == [r["loss"] for r in whole if "loss" in r][4:]
+    assert trained(folder_of(run).path)[0].run == run
     assert prepare(run, overwrite=True).opening.startswith("A run of 8 steps begins")
     assert not (tmp_path / "elsewhere" / "small").exists()
 

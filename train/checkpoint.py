@@ -16,7 +16,7 @@ from train.checksums import Leaves, leaves, shapes
 from train.config import Run, differences, to_json
 from train.disk import WriteError, reason
 from train.distributed import Processes
-from train.folder import BUCKET, saved_steps
+from train.folder import rooted, saved_steps
 from train.step import State
 
 DAMAGED = "-damaged"
@@ -42,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, run: Run, data: str, processes: Processes | None = None):
-        self.folder = folder if BUCKET in str(folder) else folder.absolute()
+        self.folder = rooted(folder)
         self._run, self._data, self._processes = run, data, processes or Processes()
         self._writing: int | None = None
         keep, every = run.checkpoints.keep, run.checkpoints.keep_every

@@ -47,7 +47,8 @@ def check_space(folder: Path, needed: int, purpose: str, option: str = "folder")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{option}: {folder} has too little space: {size(free)} are free, and {purpose} take {size(needed)}"
+            f"{option}: {folder} has too little space: {size(free)} are free, and {purpose} take "
+            f"{size(needed)}"
         )
 
 

@@ -19,6 +19,11 @@ from train.disk import write_atomically
 BUCKET = "://"
 
 
+def rooted(folder: Path) -> Path:
+    """The folder by its whole path, as orbax asks for."""
+    return folder if BUCKET in str(folder) else folder.absolute()
+
+
 def saved_steps(checkpoints: Path) -> list[int]:
     """The steps that a folder of checkpoints holds whole ones of, by their names, ascending."""
     return sorted(ocp.utils.checkpoint_steps(checkpoints)) if checkpoints.is_dir() else []

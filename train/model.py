@@ -189,7 +189,7 @@ class Transformer(nnx.Module):
         """
         return self.shape.layers > 4
 
-    def _remat(self, block: Block) -> Callable:
+    def _remat(self, block: Any) -> Callable:
         """The block, which keeps for the backward pass what `model.remat` says.
 
         On a mesh its weights are gathered within: full rematerialisation keeps each device's part alone.

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
 from train.checksums import leaves, shapes
 from train.config import Run, from_json
 from train.disk import reason
-from train.folder import RunFolder
+from train.folder import RunFolder, rooted
 from train.step import program_of, state_like
 from train.tokenizers import Tokenizer, load_tokenizer
 from train.weights import Weights, load_weights
@@ -48,6 +49,7 @@ def trained(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tokeni
     except ValueError as error:
         raise ValueError(f"{folder.config} is corrupted: {error}") from error
     own = load_tokenizer(tokenizer or run.data.tokenizer, run.data.end_token)
+    folder = RunFolder.of(run, source)
     return Weights(run, _newest(folder, run, own.vocabulary), own.vocabulary, own.fingerprint), own
 
 
@@ -64,9 +66,13 @@ def _newest(folder: RunFolder, run: Run, vocabulary: int) -> Any:
     if not (steps := folder.saved_steps):
         raise FileNotFoundError(f"{folder.path} holds no checkpoint yet")
     field = "params" if run.optimizer.ema is None else "ema"
-    like = {field: getattr(state_like(program_of(run, vocabulary), vocabulary), field)}
+    here = SingleDeviceSharding(jax.local_devices()[0])  # else orbax looks for the devices that saved it
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        {field: getattr(state_like(program_of(run, vocabulary), vocabulary), field)},
+    )
     for step in reversed(steps):
-        path = folder.checkpoints.absolute() / str(step)
+        path = rooted(folder.checkpoints) / str(step)
         try:
             return _restored(path, like)[field]
         except (OtherModel, jax.errors.JaxRuntimeError, MemoryError):
