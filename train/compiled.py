@@ -247,7 +247,9 @@ def kinds(found: tuple[Transfer, ...]) -> list[Kind]:
     counts: Counter[tuple] = Counter()
     sizes: Counter[tuple] = Counter()
     for each in found:
-        key = (*_place(each.source), each.kind, _meanwhile(each), each.by_data)
+        # What the partitioner made has no name of its own, but its loop has.
+        source = each.source or next((loop.source for loop in reversed(each.loops)), "")
+        key = (*_place(source), each.kind, _meanwhile(each), each.by_data)
         counts[key] += each.times
         sizes[key] += each.times * each.bytes
     return [
