@@ -79,7 +79,9 @@ def test_bytes_of_small_types():
 
 def test_kinds_sum_what_is_alike():
     def transfer(**changes) -> Transfer:
-        source = "jit(train_step)/transpose(jvp())/checkpoint/rematted_computation/dot_general"
+        source = (
+            "jit(train_step)/transpose(jvp())/checkpoint/rematted_computation/gathered/convert_element_type"
+        )
         return replace(Transfer("all-gather", source, 10, 4, (), True, {"products": 2}), **changes)
 
     again, backward = kinds(

@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from jax.experimental import multihost_utils
 from kill_run import differences
 from process_run import STEPS, Odd, Together, began, statuses
 
+from train import distributed
 from train.config import Run
+from train.distributed import Processes
 from train.folder import RunFolder
 from train.joining import join
 from train.loop import prepare, train
@@ -120,6 +123,22 @@ def _fails_or_waits(index: int, folder: Path, where: Mapping[str, str]):
 def test_one_that_fails_while_others_wait_for_its_devices_ends_them_with_its_words(tmp_path):
     assert statuses(_fails_or_waits, [(0, tmp_path), (1, tmp_path)]) == [3, 3]
     assert "process 1 failed: the disk of this test is full" in (tmp_path / "fails-0.out").read_text()
+
+
+def _tells_late(index: int, folder: Path, where: Mapping[str, str]):
+    began(folder / f"late-{index}.out", where, devices=1)
+    distributed.PATIENCE = 0.2
+    with join().ending_together():
+        if index == 1:
+            time.sleep(2)
+        assert Processes.here().gathered(f"word {index}") == ["word 0", "word 1"]
+        assert Processes.here().gathered("again") == ["again", "again"]
+
+
+def test_those_who_wait_for_another_say_for_whom(tmp_path):
+    assert statuses(_tells_late, [(0, tmp_path), (1, tmp_path)]) == [0, 0]
+    assert "waiting for process 1\n" in (tmp_path / "late-0.out").read_text()
+    assert "waiting" not in (tmp_path / "late-1.out").read_text()
 
 
 def _joins(index: int, folder: Path, where: Mapping[str, str]):

@@ -6,7 +6,7 @@ Its files, the way that a run goes through them:
     sources, columns, records, tokenizers, token_writer, token_cache                   paths to tokens
     split, rows, pipeline, data, batch                                                 tokens to batches
     curriculum, pace, exposure                                                         what is shown
-    sharding, torus, layout                                                            what lies where
+    sharding, gathering, torus, layout                                                 what lies where
     model, loss, optimizer, state, step                                                one train step
     joining, distributed                                                               processes together
     session, loop, folder, checkpoint, checksums, signals, disk                        all steps, and again

@@ -174,7 +174,9 @@ class Transformer(nnx.Module):
             return (x, cache), None
 
         numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)
-        start, unroll = self.placement.embedded(self.embed, tokens), 1 if self._looped else len(numbers)
+        with jax.named_scope("embedding"):
+            start = self.placement.embedded(self.embed, tokens)
+        unroll = 1 if self._looped else len(numbers)
         (x, cache), _ = jax.lax.scan(group, (start, cache), (numbers, weights), unroll=unroll)
         return _normed(self.norm, x), cache
 

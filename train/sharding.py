@@ -16,6 +16,7 @@ from dynmask_jax.array_typing import Array, Float, Int
 from dynmask_jax.context_parallel import ContextParallel, Travel, context_parallel
 from train import sections
 from train.batch import Batch
+from train.gathering import gathered
 from train.torus import in_rings
 
 Tree = TypeVar("Tree")
@@ -185,9 +186,10 @@ class Placement:
         def gather(path, leaf):
             spread = self._rule(path, leaf)
             whole = tuple(None if axes == WIDTH else axes for axes in spread)
-            return _gathered(leaf, dtype, self._on(*whole), self._on(*spread)) if spread else leaf
+            return gathered(leaf, dtype, self._on(*whole), self._on(*spread)) if spread else leaf
 
-        return jax.tree.map_with_path(gather, weights)
+        with jax.named_scope("gathered"):
+            return jax.tree.map_with_path(gather, weights)
 
     def own(self, path: str, weight: Array) -> Array:
         """Inside `jit`: `[devices of rows and tokens, …]`, of a weight a whole one for each of them.
@@ -290,22 +292,6 @@ class Placement:
         if rule and vocabulary is not None and leaf.shape[vocabulary] % self._size(FEATURES):
             return tuple(None if axis == vocabulary else on for axis, on in enumerate(rule))
         return rule
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(weight: Array, dtype: Any, whole: NamedSharding, spread: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(weight.astype(dtype), whole)
-
-
-def _gathered_forward(weight, dtype, whole, spread):
-    return _gathered(weight, dtype, whole, spread), None
-
-
-def _gathered_backward(dtype, whole, spread, _, gradient):
-    return (jax.lax.with_sharding_constraint(gradient, spread).astype(jnp.float32),)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def _shape(options: sections.Mesh) -> str:

@@ -179,15 +179,16 @@ class Program:
         model: Transformer = nnx.merge(self.graph, params)
         inputs, targets, weights = map(jnp.asarray, (batch.inputs, batch.targets, batch.weights))
         on, hidden = self.placement, model(inputs, plans)
-        folded = token_losses(
-            on.fold(hidden),
-            self._logits(model),
-            on.fold(targets),
-            on.fold(weights),
-            self.run.loss,
-            devices=on.rows * on.context,
-        )
-        return jax.tree.map(on.unfold, folded)
+        with jax.named_scope("loss"):
+            folded = token_losses(
+                on.fold(hidden),
+                self._logits(model),
+                on.fold(targets),
+                on.fold(weights),
+                self.run.loss,
+                devices=on.rows * on.context,
+            )
+            return jax.tree.map(on.unfold, folded)
 
     def _logits(self, model: Transformer) -> Callable:
         """`model.logits`; on a mesh each device has weights of its own for it."""
