@@ -83,7 +83,8 @@ def context_parallel(
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
-    if explicit := [n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if explicit := [name for name, kind in kinds if kind == AxisType.Explicit]:
         raise ValueError(
             f"mesh has Explicit axes ({', '.join(explicit)}), and only Auto ones are taken: "
             f"jax.make_mesh(…, axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"

@@ -176,7 +176,7 @@ def test_layouts_that_do_not_fit_are_left_out_or_refused_by_name():
         balance(Causal(), 27, 3, strategies=["star"])
     with pytest.raises(ValueError, match="devices must be at least 1, got 0"):
         balance(Causal(), 27, 0)
-    with pytest.raises(TypeError, match="machine must be a Machine, as dynmask_jax.V5E, got 'V5E'"):
+    with pytest.raises(TypeError, match=r"machine must be a Machine, as dynmask_jax\.V5E, got 'V5E'"):
         balance(Causal(), 27, 3, machine="V5E")
 
 
