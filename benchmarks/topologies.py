@@ -59,7 +59,7 @@ def section(results: dict) -> str:
     """Memory, then transfers."""
     return (
         "The real train step, compiled by the TPU's own compiler for devices that are not there: "
-        "`python -m train compile PRESET`. Vocabularies are of 32,768 tokens.\n\n"
+        "`python -m train compile` and a preset. Vocabularies are of 32,768 tokens.\n\n"
         f"{memory(results)}\n\n{transfers(results)}"
     )
 

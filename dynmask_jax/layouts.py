@@ -108,6 +108,9 @@ def lay_out(values: Any, order: Int[Array, " T"], *, axis: int = -1) -> Any:
       values: arrays, NumPy's or JAX's, each with T tokens along `axis`; `Tokens` too.
       order: from `layout_order`.
       axis: -1 for tokens, positions, segments `[B, T]`; 1 for q, k, v `[B, T, N, H]`.
+
+    Raises:
+      ValueError: an array has not T tokens along `axis`.
     """
     return jax.tree.map(lambda x: _taken(x, order, axis), values)
 
@@ -119,6 +122,8 @@ def restore(values: Any, order: Int[Array, " T"], *, axis: int = -1) -> Any:
 
 
 def _taken(x, order, axis):
+    if x.shape[axis] != order.shape[0]:
+        raise ValueError(f"order is of {order.shape[0]} tokens, and axis {axis} of {x.shape} is not")
     numpy = isinstance(x, np.ndarray) and not isinstance(order, jax.Array)
     return (np if numpy else jnp).take(x, order, axis=axis)
 

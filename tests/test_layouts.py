@@ -111,3 +111,12 @@ def test_a_default_stripe_is_at_most_a_block_and_an_even_number_of_them_fit():
 def test_misuse_is_refused_by_name(arguments, options, error, message):
     with pytest.raises(error, match=message):
         layout_order(*arguments, **options)
+
+
+def test_arrays_of_another_length_are_refused():
+    order, q = layout_order("zigzag", 8, 2), np.zeros((2, 8, 4, 16))
+    for move in (lay_out, restore):
+        with pytest.raises(ValueError, match=r"order is of 8 tokens, and axis -1 of \(2, 8, 4, 16\) is not"):
+            move(q, order)
+        with pytest.raises(ValueError, match="order is of 8 tokens, and axis 1"):
+            move(np.zeros((2, 16, 4, 16)), order, axis=1)
