@@ -16,10 +16,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dynmask_jax import (
     Causal,
+    Heads,
     SameSegment,
     Tokens,
     Window,
     attention,
+    balance,
     context_parallel,
     growing_window,
     layout_order,
@@ -232,6 +234,11 @@ def test_the_backward_pass_goes_as_far_and_brings_the_gradients_home(monkeypatch
         seen = plan(Causal() & Window(window), Tokens.sequence(LENGTH), block_q=6, block_k=6)
         return attend(q, k, v, seen).astype(jnp.float32).sum()
 
+    def simulated(window):
+        rows = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), Tokens.sequence(LENGTH))
+        how = {"block": 6, "heads": Heads(4, 2, 8), "layouts": ["contiguous"], "strategies": ["ring"]}
+        return balance(Causal() & Window(window), rows, 8, **how).pick.cost
+
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
     for window, hops in ((1, 0), (5, 1), (26, 3), (96, 7)):
         executed.clear()
@@ -240,6 +247,8 @@ def test_the_backward_pass_goes_as_far_and_brings_the_gradients_home(monkeypatch
         kinds = [dtype for _, dtype in executed]
         # k and v there and back, and their gradients back, in float32.
         assert (kinds.count("bfloat16"), kinds.count("float32")) == (4 * hops, 2 * hops)
+        sent = sum(np.prod(shape) * jnp.dtype(kind).itemsize for shape, kind in executed)
+        assert sent == simulated(window).bytes
 
 
 @pytest.mark.parametrize(
