@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from dynmask_jax.all_gather import attend_to_gathered
 from dynmask_jax.along import Along
@@ -59,7 +59,8 @@ def context_parallel(
 
     Args:
       attention: `dynmask_jax.attention`, or a `functools.partial` of it with options.
-      mesh: the devices. All its axes are used by hand in here (`jax.shard_map`), as kernels need it.
+      mesh: the devices, its axes Auto. All of them are used by hand in here (`jax.shard_map`), as kernels
+        need it.
       axis: of the mesh, that sequences lie along, queries and keys.
       strategy:
         "ring": keys go from device to device as far as the mask shows them, beside the computation.
@@ -72,15 +73,22 @@ def context_parallel(
 
     Raises:
       TypeError: the attention is another function, or the mesh no mesh.
-      ValueError: an axis that the mesh does not have, or one that is named twice; another strategy.
+      ValueError: a mesh whose axes are not Auto; an axis that it does not have, or one that is named
+        twice; another strategy.
 
-    >>> mesh = jax.make_mesh((2,), ("context",), devices=jax.devices()[:2])
+    >>> auto = (jax.sharding.AxisType.Auto,)
+    >>> mesh = jax.make_mesh((2,), ("context",), axis_types=auto, devices=jax.devices()[:2])
     >>> q = k = v = jnp.ones((1, 8, 2, 4))
     >>> context_parallel(attention, mesh=mesh)(q, k, v, Causal() & Window(2)).shape
     (1, 8, 2, 4)
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"the mesh's axes must be Auto, got {mesh.axis_types}: jax.make_mesh(…, axis_types="
+            f"(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}); in newer JAX Explicit is the default"
+        )
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     if batch_axes is None:

@@ -382,6 +382,13 @@ def test_misuse_is_refused_by_name(name):
         context_parallel(attention, **options | {"mesh": mesh})(*arrays(**shape), Causal())
 
 
+def test_a_mesh_with_explicit_axes_is_refused_by_name():
+    """The default of `jax.make_mesh` in newer JAX, which would fail at the tokens."""
+    explicit = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match=r"the mesh's axes must be Auto, got .*Explicit.*axis_types="):
+        context_parallel(attention, mesh=explicit)
+
+
 def test_other_functions_and_meshes_are_refused():
     with pytest.raises(TypeError, match=r"attention must be dynmask_jax\.attention"):
         context_parallel(nnx.dot_product_attention, mesh=RING)
