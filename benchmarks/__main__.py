@@ -22,6 +22,7 @@ from benchmarks import (
     memory,
     plans,
     report,
+    topologies,
     tpu_schedule,
     trainer,
 )
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "plans": plans,
     "tpu_schedule": tpu_schedule,
     "balance": balance,
+    "topologies": topologies,
 }
 
 

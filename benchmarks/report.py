@@ -13,6 +13,7 @@ from benchmarks import (
     loss,
     memory,
     plans,
+    topologies,
     tpu_schedule,
     trainer,
 )
@@ -39,6 +40,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "plans": ("Finding the blocks to skip", plans.section),
     "tpu_schedule": ("Static cost on TPU", tpu_schedule.section),
     "balance": ("Balance over devices", balance.section),
+    "topologies": ("Memory and transfers of whole train steps", topologies.section),
 }
 """NAME of the JSON file -> the section's title, and how its results read."""
 

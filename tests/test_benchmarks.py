@@ -23,6 +23,7 @@ from benchmarks import (
     peers,
     plans,
     report,
+    topologies,
     torch_peers,
     tpu_schedule,
     trainer,
@@ -32,6 +33,8 @@ from benchmarks.calls import BOTH, FORWARD, WAYS, Size, both_ways, compiled
 from benchmarks.timing import attempt, compared, machine, medians
 from dynmask_jax import LAYOUTS, Causal, Tokens, Window, attention, mask_tensor
 from dynmask_jax import balance as simulate
+from train.presets import PRESETS, TOPOLOGIES
+from train.sharding import AXES
 
 TOYS = {
     "causal": causal.Settings(32, 2, 8),
@@ -44,10 +47,11 @@ TOYS = {
     "plans": plans.Settings((64,), ours=(128,)),
     "tpu_schedule": tpu_schedule.Settings((), (), ()),
     "balance": balance.Settings(1_024, devices=8, block=8, chunk=100, stages=(0, 300, balance.END)),
+    "topologies": topologies.Settings(()),
 }
 
 
-NO_MEDIANS = ("memory", "loss", "tpu_schedule", "balance")
+NO_MEDIANS = ("memory", "loss", "tpu_schedule", "balance", "topologies")
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +286,32 @@ def test_the_guide_to_devices_shows_the_simulators_figures(simulated):
         "reveal, nearest",
     ]
     assert (docs / "balance.png").stat().st_size < 200_000
+
+
+@pytest.fixture(scope="module")
+def compiled_steps():
+    """The documentation's results of `benchmarks.topologies`."""
+    return json.loads((report.FOLDER / "topologies.json").read_text())
+
+
+def test_the_guide_to_devices_shows_what_the_compiler_said(compiled_steps):
+    text = (report.FOLDER.parent / "devices.md").read_text()
+    assert topologies.memory(compiled_steps) in text, "docs/devices.md is not what topologies.json gives"
+    assert topologies.transfers(compiled_steps) in text
+
+
+def test_presets_fit_their_topologies_and_their_rings_overlap_with_kernels(compiled_steps):
+    """Of the program that was compiled last; a change of a preset asks for it anew."""
+    assert {row["topology"]: row["run"] for row in compiled_steps["rows"]} == TOPOLOGIES
+    for row in compiled_steps["rows"]:
+        run = PRESETS[row["run"]]()
+        assert row["mesh"] == {axis: getattr(run.mesh, axis) for axis in AXES}
+        assert (row["length"], row["rows"]) == (run.data.length, run.data.batch)
+        size = row["memory"]
+        assert sum(size.values()) - size["limit"] < 0.9 * size["limit"], "a tenth is left"
+        ring = [kind for kind in row["kinds"] if kind["by_data"] and kind["source"] == "ring of keys"]
+        assert {kind["phase"] for kind in ring} == {"forward", "forward again", "backward"}
+        assert {kind["meanwhile"] for kind in ring} == {"kernels"}
 
 
 def test_the_command_is_one_line_away():

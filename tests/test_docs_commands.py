@@ -18,8 +18,8 @@ import yaml
 
 from train.__main__ import is_command, parse
 from train.commands import COMMANDS
+from train.compiling import Compile, with_preset
 from train.config import Run, options
-from train.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -28,12 +28,6 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
 TABLE = GUIDE[GUIDE.index("| `PRESET` |") :].split("\n\n")[0].splitlines()
 STUBS = ("gcloud", "xpk", "python", "tensorboard")
 OPTION = re.compile(r"--((?:[a-z]+\.)[a-z][a-z-]*)")
-COMING = (
-    "compile",
-    "lm-128k",
-    "lm-1m-v5p",
-    "lm-1m-v6e",
-)  # of which the options are checked, until they are there
 
 
 def typed(markdown: str) -> list[str]:
@@ -51,13 +45,12 @@ def joined(text: str) -> str:
 def check(command: str):
     """Fails where our command line would not take the command. One that is only named must exist."""
     words = [word for word in shlex.split(command, comments=True)[3:] if word not in ("-h", "--help", "…")]
-    if not words or (len(words) == 1 and words[0] in (*COMMANDS, *COMING)):
+    if not words or (len(words) == 1 and words[0] in COMMANDS):
         return
-    if words[0] == "compile" and "compile" not in COMMANDS:
-        words = words[1:-2]  # the preset and its options, without --topology
-    if words[0] in COMING and words[0] not in PRESETS:
-        words[0] = "run"
-    if is_command(words):
+    if words[0] == "compile":
+        default, options = with_preset(words[1:])
+        tyro.cli(Compile, default=default, args=options)
+    elif is_command(words):
         tyro.cli(COMMANDS[words[0]][0], args=words[1:])
     else:
         parse(words)

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,80 +23,8 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
 )
 
-TEXT = """\
-HloModule jit_step, is_scheduled=true, num_partitions=4
-
-%body (carry: (s32[], bf16[8,128], s32[])) -> (s32[], bf16[8,128], s32[]) {
-  %carry = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
-  %count = s32[]{:T(128)} get-tuple-element(%carry), index=0
-  %keys = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
-  %hops = s32[]{:T(128)} get-tuple-element(%carry), index=2
-  %one = s32[]{:T(128)} constant(1)
-  %collective-permute-start = (bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%keys), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, metadata={op_name="jit(step)/jvp()/shard_map/ppermute"}
-  %next = s32[]{:T(128)} add(%count, %one)
-  %dynmask_forward.7 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%keys), custom_call_target="tpu_custom_call"
-  %collective-permute-done = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} collective-permute-done(%collective-permute-start)
-  ROOT %tuple = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) tuple(%next, %collective-permute-done, %hops)
-}
-
-%condition (carry.1: (s32[], bf16[8,128], s32[])) -> pred[] {
-  %carry.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
-  %count.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
-  %hops.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=2
-  ROOT %less = pred[]{:T(512)} compare(%count.1, %hops.1), direction=LT
-}
-
-%product (p: bf16[8,128]) -> f32[8,8] {
-  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %convolution = f32[8,8]{1,0:T(8,128)} convolution(%p, %p), dim_labels=bf_oi->bf
-}
-
-%begins (q: bf16[8,128]) -> bf16[32,128] {
-  %q = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.1 = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
-  ROOT %custom-call = bf16[32,128]{1,0:T(8,128)(2,1)} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
-}
-
-%ends (r: bf16[8,128]) -> bf16[32,128] {
-  %r = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.2 = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%r), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
-  ROOT %custom-call.1 = bf16[32,128]{1,0:T(8,128)(2,1)} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
-}
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[]{:T(128)} parameter(0)
-  %b = f32[]{:T(128)} parameter(1)
-  ROOT %sum = f32[]{:T(128)} add(%a, %b)
-}
-
-%layer (state: (u32[], bf16[8,128])) -> (u32[], bf16[8,128]) {
-  %state = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
-  %number = u32[]{:T(128)} get-tuple-element(%state), index=0
-  %two = u32[]{:T(128)} constant(2)
-  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
-  %start = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%begins
-  %fusion = f32[8,8]{1,0:T(8,128)} fusion(%x), kind=kOutput, calls=%product
-  %done = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%ends
-  %all-reduce = f32[8,8]{1,0:T(8,128)} all-reduce(%fusion), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add, metadata={op_name="jit(step)/transpose(jvp())/dot_general"}
-  %raised = u32[]{:T(128)} add(%number, %two)
-  ROOT %out = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%raised, %x)
-}
-
-%more (state.1: (u32[], bf16[8,128])) -> pred[] {
-  %state.1 = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
-  %number.1 = u32[]{:T(128)} get-tuple-element(%state.1), index=0
-  %limit = u32[]{:T(128)} constant(6)
-  ROOT %less.1 = pred[]{:T(512)} compare(%number.1, %limit), direction=LT
-}
-
-ENTRY %main (arg: (s32[], bf16[8,128], s32[]), arg.1: (u32[], bf16[8,128])) -> bf16[8,128] {
-  %arg = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
-  %arg.1 = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(1)
-  %ring = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) while(%arg), condition=%condition, body=%body, metadata={op_name="jit(step)/jvp()/while"}
-  %layers = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%arg.1), condition=%more, body=%layer
-  ROOT %result = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%layers), index=1
-}
-"""
+TEXT = Path(__file__).with_name("scheduled.hlo").read_text()
+"""Written by hand: a ring whose hops are data, and three layers with a gather and a reduction each."""
 
 
 def test_transfers_and_what_runs_meanwhile():
@@ -149,7 +79,9 @@ def test_bytes_of_small_types():
 
 def test_kinds_sum_what_is_alike():
     def transfer(**changes) -> Transfer:
-        source = "jit(train_step)/transpose(jvp())/checkpoint/rematted_computation/dot_general"
+        source = (
+            "jit(train_step)/transpose(jvp())/checkpoint/rematted_computation/gathered/convert_element_type"
+        )
         return replace(Transfer("all-gather", source, 10, 4, (), True, {"products": 2}), **changes)
 
     again, backward = kinds(
@@ -199,11 +131,11 @@ def test_a_topology_that_is_unknown_and_a_mesh_of_other_devices(capsys):
 
 SMALL = """--topology v5e:2x2 --mesh.context 2 --mesh.fsdp 2 --block 128 --data.length 2048 --data.batch 2
 --model.width 256 --model.heads 2 --model.kv-heads 1 --model.hidden 512 --model.layers 6
---model.dtype bfloat16 --model.remat full --curriculum.start 256""".split()
+--model.dtype bfloat16 --model.remat full --curriculum.start 256"""
 
 
 def compiled(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "train", "compile", *words]
+    command = [sys.executable, "-m", "train", "compile", *shlex.split(SMALL), *words]
     return subprocess.run(
         command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
     )
@@ -212,7 +144,7 @@ def compiled(*words) -> subprocess.CompletedProcess:
 @needs_libtpu
 def test_a_run_on_a_mesh(tmp_path):
     """The ring's permutes go on while the kernels compute, forward and backward, in every layer."""
-    done = compiled(*SMALL, "--vocabulary", "512", "--json", str(tmp_path / "found.json"))
+    done = compiled("--vocabulary", "512", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "4 × TPU v5 lite, mesh 1 × 2 × 2 × 1" in done.stdout
     assert "of 15.75 GiB: it fits" in done.stdout
@@ -231,8 +163,8 @@ def test_a_run_on_a_mesh(tmp_path):
 
 @needs_libtpu
 def test_a_run_that_does_not_fit(tmp_path):
-    width = "--model.width 32768 --model.heads 256 --model.kv-heads 256 --model.hidden 32768".split()
-    done = compiled(*SMALL, *width, "--json", str(tmp_path / "found.json"))
+    width = "--model.width 32768 --model.heads 256 --model.kv-heads 256 --model.hidden 32768"
+    done = compiled(*shlex.split(width), "--json", str(tmp_path / "found.json"))
     assert done.returncode == 1, done.stderr[-2000:]
     assert "it does not fit" in done.stdout
     assert json.loads((tmp_path / "found.json").read_text())["transfers"] == []

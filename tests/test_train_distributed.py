@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from jax.experimental import multihost_utils
 from kill_run import differences
 from process_run import STEPS, Odd, Together, began, statuses
 
+from train import distributed
+from train.config import Run
+from train.distributed import Processes
 from train.folder import RunFolder
 from train.joining import join
 from train.loop import prepare, train
@@ -121,6 +125,22 @@ def test_one_that_fails_while_others_wait_for_its_devices_ends_them_with_its_wor
     assert "process 1 failed: the disk of this test is full" in (tmp_path / "fails-0.out").read_text()
 
 
+def _tells_late(index: int, folder: Path, where: Mapping[str, str]):
+    began(folder / f"late-{index}.out", where, devices=1)
+    distributed.PATIENCE = 0.2
+    with join().ending_together():
+        if index == 1:
+            time.sleep(2)
+        assert Processes.here().gathered(f"word {index}") == ["word 0", "word 1"]
+        assert Processes.here().gathered("again") == ["again", "again"]
+
+
+def test_those_who_wait_for_another_say_for_whom(tmp_path):
+    assert statuses(_tells_late, [(0, tmp_path), (1, tmp_path)]) == [0, 0]
+    assert "waiting for process 1\n" in (tmp_path / "late-0.out").read_text()
+    assert "waiting" not in (tmp_path / "late-1.out").read_text()
+
+
 def _joins(index: int, folder: Path, where: Mapping[str, str]):
     began(folder / f"joins-{index}.out", where, devices=1)
     if index == 1:
@@ -136,20 +156,25 @@ def test_one_that_waits_for_others_in_vain_says_where(tmp_path):
     )
 
 
-@pytest.mark.parametrize("steps", [(4, 8)])
-def test_a_checkpoint_goes_on_on_any_mesh_with_the_same_losses(one, tmp_path, steps):
-    run, first, again = one.run, *steps
-    for start, mesh in ((first, Mesh(fsdp=2, layout="contiguous")), (again, Mesh()), (first, one.run.mesh)):
-        folder = tmp_path / f"{mesh.size}"
-        other = replace(
-            run, folder=str(folder), data=replace(run.data, cache=f"{run.folder}/cache"), mesh=mesh
-        )
-        shutil.copytree(one.where.path, RunFolder.of(other).path)
-        for later in RunFolder.of(other).saved_steps:
-            if later > start:
-                shutil.rmtree(RunFolder.of(other).checkpoints / str(later))
-        session = prepare(other)
-        assert int(session.state.step) == start
-        train(session)
-        records = [record["loss"] for record in read(RunFolder.of(other).metrics) if "loss" in record]
-        np.testing.assert_allclose(records, losses(one), rtol=1e-5)
+def onward(saved: Run, start: int, mesh: Mesh, folder: Path) -> Run:
+    """A run that has gone on, on this mesh, from a checkpoint that another one saved."""
+    run = replace(saved, folder=str(folder), mesh=mesh)
+    where = RunFolder.of(run)
+    shutil.copytree(RunFolder.of(saved).path, where.path)
+    for later in where.saved_steps:
+        if later > start:
+            shutil.rmtree(where.checkpoints / str(later))
+    session = prepare(run)
+    assert int(session.state.step) == start  # and its sums are those that were saved
+    train(session)
+    return run
+
+
+def test_checkpoints_go_on_on_other_meshes_with_the_same_losses(one, tmp_path):
+    eight = replace(one.run, data=replace(one.run.data, cache=f"{one.run.folder}/cache"))
+    two = onward(eight, 4, Mesh(fsdp=2, layout="contiguous"), tmp_path / "two")
+    alone = onward(two, 8, Mesh(), tmp_path / "alone")
+    back = onward(two, 8, eight.mesh, tmp_path / "back")
+    for run in (two, alone, back):
+        found = [record["loss"] for record in read(RunFolder.of(run).metrics) if "loss" in record]
+        np.testing.assert_allclose(found, losses(one), rtol=1e-5)

@@ -206,6 +206,28 @@ def test_they_are_enough_to_go_on_though_the_folder_is_lost(apart):
         folder.holds(run)
 
 
+@pytest.mark.parametrize("was", ["here", "there", "under another name"])
+def test_checkpoints_are_not_forgotten_when_their_place_changes(apart, was):
+    folder, run = apart
+    here = replace(run, checkpoints=Checkpoints())
+    before, now = {
+        "here": (here, run),
+        "there": (run, here),
+        "under another name": (replace(run, name="old"), run),
+    }[was]
+    folder.path.mkdir(parents=True)
+    folder.write_config(before)
+    assert RunFolder.of(now).holds(now), "there are none yet"
+    saved = RunFolder.of(before, folder.path).checkpoints
+    (saved / "4").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"^checkpoints.folder: the run in .*small has its .* in {saved}, "):
+        RunFolder.of(now).holds(now)
+    moved = RunFolder.of(now).checkpoints
+    moved.parent.mkdir(exist_ok=True)
+    saved.rename(moved)
+    assert RunFolder.of(now).holds(now)
+
+
 def test_beginning_anew_removes_them_there(apart):
     folder, run = apart
     (folder.checkpoints / "4").mkdir(parents=True)

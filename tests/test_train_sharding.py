@@ -77,6 +77,7 @@ class Case:
 ONE_LAYER = replace(GROUPED, layers=1, pattern=("global",), backend="dense")
 ALIKE = replace(ONE_LAYER, kv_heads=4)
 CASES = {
+    "data 8": Case(Mesh(data=8), options={"batch": 8, "model": ONE_LAYER}),
     "data 4, context 2": Case(Mesh(data=4, context=2), "striped", {"rows": "chunked", "model": ALIKE}),
     "fsdp 2, context 4, in parts, all_gather": Case(
         Mesh(fsdp=2, context=4, strategy="all_gather"), "striped", {"accumulate": 2}
@@ -101,8 +102,7 @@ def test_a_train_step_is_that_of_one_device(name):
     spread = jax.device_put(state, on_mesh.placement.shardings(state))
     after, measured = jax.jit(on_mesh.train_step)(spread, place(batch, order))
     assert_same_step((after, measured), (expected, alone))
-    assert int(measured.hops) > 0
-    assert float(measured.bytes_moved) > 0
+    assert (int(measured.hops) > 0) == (float(measured.bytes_moved) > 0) == (run.mesh.context > 1)
     # So the next step is the same program, and nothing is whole that has a part to be.
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(like), strict=True):
         assert (a.sharding, a.shape, a.dtype) == (b.sharding, b.shape, b.dtype)

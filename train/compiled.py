@@ -97,8 +97,9 @@ class Compiled:
         return int(np.prod(list(self.mesh.values())))
 
     def to_json(self) -> str:
-        """All of it, as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """All of it, and the transfers by kind, as JSON."""
+        every = {**dataclasses.asdict(self), "kinds": [*map(dataclasses.asdict, kinds(self.transfers))]}
+        return json.dumps(every, indent=1) + "\n"
 
 
 def compile_step(run: Run, topology_name: str, vocabulary: int) -> Compiled:
@@ -246,7 +247,9 @@ def kinds(found: tuple[Transfer, ...]) -> list[Kind]:
     counts: Counter[tuple] = Counter()
     sizes: Counter[tuple] = Counter()
     for each in found:
-        key = (*_place(each.source), each.kind, _meanwhile(each), each.by_data)
+        # What the partitioner made has no name of its own, but its loop has.
+        source = each.source or next((loop.source for loop in reversed(each.loops)), "")
+        key = (*_place(source), each.kind, _meanwhile(each), each.by_data)
         counts[key] += each.times
         sizes[key] += each.times * each.bytes
     return [
@@ -255,7 +258,10 @@ def kinds(found: tuple[Transfer, ...]) -> list[Kind]:
 
 
 def _place(source: str) -> tuple[str, str]:
-    """The phase of the step, and what a transfer is for, by JAX's name of its operation."""
+    """The phase of the step, and what a transfer is for, by JAX's name of its operation.
+
+    The marks are JAX's own, and the named scopes of `train.step` and `train.model`.
+    """
     phases = {"rematted_computation": "forward again", "transpose(": "backward", "jvp(": "forward"}
     phase = next((phase for mark, phase in phases.items() if mark in source), "update")
     purposes = {
@@ -264,9 +270,10 @@ def _place(source: str) -> tuple[str, str]:
         "_plan": "plan",
         "_visible_pairs": "plan",
         "_travel": "plan",
-        "_take": "embedding",
-        "dot_general": "weights",
-        "convert_element_type": "weights",
+        "embedding": "embedding",
+        "loss": "loss",
+        "gathered": "weights",
+        "dot_general": "products",
     }
     return phase, next((purpose for mark, purpose in purposes.items() if mark in source), "other")
 

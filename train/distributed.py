@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -24,6 +24,10 @@ T = TypeVar("T")
 
 DAY = 24 * 3600 * 1000
 """In ms; for others to come, who may be reading texts: those that died are found by their heartbeats."""
+PATIENCE = 60.0
+"""Seconds of waiting for others after which it is said whom for."""
+TOLD = itertools.count()
+"""Numbers what this process has told the others: a place for words is taken once in its life."""
 FAILED = "dynmask/failed"
 GRACE = 10.0
 """Seconds that those who fail at the same time have for words of their own."""
@@ -31,7 +35,7 @@ GRACE = 10.0
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them; made once in each, by `join` or `here`.
+    """The processes of a run, as one of them sees them; made by `join` or `here`.
 
     What they tell each other goes through JAX's coordination service and not through devices, so that
     it may take as long as it likes.
@@ -43,7 +47,6 @@ class Processes:
 
     index: int = 0
     count: int = 1
-    _told: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @classmethod
     def here(cls) -> "Processes":
@@ -56,14 +59,20 @@ class Processes:
         return self.index == 0
 
     def gathered(self, word: str) -> list[str]:
-        """What each process says here, by its number; all must come."""
+        """What each process says here, by its number; all must come, and who is late is named on stderr."""
         if self.count == 1:
             return [word]
-        place = f"dynmask/{next(self._told)}/"
+        place = f"dynmask/{next(TOLD)}/"
         client: Any = distributed.global_state.client  # JAX has no public way to it; orbax takes this too
         client.key_value_set(f"{place}{self.index}", word)
-        client.wait_at_barrier(place, DAY)
-        words = {int(key.rpartition("/")[2]): word for key, word in client.key_value_dir_get(place)}
+        clock = threading.Timer(PATIENCE, self._name_the_late, [place])
+        clock.daemon = True
+        clock.start()
+        try:
+            client.wait_at_barrier(place, DAY)
+        finally:
+            clock.cancel()
+        words = _told(place)
         return [words[process] for process in range(self.count)]
 
     def first_says(self, function: Callable[[], T]) -> T:
@@ -135,6 +144,14 @@ class Processes:
         watch.join()
         jax.distributed.shutdown()
 
+    def _name_the_late(self, place: str):
+        """Prints which processes have not told their word yet; the first of those that have does."""
+        there = _told(place)
+        late = [str(process) for process in range(self.count) if process not in there]
+        if late and self.index == min(there):
+            several = f"processes {', '.join(late[:9])}{' …' * (len(late) > 9)}"
+            print(f"waiting for {several if late[1:] else f'process {late[0]}'}", file=sys.stderr, flush=True)
+
     def _fail(self, error: BaseException, over: threading.Event):
         """Tells the others, and ends this process."""
         over.set()
@@ -171,6 +188,12 @@ class Processes:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status)
+
+
+def _told(place: str) -> dict[int, str]:
+    """What processes have told there so far, by their numbers."""
+    client: Any = distributed.global_state.client
+    return {int(key.rpartition("/")[2]): word for key, word in client.key_value_dir_get(place)}
 
 
 def check_shared(folder: Path, processes: Processes):

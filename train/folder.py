@@ -116,7 +116,7 @@ class RunFolder:
 
         Raises:
           ValueError: it holds a run of another config, each difference is named with both values; or
-            a config that cannot be read.
+            one whose checkpoints lie elsewhere than the config says now; or a config that cannot be read.
           FileExistsError: it holds files of a run, which beginning would remove, and no config that
             says of which.
         """
@@ -139,7 +139,19 @@ class RunFolder:
                 f"{self.path} holds a run of another config: {'; '.join(different)}. Begin anew with "
                 "--overwrite, or choose another --name"
             )
+        self._check_checkpoints(saved)
         return True
+
+    def _check_checkpoints(self, saved: dict[str, Any]):
+        """Refuses to begin anew because the run's checkpoints are looked for elsewhere than they lie."""
+        place = saved.get("checkpoints", {}).get("folder")
+        before = RunFolder(self.path, None if place is None else _place(place) / saved["name"])
+        if not self.saved_steps and before.checkpoints != self.checkpoints and before.saved_steps:
+            raise ValueError(
+                f"checkpoints.folder: the run in {self.path} has its checkpoints in {before.checkpoints} "
+                f"and none in {self.checkpoints}; give the options that it had, move them there, or "
+                "begin anew with --overwrite"
+            )
 
     def begin(self, run: Run):
         """Makes the folder, with the config. An old run's files go, and nothing else.

@@ -100,6 +100,7 @@ class _Training:
         watch = run.watch if processes.first else replace(run.watch, profile=None)
         self._profile = stack.enter_context(Profile(session.folder.profile, watch))
         self._place, self._layouts = program.placement.place, Layouts.of(program, text.held_out[0])
+        processes.check_equal(" ".join(self._layouts.names), "mesh.layout: the layouts")
         self._stage = int(self.state.pace.stage)
         self._validator = Validator(program, text, run, self._layouts.full)
         self._train_step = jax.jit(program.train_step, donate_argnums=0)

@@ -174,7 +174,9 @@ class Transformer(nnx.Module):
             return (x, cache), None
 
         numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)
-        start, unroll = self.placement.embedded(self.embed, tokens), 1 if self._looped else len(numbers)
+        with jax.named_scope("embedding"):
+            start = self.placement.embedded(self.embed, tokens)
+        unroll = 1 if self._looped else len(numbers)
         (x, cache), _ = jax.lax.scan(group, (start, cache), (numbers, weights), unroll=unroll)
         return _normed(self.norm, x), cache
 
@@ -187,12 +189,22 @@ class Transformer(nnx.Module):
         """
         return self.shape.layers > 4
 
-    def _remat(self, block: Callable) -> Callable:
-        """The block, which keeps for the backward pass what `model.remat` says."""
-        if self.shape.remat == "none":
-            return block
-        # In a loop's body XLA sees no backward pass whose work it might take for the same; outside it does.
-        return jax.checkpoint(block, policy=POLICIES[self.shape.remat], prevent_cse=not self._looped)
+    def _remat(self, block: Any) -> Callable:
+        """The block, which keeps for the backward pass what `model.remat` says.
+
+        On a mesh its weights are gathered within: full rematerialisation keeps each device's part alone.
+        """
+        graph, state = nnx.split(block)
+
+        def call(weights, *arguments):
+            whole = self.placement.gathered(weights, jnp.dtype(self.shape.dtype))
+            return nnx.merge(graph, whole)(*arguments)
+
+        if self.shape.remat != "none":
+            # In a loop's body XLA sees no backward pass whose work it might take for the same.
+            policy = POLICIES[self.shape.remat]
+            call = jax.checkpoint(call, policy=policy, prevent_cse=not self._looped)
+        return partial(call, nnx.to_pure_dict(state))
 
 
 def _normed(norm: nnx.RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

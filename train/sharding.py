@@ -16,6 +16,7 @@ from dynmask_jax.array_typing import Array, Float, Int
 from dynmask_jax.context_parallel import ContextParallel, Travel, context_parallel
 from train import sections
 from train.batch import Batch
+from train.gathering import gathered
 from train.torus import in_rings
 
 Tree = TypeVar("Tree")
@@ -173,6 +174,33 @@ class Placement:
         """Inside `jit`: the features inside a feed-forward layer."""
         return self._held(x, ROWS, TOKENS, FEATURES)
 
+    def gathered(self, weights: Tree, dtype: Any) -> Tree:
+        """Inside `jit`: a layer's weights as its products read them: whole on the axes of `WIDTH`.
+
+        In the dtype that they are computed in, which is half as much to send as float32. Their gradients go
+        straight to where the weights lie, each device the sums that are its own.
+        """
+        if self.mesh is None:
+            return weights
+
+        def gather(path, leaf):
+            spread = self._rule(path, leaf)
+            whole = tuple(None if axes == WIDTH else axes for axes in spread)
+            return gathered(leaf, dtype, self._on(*whole), self._on(*spread)) if spread else leaf
+
+        with jax.named_scope("gathered"):
+            return jax.tree.map_with_path(gather, weights)
+
+    def own(self, path: str, weight: Array) -> Array:
+        """Inside `jit`: `[devices of rows and tokens, …]`, of a weight a whole one for each of them.
+
+        A loop over parts of a device's tokens then sums the gradient there, and it travels once, after it.
+        """
+        spread = self._rule(path, weight)
+        whole = tuple(None if axes == WIDTH else axes for axes in spread)
+        each = jnp.broadcast_to(self._held(weight, *whole), (self.rows * self.context, *weight.shape))
+        return self._held(each, (TOKENS, *ROWS), *whole)
+
     def folded(self, x: Array) -> Array:
         """Inside `jit`: what `fold` gave, or a chunk of its tokens."""
         return self._held(x, (TOKENS, *ROWS))
@@ -254,9 +282,12 @@ class Placement:
         several = tuple(name for name in names if self._size(name) > 1)
         return several[0] if len(several) == 1 else several or None
 
-    def _rule(self, path, leaf) -> tuple[Any, ...]:
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    def _rule(self, path: Any, leaf: Any) -> tuple[Any, ...]:
+        """What its axes are spread over; of one layer's weight, those behind the groups'."""
+        whole = path if isinstance(path, str) else jax.tree_util.keystr(path, simple=True, separator=".")
+        names = whole.split(".")
         rule = WEIGHTS.get(".".join(names[-2:]), ())
+        rule = rule[len(rule) - leaf.ndim :] if rule else ()
         vocabulary = {"embed": 0, "logits": 1}.get(names[-2] if len(names) > 1 else "")
         if rule and vocabulary is not None and leaf.shape[vocabulary] % self._size(FEATURES):
             return tuple(None if axis == vocabulary else on for axis, on in enumerate(rule))

@@ -1,5 +1,6 @@
 """The train step and the evaluation step: pure, and all that is compiled of a run's training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -178,15 +179,31 @@ class Program:
         model: Transformer = nnx.merge(self.graph, params)
         inputs, targets, weights = map(jnp.asarray, (batch.inputs, batch.targets, batch.weights))
         on, hidden = self.placement, model(inputs, plans)
-        folded = token_losses(
-            on.fold(hidden),
-            lambda hidden: model.logits(on.folded(hidden)),
-            on.fold(targets),
-            on.fold(weights),
-            self.run.loss,
-            devices=on.rows * on.context,
-        )
-        return jax.tree.map(on.unfold, folded)
+        with jax.named_scope("loss"):
+            folded = token_losses(
+                on.fold(hidden),
+                self._logits(model),
+                on.fold(targets),
+                on.fold(weights),
+                self.run.loss,
+                devices=on.rows * on.context,
+            )
+            return jax.tree.map(on.unfold, folded)
+
+    def _logits(self, model: Transformer) -> Callable:
+        """`model.logits`; on a mesh each device has weights of its own for it."""
+        on = self.placement
+        if on.mesh is None:
+            return model.logits
+        graph, weights = nnx.split(model.logits)
+        kernels = on.own("logits.kernel", nnx.to_pure_dict(weights)["kernel"])
+
+        def logits(hidden):
+            rows = hidden.reshape(len(kernels), -1, *hidden.shape[1:])
+            of_each = jax.vmap(lambda kernel, hidden: nnx.merge(graph, {"kernel": kernel})(hidden))
+            return of_each(kernels, rows).reshape(*hidden.shape[:2], -1)
+
+        return logits
 
     def _tokens(self, batch: Batch) -> Tokens:
         """What masks read of the rows: of chunked ones the same for all."""
