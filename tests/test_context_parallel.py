@@ -56,9 +56,11 @@ def arrays(heads=16, kv_heads=8, batch=2, length=LENGTH, dtype=jnp.float32):
 
 
 def packed(batch=2, length=LENGTH):
-    """Documents of 31 tokens, whose positions begin anew, and padding; shifted in the second row."""
-    place = np.arange(length)[None, :] + 7 * np.arange(batch)[:, None]
-    segment = np.where(np.arange(length)[None, :] < length - 5, 1 + place // 31, 0)
+    """Documents of 31 tokens, whose positions begin anew, and padding; more of it in the second row, so
+    that of eight devices two hold nothing else."""
+    row = np.arange(batch)[:, None]
+    place = np.arange(length)[None, :] + 7 * row
+    segment = np.where(np.arange(length)[None, :] < length - 5 - length // 4 * row, 1 + place // 31, 0)
     return (place % 31).astype(np.int32), segment.astype(np.int32)
 
 
@@ -394,5 +396,10 @@ def test_other_functions_and_meshes_are_refused():
         context_parallel(nnx.dot_product_attention, mesh=RING)
     with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, got tuple"):
         context_parallel(attention, mesh=(8,))
-    with pytest.raises(TypeError, match="window"):
+    for method in ("placed", "visible_pairs"):
+        with pytest.raises(TypeError, match="plan must be a Plan, made by plan"):
+            getattr(context_parallel(attention, mesh=RING), method)(Causal())
+    with pytest.raises(ValueError, match="the plan is for 40 queries and 40 keys, got 96 and 96"):
+        context_parallel(attention, mesh=RING).travel(*arrays()[:2], plan(Causal(), Tokens.sequence(40)))
+    with pytest.raises(TypeError, match="attention has no option 'window'; it has backend"):
         context_parallel(attention, mesh=RING)(*arrays(), Causal(), window=3)
