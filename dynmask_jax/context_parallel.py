@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from dynmask_jax.all_gather import attend_to_gathered
 from dynmask_jax.along import Along
-from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree
-from dynmask_jax.attention import BACKENDS, attend, attention, checked, with_sinks
+from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, sum_dtype
+from dynmask_jax.attention import BACKENDS, as_plan, attend, attention, checked, with_sinks
 from dynmask_jax.finite import bad_rows
 from dynmask_jax.masks import head_count
 from dynmask_jax.nonfinite import marked, sees
@@ -25,6 +25,7 @@ from dynmask_jax.ulysses import attend_by_heads
 from dynmask_jax.varying import agreed, vary_like
 
 ROWS, HEADS = ("data", "fsdp"), "tensor"  # taken where no axes are named, if the mesh has them
+OPTIONS = frozenset(["scale", "soft_cap", "sinks", "backend", "return_lse"])
 WITH_OWN_QUERIES = {"ring": attend_on_ring, "all_gather": attend_to_gathered}
 
 
@@ -48,7 +49,7 @@ def context_parallel(
     mesh: Mesh | AbstractMesh,
     axis: str = "context",
     strategy: Strategy = "ring",
-    batch_axes: tuple[str, ...] | None = None,
+    batch_axes: str | tuple[str, ...] | None = None,
     head_axis: str | None = None,
 ) -> "ContextParallel":
     """`attention` for sequences that are spread over the devices of a mesh's axis.
@@ -59,7 +60,8 @@ def context_parallel(
 
     Args:
       attention: `dynmask_jax.attention`, or a `functools.partial` of it with options.
-      mesh: the devices, with Auto axes. All are used by hand in here (`jax.shard_map`), as kernels need it.
+      mesh: the devices, its axes Auto. All of them are used by hand in here (`jax.shard_map`), as kernels
+        need it.
       axis: of the mesh, that sequences lie along, queries and keys.
       strategy:
         "ring": keys go from device to device as far as the mask shows them, beside the computation.
@@ -72,25 +74,26 @@ def context_parallel(
 
     Raises:
       TypeError: the attention is another function, or the mesh no mesh.
-      ValueError: an axis that the mesh does not have, or one that is named twice; a mesh with Explicit axes;
-        another strategy.
+      ValueError: a mesh whose axes are not Auto; an axis that it does not have, or one that is named
+        twice; another strategy.
 
-    >>> kinds = (jax.sharding.AxisType.Auto,)
-    >>> mesh = jax.make_mesh((2,), ("context",), axis_types=kinds, devices=jax.devices()[:2])
+    >>> auto = (jax.sharding.AxisType.Auto,)
+    >>> mesh = jax.make_mesh((2,), ("context",), axis_types=auto, devices=jax.devices()[:2])
     >>> q = k = v = jnp.ones((1, 8, 2, 4))
     >>> context_parallel(attention, mesh=mesh)(q, k, v, Causal() & Window(2)).shape
     (1, 8, 2, 4)
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if explicit := [name for name, kind in kinds if kind == AxisType.Explicit]:
+    if set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(
-            f"mesh has Explicit axes ({', '.join(explicit)}), and only Auto ones are taken: "
-            f"jax.make_mesh(…, axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
+            f"the mesh's axes must be Auto, got {mesh.axis_types}: jax.make_mesh(…, axis_types="
+            f"(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}); in newer JAX Explicit is the default"
         )
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if isinstance(batch_axes, str):
+        batch_axes = (batch_axes,)
     if batch_axes is None:
         batch_axes = tuple(name for name in ROWS if name in mesh.axis_names and name != axis)
     if head_axis is None and HEADS in mesh.axis_names and axis != HEADS:
@@ -117,8 +120,8 @@ class ContextParallel:
     spread: Spread
     options: Mapping[str, Any]
 
-    def __call__(self, q, k, v, mask_or_plan, *, return_lse: bool = False, **options):
-        """As `attention(q, k, v, mask_or_plan, …)`, of arrays that may lie anywhere on the mesh.
+    def __call__(self, q, k, v, mask_or_plan, **options):
+        """As `attention(q, k, v, mask_or_plan, …)`, with its options, of arrays anywhere on the mesh.
 
         The mask or plan is for the whole sequences, as on one device, their tokens in any order. Of a
         plan whose blocks divide each device's part of the sequence the blocks are taken; for others, and
@@ -128,8 +131,10 @@ class ContextParallel:
           ValueError: as `attention`; or the sequence, the batch or the heads cannot be divided evenly.
           TypeError, Unsupported: as `attention`.
         """
-        options = {"return_lse": return_lse, **self.options, **options}
-        return_lse, sinks = options.pop("return_lse"), options.get("sinks")
+        options = {**self.options, **options}
+        if unknown := set(options) - OPTIONS:
+            raise TypeError(f"attention has no option {min(unknown)!r}; it has {', '.join(sorted(OPTIONS))}")
+        return_lse, sinks = options.pop("return_lse", False), options.get("sinks")
         call = checked(q, k, v, mask_or_plan, **options)
         self.spread.check(q, k)
         how = {"spread": self.spread, "backend": call.backend, "scores": call.scores}
@@ -141,15 +146,29 @@ class ContextParallel:
 
         Every device then holds the positions and segments of all keys, 8 bytes a token and row.
         """
+        _check_plan(plan)
         return self.spread.placed(plan)
 
     def visible_pairs(self, plan: Plan) -> Float[Array, ""]:
         """`plan.visible_pairs()`, each device counting those of its own queries."""
+        _check_plan(plan)
         return _visible_pairs(plan, spread=self.spread)
 
     def travel(self, q, k, plan: Plan) -> Travel:
-        """What a call with such queries and keys (arrays, or their shapes and types) would move."""
+        """What a call with such queries and keys (arrays, or their shapes and types) would move.
+
+        Raises:
+          ValueError: the plan is for others, or they cannot be divided evenly.
+        """
+        _check_plan(plan)
+        as_plan(plan, q.shape[0], q.shape[1], k.shape[1])
+        self.spread.check(q, k)
         return _travel(q, k, plan, spread=self.spread)
+
+
+def _check_plan(plan):
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, made by plan(mask, tokens), got {type(plan).__name__}")
 
 
 def _options_of(function: Callable) -> dict[str, Any]:
@@ -218,7 +237,7 @@ def _travel(q, k, plan: Plan, *, spread: Spread) -> Travel:
     if spread.strategy == "all_gather":
         return Travel(jnp.int32(n - 1), jnp.float32((n - 1) * 2 * keys))
     if spread.strategy == "ulysses":
-        lse = 4 * q.size / q.shape[3] / shards
+        lse = sum_dtype(q.dtype).itemsize * q.size / q.shape[3] / shards
         return Travel(jnp.int32(2), jnp.float32((n - 1) / n * (2 * queries + 2 * keys + lse)))
 
     def on_device(own: Plan):

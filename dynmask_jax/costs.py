@@ -3,9 +3,8 @@
 The model of each is what `context_parallel` does:
 
 - ring: keys and values travel in two arcs, `ahead` hops forward and then `behind` hops backward, each
-  hop while the shard that came before is attended to. The backward pass fetches the farthest shard of
-  an arc in a few permutes of doubling distance and brings the shards home hop by hop, and the
-  gradients of their keys with them, in float32.
+  hop while the shard that came before is attended to. The backward pass brings the shards home from
+  where the forward pass left them, and the gradients of their keys with them, in float32.
 - all_gather: all keys and values are gathered, before either pass; gradients are summed and scattered.
 - ulysses: heads are spread instead of tokens, by an all-to-all of q, k, v before and of the output and
   its lse after; query heads and key heads must be multiples of the devices.
@@ -116,20 +115,18 @@ def _ring(a: Attended) -> Cost:
     out = [*range(ahead + 1), *range(-1, -behind - 1, -1)]
     home = [*range(ahead, 0, -1), *range(-behind, 0), 0]
     hop, hop_home = a.shard / a.machine.link, (a.shard + a.gradients) / a.machine.link
-    jumps = [_jump(length, a.devices) for length in (ahead, behind)]
-    jumped = sum(len(steps) if a.machine.switched else sum(steps) for steps in jumps)
     seconds = _lock_step(_visits(a.work, out) * a.seconds(FORWARD), hop)
     seconds += _lock_step(_visits(a.work, home) * a.seconds(BACKWARD), hop_home)
-    hops, permutes = ahead + behind, sum(len(steps) for steps in jumps)
+    hops = ahead + behind
     return Cost(
         work=a.work.sum(axis=1),
         critical=_lock_step(_visits(a.work, out), 0.0),
         ahead=ahead,
         behind=behind,
         forward_bytes=hops * a.shard,
-        backward_bytes=hops * (a.shard + a.gradients) + permutes * a.shard,
+        backward_bytes=hops * (a.shard + a.gradients),
         held=2 * (a.shard + a.gradients),  # those at work and those on their way
-        seconds=seconds + jumped * hop,
+        seconds=seconds,
     )
 
 
@@ -137,12 +134,6 @@ def _visits(work: np.ndarray, distances: list[int]) -> np.ndarray:
     """`[visits, N]`: what each device computes of the keys that many hops ahead of it, in turn."""
     device = np.arange(work.shape[0])
     return np.stack([work[device, (device - distance) % len(device)] for distance in distances])
-
-
-def _jump(length: int, devices: int) -> list[int]:
-    """The permutes that fetch a shard from so many hops away the shorter way round: how far each goes."""
-    nearer = min(length, devices - length)
-    return [2**bit for bit in range(nearer.bit_length()) if nearer >> bit & 1]
 
 
 def _lock_step(visits: np.ndarray, transfer: float) -> float:

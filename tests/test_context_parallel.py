@@ -16,10 +16,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dynmask_jax import (
     Causal,
+    Heads,
     SameSegment,
     Tokens,
     Window,
     attention,
+    balance,
     context_parallel,
     growing_window,
     layout_order,
@@ -54,9 +56,11 @@ def arrays(heads=16, kv_heads=8, batch=2, length=LENGTH, dtype=jnp.float32):
 
 
 def packed(batch=2, length=LENGTH):
-    """Documents of 31 tokens, whose positions begin anew, and padding; shifted in the second row."""
-    place = np.arange(length)[None, :] + 7 * np.arange(batch)[:, None]
-    segment = np.where(np.arange(length)[None, :] < length - 5, 1 + place // 31, 0)
+    """Documents of 31 tokens, whose positions begin anew, and padding; more of it in the second row, so
+    that of eight devices two hold nothing else."""
+    row = np.arange(batch)[:, None]
+    place = np.arange(length)[None, :] + 7 * row
+    segment = np.where(np.arange(length)[None, :] < length - 5 - length // 4 * row, 1 + place // 31, 0)
     return (place % 31).astype(np.int32), segment.astype(np.int32)
 
 
@@ -232,6 +236,11 @@ def test_the_backward_pass_goes_as_far_and_brings_the_gradients_home(monkeypatch
         seen = plan(Causal() & Window(window), Tokens.sequence(LENGTH), block_q=6, block_k=6)
         return attend(q, k, v, seen).astype(jnp.float32).sum()
 
+    def simulated(window):
+        rows = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), Tokens.sequence(LENGTH))
+        how = {"block": 6, "heads": Heads(4, 2, 8), "layouts": ["contiguous"], "strategies": ["ring"]}
+        return balance(Causal() & Window(window), rows, 8, **how).pick.cost
+
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
     for window, hops in ((1, 0), (5, 1), (26, 3), (96, 7)):
         executed.clear()
@@ -240,6 +249,8 @@ def test_the_backward_pass_goes_as_far_and_brings_the_gradients_home(monkeypatch
         kinds = [dtype for _, dtype in executed]
         # k and v there and back, and their gradients back, in float32.
         assert (kinds.count("bfloat16"), kinds.count("float32")) == (4 * hops, 2 * hops)
+        sent = sum(np.prod(shape) * jnp.dtype(kind).itemsize for shape, kind in executed)
+        assert sent == simulated(window).bytes
 
 
 @pytest.mark.parametrize(
@@ -373,13 +384,22 @@ def test_misuse_is_refused_by_name(name):
         context_parallel(attention, **options | {"mesh": mesh})(*arrays(**shape), Causal())
 
 
+def test_a_mesh_with_explicit_axes_is_refused_by_name():
+    """The default of `jax.make_mesh` in newer JAX, which would fail at the tokens."""
+    explicit = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match=r"the mesh's axes must be Auto, got .*Explicit.*axis_types="):
+        context_parallel(attention, mesh=explicit)
+
+
 def test_other_functions_and_meshes_are_refused():
     with pytest.raises(TypeError, match=r"attention must be dynmask_jax\.attention"):
         context_parallel(nnx.dot_product_attention, mesh=RING)
     with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, got tuple"):
         context_parallel(attention, mesh=(8,))
-    explicit = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
-    with pytest.raises(ValueError, match=r"mesh has Explicit axes \(context\).*axis_types=.*Auto"):
-        context_parallel(attention, mesh=explicit)
-    with pytest.raises(TypeError, match="window"):
+    for method in ("placed", "visible_pairs"):
+        with pytest.raises(TypeError, match="plan must be a Plan, made by plan"):
+            getattr(context_parallel(attention, mesh=RING), method)(Causal())
+    with pytest.raises(ValueError, match="the plan is for 40 queries and 40 keys, got 96 and 96"):
+        context_parallel(attention, mesh=RING).travel(*arrays()[:2], plan(Causal(), Tokens.sequence(40)))
+    with pytest.raises(TypeError, match="attention has no option 'window'; it has backend"):
         context_parallel(attention, mesh=RING)(*arrays(), Causal(), window=3)
