@@ -38,7 +38,8 @@ class Session:
         if done == steps:
             return f"The run in {where} is finished, all its {steps:,} steps; --overwrite begins it anew."
         there, taken = jax.device_count(), self.run.mesh.size
-        alone = f" It takes {taken} of the {there} devices." if there > taken else ""
+        spread = "--mesh.data, fsdp, context and tensor spread it"
+        alone = f" It takes {taken} of the {there} devices; {spread}." if there > taken else ""
         if (processes := self.processes.count) > 1:
             alone = f" It takes {taken} devices, of {processes} processes."
         if done:
