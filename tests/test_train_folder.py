@@ -220,7 +220,9 @@ def test_checkpoints_are_not_forgotten_when_their_place_changes(apart, was):
     assert RunFolder.of(now).holds(now), "there are none yet"
     saved = RunFolder.of(before, folder.path).checkpoints
     (saved / "4").mkdir(parents=True)
-    with pytest.raises(ValueError, match=f"^checkpoints.folder: the run in .*small has its .* in {saved}, "):
+    with pytest.raises(
+        ValueError, match=f"^checkpoints.folder: the run in .*small has its .* in {saved} and none in "
+    ):
         RunFolder.of(now).holds(now)
     moved = RunFolder.of(now).checkpoints
     moved.parent.mkdir(exist_ok=True)

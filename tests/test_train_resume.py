@@ -96,7 +96,8 @@ def test_a_signal_ends_it_with_a_checkpoint_of_its_last_step(case):
     assert kill_run.differences(stopped.run, case.run) == []
 
 
-def test_with_jax_distributed_the_processes_agree_where_to_stop(case):
+def test_one_process_stops_by_itself_with_jax_distributed_too(case):
+    """Several agree where to stop: tests/test_train_distributed.py."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -104,7 +105,7 @@ def test_with_jax_distributed_the_processes_agree_where_to_stop(case):
     process = stopped.start(coordinator=f"localhost:{port}")
     wait_for(stopped, steps=7)
     process.terminate()
-    check_stopped(stopped, process, "preempted")
+    check_stopped(stopped, process, "SIGTERM")
 
 
 def wait_for(case, steps: int):

@@ -16,7 +16,7 @@ class StopSignals:
 
     A second SIGINT stops at once, as if there were no context. A signal that is ignored outside, as
     SIGINT is under nohup, stays ignored. Outside the main thread nothing is taken, as Python has it;
-    nor with `jax.distributed`, whose processes agree on a step to stop after (see
+    nor by one of several processes, which agree on a step to stop after (see
     `Checkpoints.reached_preemption`).
 
     Attributes:
@@ -28,7 +28,7 @@ class StopSignals:
         self._restore = ExitStack()
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread() and not jax.distributed.is_initialized():
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in SIGNALS:
                 if (before := signal.getsignal(number)) is not signal.SIG_IGN:
                     signal.signal(number, self._remember)
