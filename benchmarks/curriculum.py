@@ -18,10 +18,10 @@ from benchmarks.markdown import ratio, seconds, share, table
 from benchmarks.timing import medians
 from dynmask_jax import Causal, Chunks, Curriculum, Tokens, attention, growing_window, linear, plan, reveal
 from dynmask_jax.array_typing import Int
-from train import sections
-from train.batch import Batch
-from train.config import Run
-from train.step import begin
+from train.config import sections
+from train.config.run import Run
+from train.data.batch import Batch
+from train.step.program import begin
 
 FULL_MASK = "full"
 BYTES = 256

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.markdown import megabytes, table
-from train import sections
-from train.loss import token_losses
+from train.config import sections
+from train.model.loss import token_losses
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.markdown import seconds, share, table
-from train import metrics
-from train.config import Run
-from train.loop import Session, prepare, train
-from train.sections import Curriculum, Data, Evaluation, Model
+from train.config.run import Run
+from train.config.sections import Curriculum, Data, Evaluation, Model
+from train.loop.training import Session, prepare, train
+from train.metrics import log
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _records(session: Session) -> list[dict]:
     """What a run wrote of its steps, but of the first, which compiles, and the last."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the progress bar
         train(session)
-    steps = [record for record in metrics.read(session.folder.metrics) if "loss" in record]
+    steps = [record for record in log.read(session.folder.metrics) if "loss" in record]
     return steps[1:-1]
 
 

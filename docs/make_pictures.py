@@ -15,8 +15,8 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from dynmask_jax import Plan, Tokens, growing_window, linear, plan
-from dynmask_jax.cells import PAIR_COLOURS
 from dynmask_jax.plot import draw_plan
+from dynmask_jax.plot_cells import PAIR_COLOURS
 
 TOKENS = Tokens.sequence(128)
 BLOCK = 8

@@ -6,28 +6,28 @@
 pictures in `dynmask_jax.plot`.
 """
 
-from dynmask_jax.attention import attention as attention
-from dynmask_jax.attention import default_backend as default_backend
-from dynmask_jax.balance import Balance as Balance
-from dynmask_jax.balance import Choice as Choice
-from dynmask_jax.balance import balance as balance
-from dynmask_jax.balance import balances as balances
-from dynmask_jax.context_parallel import context_parallel as context_parallel
+from dynmask_jax.context.layouts import LAYOUTS as LAYOUTS
+from dynmask_jax.context.layouts import lay_out as lay_out
+from dynmask_jax.context.layouts import layout_order as layout_order
+from dynmask_jax.context.layouts import restore as restore
+from dynmask_jax.context.machines import H100 as H100
+from dynmask_jax.context.machines import V5E as V5E
+from dynmask_jax.context.machines import V5P as V5P
+from dynmask_jax.context.machines import V6E as V6E
+from dynmask_jax.context.machines import Heads as Heads
+from dynmask_jax.context.machines import Machine as Machine
+from dynmask_jax.context.parallel import context_parallel as context_parallel
+from dynmask_jax.context.simulator import Balance as Balance
+from dynmask_jax.context.simulator import Choice as Choice
+from dynmask_jax.context.simulator import balance as balance
+from dynmask_jax.context.simulator import balances as balances
 from dynmask_jax.curricula import Curriculum as Curriculum
 from dynmask_jax.curricula import growing_chunks as growing_chunks
 from dynmask_jax.curricula import growing_window as growing_window
 from dynmask_jax.curricula import reveal as reveal
+from dynmask_jax.dispatch import attention as attention
+from dynmask_jax.dispatch import default_backend as default_backend
 from dynmask_jax.errors import Unsupported as Unsupported
-from dynmask_jax.layouts import LAYOUTS as LAYOUTS
-from dynmask_jax.layouts import lay_out as lay_out
-from dynmask_jax.layouts import layout_order as layout_order
-from dynmask_jax.layouts import restore as restore
-from dynmask_jax.machines import H100 as H100
-from dynmask_jax.machines import V5E as V5E
-from dynmask_jax.machines import V5P as V5P
-from dynmask_jax.machines import V6E as V6E
-from dynmask_jax.machines import Heads as Heads
-from dynmask_jax.machines import Machine as Machine
 from dynmask_jax.masks import Causal as Causal
 from dynmask_jax.masks import Chunks as Chunks
 from dynmask_jax.masks import Everything as Everything

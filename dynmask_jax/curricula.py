@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, is_concrete
-from dynmask_jax.draws import radical_inverse, random_draw
+from dynmask_jax.hashes import radical_inverse, random_draw
 from dynmask_jax.leaves import check_whole
 from dynmask_jax.masks import Causal, Chunks, Mask, Predicate, Window
 from dynmask_jax.schedules import Schedule, Step

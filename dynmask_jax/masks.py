@@ -27,7 +27,7 @@ from dynmask_jax.array_typing import (
     pytree,
     static,
 )
-from dynmask_jax.draws import random_draw
+from dynmask_jax.hashes import random_draw
 from dynmask_jax.leaves import check_fraction, check_whole
 from dynmask_jax.spans import Span, Verdict, lift
 from dynmask_jax.tokens import Tokens, check_tokens

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Float, is_traced
-from dynmask_jax.attention import as_plan, attention
 from dynmask_jax.curricula import Curriculum
-from dynmask_jax.flax_call import attend_for_flax, head_shape
+from dynmask_jax.dispatch import as_plan, attention
+from dynmask_jax.flax_adapter import attend_for_flax, head_shape
 from dynmask_jax.masks import Mask
 from dynmask_jax.plans import Plan
 from dynmask_jax.rotary import rotary

@@ -13,7 +13,7 @@ from jax import lax
 from dynmask_jax.array_typing import Array, Bool, Float
 from dynmask_jax.finite import bad_rows
 from dynmask_jax.plans import TEST, Plan, over_blocks, tiles_of
-from dynmask_jax.varying import vary_like
+from dynmask_jax.vma import vary_like
 
 
 def keep_nonfinite_apart(

@@ -18,7 +18,7 @@ from dynmask_jax.masks import Mask, by_head, check_mask, head_count, look, visib
 from dynmask_jax.platforms import present_platform
 from dynmask_jax.spans import Span
 from dynmask_jax.tokens import Tokens, check_tokens
-from dynmask_jax.varying import vary_like
+from dynmask_jax.vma import vary_like
 
 SKIP, TEST, FULL = 0, 1, 2
 

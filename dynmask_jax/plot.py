@@ -14,7 +14,10 @@ import jax
 import numpy as np
 
 from dynmask_jax.array_typing import is_traced
-from dynmask_jax.cells import (
+from dynmask_jax.curricula import Curriculum
+from dynmask_jax.masks import Mask, head_count, mask_tensor
+from dynmask_jax.plans import FULL, SKIP, Plan, plan
+from dynmask_jax.plot_cells import (
     BLOCK_COLOURS,
     MASK_COLOURS,
     PAIR_COLOURS,
@@ -29,9 +32,6 @@ from dynmask_jax.cells import (
     name_outer_axes_only,
     new_panels,
 )
-from dynmask_jax.curricula import Curriculum
-from dynmask_jax.masks import Mask, head_count, mask_tensor
-from dynmask_jax.plans import FULL, SKIP, Plan, plan
 from dynmask_jax.tokens import Tokens, check_tokens
 
 __all__ = ["draw_curriculum", "draw_heads", "draw_mask", "draw_masks", "draw_plan"]

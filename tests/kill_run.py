@@ -24,12 +24,12 @@ import numpy as np
 
 from train.__main__ import main as train_main
 from train.__main__ import parse
-from train.checkpoint import Checkpoints
-from train.config import Run
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.folder import RunFolder
+from train.config.run import Run
 from train.data import corpus
-from train.folder import RunFolder
-from train.metrics import read
-from train.step import State, begin
+from train.metrics.log import read
+from train.step.program import State, begin
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")

@@ -14,11 +14,11 @@ import jax
 from kill_run import FORKS, ROOT, write_documents
 
 from train import __main__ as main
-from train import loop
 from train.__main__ import parse
-from train.config import Run
-from train.folder import RunFolder
-from train.joining import OURS, join
+from train.checkpoint.folder import RunFolder
+from train.config.run import Run
+from train.loop import training
+from train.parallel.initialize import OURS, join
 
 STEPS = 12
 LIMIT = 300
@@ -154,7 +154,7 @@ def _command(run: Together, index: int, where: Mapping[str, str]):
     if odd.folder is not None:
         os.chdir(odd.folder)
     if odd.at is not None:
-        loop._Training._step = _signalled(loop._Training._step, odd)
+        training._Training._step = _signalled(training._Training._step, odd)
     main.join = partial(join, heartbeat=10)
     main.main([*run.arguments, *odd.words])
 

@@ -9,12 +9,12 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from train.commands import COMMANDS, run_command
-from train.config import Run, options, to_json
-from train.distributed import Processes
-from train.joining import join
-from train.loop import NotFinite, prepare, train
-from train.presets import PRESETS
+from train.commands.table import COMMANDS, run_command
+from train.config.presets import PRESETS
+from train.config.run import Run, options, to_json
+from train.loop.training import NotFinite, prepare, train
+from train.parallel.initialize import join
+from train.parallel.processes import Processes
 
 PROGRAM = "python -m train"
 ASKED = {"-h", "--help", "--print-config", "--print_config"}

@@ -24,7 +24,7 @@ from dynmask_jax.array_typing import Array, Float, Int, pytree
 from dynmask_jax.masks import Mask
 from dynmask_jax.plans import SKIP, TEST, Plan, blocks_of
 from dynmask_jax.tokens import Tokens
-from dynmask_jax.varying import shape_like
+from dynmask_jax.vma import shape_like
 
 LANES = 128
 MOST_BLOCKS = 2**15

@@ -16,7 +16,7 @@ from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
 from dynmask_jax.backends.xla_backward import gradients
 from dynmask_jax.online_softmax import Partial, finish, from_logits, merge
 from dynmask_jax.plans import tiles_of
-from dynmask_jax.varying import vary_like
+from dynmask_jax.vma import vary_like
 
 
 def forward(scores, q, k, v, plan, over_lines=lax.map):

@@ -12,7 +12,7 @@ from jax import lax
 from dynmask_jax.array_typing import Array, Bool, Float, pytree
 from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
 from dynmask_jax.plans import tiles_of
-from dynmask_jax.varying import vary_like
+from dynmask_jax.vma import vary_like
 
 
 @pytree

@@ -21,7 +21,7 @@ from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
 from dynmask_jax.plans import tiles_of
-from dynmask_jax.varying import vary_like
+from dynmask_jax.vma import vary_like
 
 
 def _at_once(line, places):

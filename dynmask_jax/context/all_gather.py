@@ -1,0 +1,33 @@
+"""Attention over a sequence that lies on several devices: each gathers all keys and attends with its queries.
+
+One collective in place of a ring's many, where all keys fit a device. What the mask hides is not
+computed, but travels. The keys are gathered again in the backward pass, so none of them is kept.
+"""
+
+import jax
+from jax import lax
+
+from dynmask_jax.context.sequence_axis import Along, with_gradients
+from dynmask_jax.plans import Plan
+
+
+def _forward(along: Along, q, k, v, local: Plan):
+    return along.backend.forward(along.scores, q, *_gathered(along, (k, v)), local), ()
+
+
+def _gradients(along: Along, saved, kept, cotangents):
+    q, k, v, local, out, lse = saved
+    saved = q, *_gathered(along, (k, v)), local, out, lse
+    d_q, *d_keys = along.backend.gradients(along.scores, saved, cotangents)
+    # As many roundings as devices, were the sums not wide.
+    wide = (x.astype(lse.dtype) for x in d_keys)
+    shares = (lax.psum_scatter(x, along.axis, scatter_dimension=1, tiled=True) for x in wide)
+    return d_q, *(x.astype(k.dtype) for x in shares)
+
+
+def _gathered(along: Along, shards):
+    """Shards `[B, S / devices, …]` of all devices, in their order: `[B, S, …]`."""
+    return jax.tree.map(lambda x: lax.all_gather(x, along.axis, axis=1, tiled=True), shards)
+
+
+attend_to_gathered = with_gradients(_forward, _gradients)

@@ -1,0 +1,176 @@
+"""What each strategy of context parallelism moves, and an estimate of the time that it takes.
+
+The model of each is what `context_parallel` does:
+
+- ring: keys and values travel in two arcs, `ahead` hops forward and then `behind` hops backward, each
+  hop while the shard that came before is attended to. The backward pass brings the shards home from
+  where the forward pass left them, and the gradients of their keys with them, in float32.
+- all_gather: all keys and values are gathered, before either pass; gradients are summed and scattered.
+- ulysses: heads are spread instead of tokens, by an all-to-all of q, k, v before and of the output and
+  its lse after; query heads and key heads must be multiples of the devices.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import numpy as np
+
+from dynmask_jax.context.machines import BACKWARD, FORWARD, Heads, Machine
+from dynmask_jax.context.partitioning import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One layer's attention over devices, as a layout spreads it.
+
+    Attributes:
+      work: `[N, N]`, blocks that device i computes of the keys of device j.
+      pairs: query-key pairs in a block.
+      tokens: of a device, over all rows.
+      heads, machine: what they are weighed with.
+    """
+
+    work: np.ndarray
+    pairs: int
+    tokens: int
+    heads: Heads
+    machine: Machine
+
+    @property
+    def devices(self) -> int:
+        """How many."""
+        return self.work.shape[0]
+
+    def seconds(self, operations: int) -> float:
+        """To compute a block in all heads, forward or backward."""
+        flops = self.pairs * self.heads.query * self.heads.dim * operations
+        return flops / (self.machine.flops * self.machine.share)
+
+    @property
+    def shard(self) -> int:
+        """Bytes of one device's keys and values."""
+        return 2 * self.heads.bytes(self.tokens, self.heads.key)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of one device's dk and dv in float32."""
+        return 2 * self.heads.bytes(self.tokens, self.heads.key, dtype=jnp.float32)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a strategy costs in one layer, forward and backward.
+
+    Attributes:
+      work: `[N]`, blocks that each device computes.
+      critical: blocks on the critical path of a ring, whose devices wait for one another; of others the
+        greatest work.
+      ahead, behind: hops of the ring's two arcs; 0 for others.
+      forward_bytes, backward_bytes: that each device sends.
+      held: bytes of other devices' keys, values and their gradients that a device holds at once.
+      seconds: the estimate.
+    """
+
+    work: np.ndarray
+    critical: float
+    ahead: int
+    behind: int
+    forward_bytes: int
+    backward_bytes: int
+    held: int
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """That each device sends in both passes."""
+        return self.forward_bytes + self.backward_bytes
+
+
+def cost(strategy: str, attended: Attended) -> Cost | None:
+    """What the strategy costs; None where it cannot be: ulysses needs heads for every device."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    return {"ring": _ring, "all_gather": _all_gather, "ulysses": _ulysses}[strategy](attended)
+
+
+def arcs(needed: np.ndarray) -> tuple[int, int]:
+    """Hops ahead and behind, the fewest in all that bring every device the keys it needs.
+
+    Args:
+      needed: `[N, N]`, whether device i needs keys of device j: they are (i − j) mod N hops ahead.
+
+    Where several do, the one with most hops ahead.
+    """
+    n = needed.shape[0]
+    query, key = np.nonzero(needed)
+    distances = np.union1d((query - key) % n, [0]).tolist()
+    ends = [*distances[1:], n]
+    # All up to one distance come from ahead, the next and all others from behind.
+    pairs = [(ahead, n - end) for ahead, end in zip(distances, ends, strict=True)]
+    return min(pairs, key=lambda pair: (sum(pair), -pair[0]))
+
+
+def _ring(a: Attended) -> Cost:
+    ahead, behind = arcs(a.work > 0)
+    out = [*range(ahead + 1), *range(-1, -behind - 1, -1)]
+    home = [*range(ahead, 0, -1), *range(-behind, 0), 0]
+    hop, hop_home = a.shard / a.machine.link, (a.shard + a.gradients) / a.machine.link
+    seconds = _lock_step(_visits(a.work, out) * a.seconds(FORWARD), hop)
+    seconds += _lock_step(_visits(a.work, home) * a.seconds(BACKWARD), hop_home)
+    hops = ahead + behind
+    return Cost(
+        work=a.work.sum(axis=1),
+        critical=_lock_step(_visits(a.work, out), 0.0),
+        ahead=ahead,
+        behind=behind,
+        forward_bytes=hops * a.shard,
+        backward_bytes=hops * (a.shard + a.gradients),
+        held=2 * (a.shard + a.gradients),  # those at work and those on their way
+        seconds=seconds,
+    )
+
+
+def _visits(work: np.ndarray, distances: list[int]) -> np.ndarray:
+    """`[visits, N]`: what each device computes of the keys that many hops ahead of it, in turn."""
+    device = np.arange(work.shape[0])
+    return np.stack([work[device, (device - distance) % len(device)] for distance in distances])
+
+
+def _lock_step(visits: np.ndarray, transfer: float) -> float:
+    """When the last device ends. A visit begins where the one before is done and its keys have come.
+
+    They have come a transfer after both the device and its neighbours began the visit before. So a
+    device may run ahead of its neighbour by one visit, and of the next one by two.
+    """
+    begin = np.zeros(visits.shape[1])
+    for work in visits[:-1]:
+        arrived = np.maximum(begin, np.maximum(np.roll(begin, 1), np.roll(begin, -1))) + transfer
+        begin = np.maximum(begin + work, arrived)
+    return float((begin + visits[-1]).max())
+
+
+def _all_gather(a: Attended) -> Cost:
+    others = a.devices - 1
+    there, back = others * a.shard, others * (a.shard + a.gradients)
+    lanes = 1 if a.machine.switched else 2  # round a torus both ways at once
+    return _at_once(a, (there, back), back, (there + back) / (a.machine.link * lanes))
+
+
+def _ulysses(a: Attended) -> Cost | None:
+    n, heads = a.devices, a.heads
+    if heads.query % n or heads.key % n:
+        return None
+    lse = 4 * a.tokens * heads.query
+    moved = (2 * heads.bytes(a.tokens, heads.query) + a.shard + lse) * (n - 1) // n
+    # Round a ring a message goes over a quarter of the devices, and there are links both ways.
+    passed = 2 * moved * (1 if a.machine.switched else n / 8)
+    even = replace(a, work=np.full((n, n), a.work.sum() / n**2))
+    return _at_once(even, (moved, moved), moved, passed / a.machine.link)
+
+
+def _at_once(a: Attended, sent: tuple[int, int], held: int, transfer: float) -> Cost:
+    """All is there before the first block: nothing overlaps, and nobody waits for another meanwhile."""
+    work = a.work.sum(axis=1)
+    most = float(work.max())
+    seconds = transfer + most * (a.seconds(FORWARD) + a.seconds(BACKWARD))
+    return Cost(work, most, 0, 0, *sent, held=held, seconds=seconds)

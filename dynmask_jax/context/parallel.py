@@ -1,0 +1,248 @@
+"""Attention over sequences that are spread over devices, with the signature of `attention`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, sum_dtype
+from dynmask_jax.context.all_gather import attend_to_gathered
+from dynmask_jax.context.partitioning import STRATEGIES, Spread, Strategy
+from dynmask_jax.context.ring import arcs, attend_on_ring
+from dynmask_jax.context.sequence_axis import Along
+from dynmask_jax.context.ulysses import attend_by_heads
+from dynmask_jax.dispatch import BACKENDS, as_plan, attend, attention, checked, with_sinks
+from dynmask_jax.finite import bad_rows
+from dynmask_jax.masks import head_count
+from dynmask_jax.nonfinite import marked, sees
+from dynmask_jax.plans import Plan
+from dynmask_jax.scores import Scores
+from dynmask_jax.vma import agreed, vary_like
+
+ROWS, HEADS = ("data", "fsdp"), "tensor"  # taken where no axes are named, if the mesh has them
+OPTIONS = frozenset(["scale", "soft_cap", "sinks", "backend", "return_lse"])
+WITH_OWN_QUERIES = {"ring": attend_on_ring, "all_gather": attend_to_gathered}
+
+
+@pytree
+class Travel:
+    """What one forward pass of attention moves between the devices of a sequence.
+
+    Attributes:
+      hops: transfers, one after the other, int32: of the ring as many as the mask asks for; with
+        all_gather the devices but one; with ulysses one there and one back.
+      bytes: that each device sends, float32.
+    """
+
+    hops: Int[Array, ""]
+    bytes: Float[Array, ""]
+
+
+def context_parallel(
+    attention: Callable = attention,
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis: str = "context",
+    strategy: Strategy = "ring",
+    batch_axes: str | tuple[str, ...] | None = None,
+    head_axis: str | None = None,
+) -> "ContextParallel":
+    """`attention` for sequences that are spread over the devices of a mesh's axis.
+
+    What it returns has the signature of `attention`, takes whole arrays, and gives what one device would,
+    in values and gradients up to rounding. It works inside `jit`, and in any layout of the sequence:
+    masks read positions, so a layout is a permutation of tokens.
+
+    Args:
+      attention: `dynmask_jax.attention`, or a `functools.partial` of it with options.
+      mesh: the devices, its axes Auto. All of them are used by hand in here (`jax.shard_map`), as kernels
+        need it.
+      axis: of the mesh, that sequences lie along, queries and keys.
+      strategy:
+        "ring": keys go from device to device as far as the mask shows them, beside the computation.
+        "all_gather": each device gets all keys. Simplest, and memory for all keys of a layer.
+        "ulysses": each device gets the whole sequence of some heads. Least to move for long windows, but
+        query heads and key heads must be multiples of the devices: with grouped queries (K < N) no
+        more devices than key heads.
+      batch_axes: that rows lie along; by default those of "data" and "fsdp" that the mesh has.
+      head_axis: that heads lie along; by default "tensor", if the mesh has it.
+
+    Raises:
+      TypeError: the attention is another function, or the mesh no mesh.
+      ValueError: a mesh whose axes are not Auto; an axis that it does not have, or one that is named
+        twice; another strategy.
+
+    >>> auto = (jax.sharding.AxisType.Auto,)
+    >>> mesh = jax.make_mesh((2,), ("context",), axis_types=auto, devices=jax.devices()[:2])
+    >>> q = k = v = jnp.ones((1, 8, 2, 4))
+    >>> context_parallel(attention, mesh=mesh)(q, k, v, Causal() & Window(2)).shape
+    (1, 8, 2, 4)
+    """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"the mesh's axes must be Auto, got {mesh.axis_types}: jax.make_mesh(…, axis_types="
+            f"(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}); in newer JAX Explicit is the default"
+        )
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if isinstance(batch_axes, str):
+        batch_axes = (batch_axes,)
+    if batch_axes is None:
+        batch_axes = tuple(name for name in ROWS if name in mesh.axis_names and name != axis)
+    if head_axis is None and HEADS in mesh.axis_names and axis != HEADS:
+        head_axis = HEADS
+    named = (axis, *batch_axes, *([] if head_axis is None else [head_axis]))
+    for name in named:
+        if name not in mesh.axis_names:
+            raise ValueError(f"the mesh has no axis {name!r}; its axes are {', '.join(mesh.axis_names)}")
+        if named.count(name) > 1:
+            raise ValueError(f"the mesh's axis {name!r} is named for two axes of the arrays")
+    spread = Spread(mesh, axis, strategy, tuple(batch_axes), head_axis)
+    return ContextParallel(spread, _options_of(attention))
+
+
+@dataclass(frozen=True, eq=False)
+class ContextParallel:
+    """`attention` over a mesh. Made by `context_parallel`, which says what it takes.
+
+    Attributes:
+      spread: how arrays lie on the mesh.
+      options: of `attention`, in every call.
+    """
+
+    spread: Spread
+    options: Mapping[str, Any]
+
+    def __call__(self, q, k, v, mask_or_plan, **options):
+        """As `attention(q, k, v, mask_or_plan, …)`, with its options, of arrays anywhere on the mesh.
+
+        The mask or plan is for the whole sequences, as on one device, their tokens in any order. Of a
+        plan whose blocks divide each device's part of the sequence the blocks are taken; for others, and
+        masks, each call finds those of each part anew.
+
+        Raises:
+          ValueError: as `attention`; or the sequence, the batch or the heads cannot be divided evenly.
+          TypeError, Unsupported: as `attention`.
+        """
+        options = {**self.options, **options}
+        if unknown := set(options) - OPTIONS:
+            raise TypeError(f"attention has no option {min(unknown)!r}; it has {', '.join(sorted(OPTIONS))}")
+        return_lse, sinks = options.pop("return_lse", False), options.get("sinks")
+        call = checked(q, k, v, mask_or_plan, **options)
+        self.spread.check(q, k)
+        how = {"spread": self.spread, "backend": call.backend, "scores": call.scores}
+        out, lse = _attend(q, k, v, sinks, call.plan, **how)
+        return (out, lse) if return_lse else out
+
+    def placed(self, plan: Plan) -> Plan:
+        """The plan laid out as calls read it; inside `jit`, and once for all layers, else each does it.
+
+        Every device then holds the positions and segments of all keys, 8 bytes a token and row.
+        """
+        _check_plan(plan)
+        return self.spread.placed(plan)
+
+    def visible_pairs(self, plan: Plan) -> Float[Array, ""]:
+        """`plan.visible_pairs()`, each device counting those of its own queries."""
+        _check_plan(plan)
+        return _visible_pairs(plan, spread=self.spread)
+
+    def travel(self, q, k, plan: Plan) -> Travel:
+        """What a call with such queries and keys (arrays, or their shapes and types) would move.
+
+        Raises:
+          ValueError: the plan is for others, or they cannot be divided evenly.
+        """
+        _check_plan(plan)
+        as_plan(plan, q.shape[0], q.shape[1], k.shape[1])
+        self.spread.check(q, k)
+        return _travel(q, k, plan, spread=self.spread)
+
+
+def _check_plan(plan):
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, made by plan(mask, tokens), got {type(plan).__name__}")
+
+
+def _options_of(function: Callable) -> dict[str, Any]:
+    """The options of `attention` that a partial of it holds."""
+    options: dict[str, Any] = {}
+    while isinstance(function, functools.partial) and not function.args:
+        function, options = function.func, {**function.keywords, **options}
+    if function is not attention:
+        raise TypeError(
+            "attention must be dynmask_jax.attention, or a functools.partial of it with options (backend=…), "
+            f"got {function!r}"
+        )
+    return options
+
+
+@functools.partial(jax.jit, static_argnames=("spread", "backend", "scores"))
+def _attend(q, k, v, sinks, plan: Plan, *, spread: Spread, backend: str, scores: Scores):
+    def on_device(own: Plan, q, k, v):
+        q, k, v = vary_like((q, k, v), q, k, v, own)
+        if spread.devices == 1:
+            return attend(q, k, v, None, own, backend=backend, scores=scores)
+        if spread.strategy == "ulysses":
+            return attend_by_heads(spread, backend, scores, own, (q, k, v))
+        along = Along(spread.axis, spread.devices, BACKENDS[backend], scores, spread.mesh.axis_names)
+        out, lse = WITH_OWN_QUERIES[spread.strategy](along, q, k, v, own)
+        return marked(q, out, lse, _sees_bad(along, q, bad_rows(k) | bad_rows(v), own))
+
+    arrays = spread.arrays
+    # JAX's interpreter of Pallas kernels cannot tell what varies over an axis, where the list of blocks does.
+    out, lse = spread.over_devices(on_device, plan, (q, k, v), (arrays, arrays), check_vma=backend != "tpu")
+    return with_sinks(out, lse, sinks)
+
+
+def _sees_bad(along: Along, q, bad: Bool[Array, "B S K"], own: Plan) -> Bool[Array, "B T N"]:
+    """Which of the device's queries see a key, of any device, that is not finite."""
+    nobody = vary_like(jnp.zeros(q.shape[:3], dtype=bool), q, own)
+
+    def somebody():
+        return sees(own, lax.all_gather(bad, along.axis, axis=1, tiled=True), q.shape[:3])
+
+    return lax.cond(agreed(bad.any().astype(jnp.int32), along.mesh_axes) > 0, somebody, lambda: nobody)
+
+
+@functools.partial(jax.jit, static_argnames="spread")
+def _visible_pairs(plan: Plan, *, spread: Spread):
+    by_heads = head_count(plan.mask) is not None and spread.head_axis is not None
+
+    def on_device(own: Plan):
+        pairs = own.visible_pairs()
+        if by_heads:
+            pairs = lax.pmean(pairs, spread.head_axis)
+        return lax.psum(pairs, (spread.axis, *(spread.batch_axes if plan.rows > 1 else ())))
+
+    # Each its own queries, whatever attention does.
+    own_queries = Spread(spread.mesh, spread.axis, "ring", spread.batch_axes, spread.head_axis)
+    return own_queries.over_devices(on_device, plan, (), PartitionSpec())
+
+
+@functools.partial(jax.jit, static_argnames="spread")
+def _travel(q, k, plan: Plan, *, spread: Spread) -> Travel:
+    n = spread.devices
+    shards = n * spread.row_devices * spread.head_devices
+    queries, keys = (x.size * x.dtype.itemsize / shards for x in (q, k))
+    if n == 1:
+        return Travel(jnp.int32(0), jnp.float32(0))
+    if spread.strategy == "all_gather":
+        return Travel(jnp.int32(n - 1), jnp.float32((n - 1) * 2 * keys))
+    if spread.strategy == "ulysses":
+        lse = sum_dtype(q.dtype).itemsize * q.size / q.shape[3] / shards
+        return Travel(jnp.int32(2), jnp.float32((n - 1) / n * (2 * queries + 2 * keys + lse)))
+
+    def on_device(own: Plan):
+        ahead, behind = arcs(own, spread.axis, spread.mesh.axis_names, n)
+        return ahead + behind
+
+    hops = spread.over_devices(on_device, plan, (), PartitionSpec())
+    return Travel(hops, hops.astype(jnp.float32) * (2 * keys))

@@ -1,0 +1,25 @@
+"""Attention over a sequence that lies on several devices: heads are spread for a while instead of tokens.
+
+Each device trades its part of the sequence in all heads for the whole sequence in a part of the heads,
+attends, and trades back. So it needs at least as many heads as devices, query heads and key heads.
+
+Reference: Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv:2309.14509.
+"""
+
+import dataclasses
+
+import jax
+from jax import lax
+
+from dynmask_jax.context.partitioning import Spread
+from dynmask_jax.dispatch import attend
+from dynmask_jax.plans import Plan
+from dynmask_jax.scores import Scores
+
+
+def attend_by_heads(spread: Spread, backend: str, scores: Scores, own: Plan, shards: tuple):
+    """`(out, lse)` of this device's shards of q, k and v; `own` is for the whole sequence."""
+    q, k, v = (lax.all_to_all(x, spread.axis, 2, 1, tiled=True) for x in shards)
+    own = dataclasses.replace(own, mask=spread.own_heads(own.mask))
+    results = attend(q, k, v, None, own, backend=backend, scores=scores)
+    return jax.tree.map(lambda x: lax.all_to_all(x, spread.axis, 1, 2, tiled=True), results)

@@ -1,0 +1,230 @@
+"""Attention under a mask or a plan: the checks, the table of backends, the choice between them."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.backends.backend import Backend
+from dynmask_jax.backends.dense import DENSE
+from dynmask_jax.backends.tpu import TPU
+from dynmask_jax.backends.xla import XLA
+from dynmask_jax.backends.xla_wide import XLA_WIDE
+from dynmask_jax.masks import Mask, head_count
+from dynmask_jax.nonfinite import keep_nonfinite_apart
+from dynmask_jax.plans import Plan, plan
+from dynmask_jax.platforms import present_platform
+from dynmask_jax.scores import Scores
+from dynmask_jax.tokens import Tokens
+from dynmask_jax.vma import vary_like
+
+BACKENDS: dict[str, Backend] = {
+    "dense": DENSE,
+    "xla": XLA,
+    "xla_wide": XLA_WIDE,
+    "tpu": TPU,
+}
+"""name -> what computes attention on one device."""
+
+
+def default_backend(platform: str | None = None) -> str:
+    """The backend that `attention(backend=None)` takes on a platform: "cpu", "gpu", "tpu".
+
+    Without a name, on the platform that JAX computes on now. A program compiled ahead of time for
+    another platform must name its backend.
+    """
+    platform = present_platform() if platform is None else platform
+    return {"tpu": "tpu", "gpu": "xla_wide"}.get(platform, "xla")
+
+
+@overload
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask_or_plan: Mask | Plan,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Float[Array, "B T N H"]: ...
+@overload
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask_or_plan: Mask | Plan,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    backend: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
+def attention(
+    q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, backend=None, return_lse=False
+):
+    """softmax(q·kᵀ · scale, over the keys that each query may see) · v.
+
+    Args:
+      q: queries, `[B, T, N, H]`.
+      k, v: keys and values, `[B, S, K, H]`; K divides N, and query head n reads key head
+        n // (N // K) (grouped queries). All three have one floating dtype; sums are in float32.
+      mask_or_plan: a `Plan` made once for all layers, or a `Mask`, for which one is made here with
+        both queries and keys at positions 0, 1, … of one segment.
+      scale: what products are multiplied by; 1/√H by default.
+      soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
+      sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
+        Xiao et al. 2023, arXiv:2309.17453).
+      backend: "dense", "xla", "xla_wide", "tpu" (interpreted, and slow, on any other platform), or
+        None for `default_backend()`. Neither a named backend nor the default falls back: on a TPU
+        float16, say, is refused, until "xla" is named.
+      return_lse: give `(out, lse)`.
+
+    Returns:
+      out, `[B, T, N, H]` in q's dtype; and with `return_lse` the float32 log-sum-exp `[B, T, N]` of
+      each query's visible logits, the sink's among them.
+
+    A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
+    logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the out and
+    lse of the queries that see it, and of what comes back through out to them (and to the sink of
+    their head), and touches nothing else. Differentiable in q, k, v and sinks, in reverse mode and
+    once. Memory is O(T + S), but with "dense" O(T·S).
+
+    Raises:
+      ValueError, TypeError: arguments that do not fit, by name.
+      Unsupported: the named backend cannot do this, though another may.
+
+    >>> q = k = v = jnp.ones((1, 4, 2, 8))
+    >>> attention(q, k, v, Causal() & Window(2)).shape
+    (1, 4, 2, 8)
+    """
+    call = checked(q, k, v, mask_or_plan, scale=scale, soft_cap=soft_cap, sinks=sinks, backend=backend)
+    out, lse = attend(q, k, v, sinks, call.plan, backend=call.backend, scores=call.scores)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `attention` was asked for, checked. Made by `checked`.
+
+    Attributes:
+      plan: which pairs.
+      backend: its name.
+      scores: how products become logits.
+    """
+
+    plan: Plan
+    backend: str
+    scores: Scores
+
+
+def checked(q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, backend=None) -> Call:
+    """The arguments of `attention`, checked; raises as it says."""
+    _check_arrays(q, k, v)
+    if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
+        raise ValueError(f"sinks must have shape [heads] = ({q.shape[2]},), got {jnp.shape(sinks)}")
+    the_plan = as_plan(mask_or_plan, q.shape[0], q.shape[1], k.shape[1])
+    if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
+        raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
+    scale = _positive("scale", scale, 1 / math.sqrt(q.shape[3]))
+    return Call(the_plan, _known(backend), Scores(scale, _positive("soft_cap", soft_cap, None)))
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "scores"))
+def attend(q, k, v, sinks, the_plan: Plan, *, backend: str, scores: Scores):
+    """`(out, lse)` of arguments that have been checked."""
+    # One type for all: inside shard_map a gradient must vary over the same axes as its array.
+    q, k, v = vary_like((q, k, v), q, k, v, the_plan)
+    out, lse = keep_nonfinite_apart(
+        functools.partial(BACKENDS[backend].attend, plan=the_plan, scores=scores), q, k, v, the_plan
+    )
+    return with_sinks(out, lse, sinks)
+
+
+def as_plan(mask_or_plan: Mask | Plan, batch: int, queries: int, keys: int) -> Plan:
+    """The plan itself, or one for the mask with queries and keys at positions 0, 1, … of one segment.
+
+    Raises:
+      TypeError: it is neither.
+      ValueError: the plan is for another batch, or other numbers of queries and keys.
+    """
+    if isinstance(mask_or_plan, Plan):
+        _check_plan(mask_or_plan, batch, queries, keys)
+        return mask_or_plan
+    if not isinstance(mask_or_plan, Mask):
+        given = mask_or_plan.__name__ if isinstance(mask_or_plan, type) else type(mask_or_plan).__name__
+        raise TypeError(
+            f"mask_or_plan must be a Mask or a Plan, got {given}; a curriculum is called with the step "
+            "first: attention(q, k, v, curriculum(step))"
+        )
+    return plan(mask_or_plan, Tokens.sequence(queries), Tokens.sequence(keys))
+
+
+def _known(backend: str | None) -> str:
+    name = default_backend() if backend is None else backend
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+    return name
+
+
+def with_sinks(out, lse, sinks: Float[Array, " N"] | None):
+    """`(out, lse)` with one more key for each head, which all see, of value zero: only the total grows."""
+    if sinks is None:
+        return out, lse
+    sinks = jnp.broadcast_to(jnp.asarray(sinks, lse.dtype), lse.shape)
+    # A query that sees nothing and has no sink either: neither side of the sum may be differentiated.
+    nothing = jnp.isneginf(lse) & jnp.isneginf(sinks)
+    total = jnp.logaddexp(jnp.where(nothing, 0.0, lse), sinks)
+    share = jnp.where(nothing, 0.0, jnp.exp(lse - total))[..., None]
+    return (out.astype(total.dtype) * share).astype(out.dtype), jnp.where(nothing, -jnp.inf, total)
+
+
+def _check_arrays(q, k, v):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must have shape [batch, tokens, heads, head_dim], got {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have one head dim, got {q.shape[3]} and {k.shape[3]}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key heads ({k.shape[2]})")
+
+
+def _check_plan(the_plan: Plan, batch: int, queries: int, keys: int):
+    if the_plan.codes.ndim != 3:
+        raise ValueError(
+            f"the plan's codes must have shape [rows, Tb, Sb], got {the_plan.codes.shape}; of plans made "
+            "under vmap each goes to its own attention, under vmap too"
+        )
+    if the_plan.lengths != (queries, keys):
+        t, s = the_plan.lengths
+        raise ValueError(f"the plan is for {t} queries and {s} keys, got {queries} and {keys}")
+    if the_plan.rows not in (1, batch):
+        raise ValueError(f"the plan is for a batch of {the_plan.rows}, got {batch} sequences")
+
+
+def _positive(name: str, value, default):
+    if value is None:
+        return default
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a Python number, fixed when compiled, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)

@@ -1,0 +1,491 @@
+"""Every backend against the oracle: values, log-sum-exps and all gradients, over every mask."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import HEADS, MASKS, SHAPES, TOLERANCE, UNREADABLE, Shape, enable_x64
+from hypothesis import given, settings
+from jax.test_util import check_grads
+from strategies import masks
+
+from dynmask_jax import (
+    Causal,
+    Chunks,
+    Everything,
+    Prefix,
+    SameSegment,
+    Select,
+    Tokens,
+    Window,
+    attention,
+    default_backend,
+    growing_window,
+    linear,
+    mask_tensor,
+    merge,
+    plan,
+    reveal,
+)
+from dynmask_jax.dispatch import BACKENDS
+from dynmask_jax.finite import bad_rows
+
+KERNELS = [name for name in BACKENDS if name != "dense"]
+
+
+def results(q, k, v, plan, backend, **options):
+    """out, lse, and the gradients of both in q, k, v (and sinks), as one tuple."""
+
+    def loss(arrays):
+        q, k, v, *sinks = arrays
+        extra = dict(zip(("sinks",), sinks, strict=False))
+        out, lse = attention(q, k, v, plan, backend=backend, return_lse=True, **extra, **options)
+        finite_lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        # Weights that differ by element: a gradient in the wrong place cannot cancel.
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return (out.astype(jnp.float32) * weights).sum() + jnp.sin(finite_lse).sum(), (out, lse)
+
+    arrays = (q, k, v, *((options.pop("sinks"),) if "sinks" in options else ()))
+    gradients, outputs = jax.grad(loss, has_aux=True)(arrays)
+    return (*outputs, *gradients)
+
+
+def assert_same(actual, expected, dtype):
+    tolerance = TOLERANCE[jnp.dtype(dtype)]
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), actual, expected, strict=False):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        scale = max(1.0, np.abs(b[np.isfinite(b)]).max(initial=0.0))
+        np.testing.assert_allclose(a, b, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale, err_msg=name)
+
+
+def assert_backend_is_dense(mask, shape, backend, dtype=jnp.float32, **options):
+    the_plan = plan(mask, *shape.tokens(), block_q=shape.block_q, block_k=shape.block_k)
+    run = jax.jit(functools.partial(results, **options), static_argnames="backend")
+    actual, expected = (run(*shape.qkv(dtype), the_plan, backend=name) for name in (backend, "dense"))
+    assert_same(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("mask_name", MASKS)
+@pytest.mark.filterwarnings(f"ignore:.*{UNREADABLE}")  # said once for a mask, whichever backend is first
+def test_every_mask(mask_name, backend):
+    assert_backend_is_dense(MASKS[mask_name], SHAPES["ragged"], backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("shape_name", SHAPES)
+def test_every_shape(shape_name, backend):
+    mask = (Causal() & Window(9) | Prefix(5)) & SameSegment()
+    assert_backend_is_dense(mask, SHAPES[shape_name], backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("mask_name", ["causal", "same_segment", "per_head_window", "nothing"])
+def test_bfloat16(mask_name, backend):
+    assert_backend_is_dense(MASKS[mask_name], SHAPES["ragged"], backend, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("mask_name", ["causal", "everything"])
+def test_logits_far_below_zero(mask_name, backend):
+    """What fills up a block has logits of 0, which here would be far above all that are real."""
+    shape = SHAPES["ragged"]
+    q, k, v = shape.qkv()
+    the_plan = plan(MASKS[mask_name], *shape.tokens(), block_q=shape.block_q, block_k=shape.block_k)
+    away = 9 * jnp.abs(q) + 9, -9 * jnp.abs(k) - 9, v
+    actual, expected = (results(*away, the_plan, name) for name in (backend, "dense"))
+    for a, b in zip(actual, expected, strict=True):
+        # Logits near −1,000 are 6e-5 apart in float32, which is the relative error of a weight.
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * max(1.0, np.abs(b[np.isfinite(b)]).max()))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"soft_cap": 1.5},
+        {"scale": 0.9},
+        {"sinks": jnp.linspace(-2.0, 2.0, HEADS)},
+        {"soft_cap": 3.0, "scale": 2.0, "sinks": jnp.linspace(-2.0, 2.0, HEADS)},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_every_option(options, backend):
+    assert_backend_is_dense(MASKS["same_segment"], SHAPES["ragged"], backend, **options)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@settings(max_examples=12)
+@given(mask=masks())
+def test_random_compositions(backend, mask):
+    with jax.numpy_dtype_promotion("standard"):
+        assert_backend_is_dense(mask, SHAPES["ragged"], backend)
+
+
+def test_the_oracle_is_softmax_attention():
+    q, k, v = SHAPES["ragged"].qkv()
+    mask = Causal() & Window(12)
+    visible = mask_tensor(mask, Tokens.sequence(37), Tokens.sequence(53))
+    expected = jax.nn.dot_product_attention(q, k, v, mask=visible[None, None])
+    assert_same([attention(q, k, v, mask, backend="dense")], [expected], jnp.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_soft_cap_and_sinks_are_what_they_say(backend):
+    q, k, v = Shape(batch=1, queries=3, keys=3, heads=1, kv_heads=1).qkv()
+    sink = jnp.array([0.7])
+    out, lse = attention(
+        q, k, v, Causal(), soft_cap=2.0, scale=1.5, sinks=sink, backend=backend, return_lse=True
+    )
+    logits = 2.0 * np.tanh(1.5 * np.asarray(q[0, 2, 0]) @ np.asarray(k[0, :, 0]).T / 2.0)
+    weights = np.exp(np.append(logits, 0.7))
+    np.testing.assert_allclose(lse[0, 2, 0], np.log(weights.sum()), rtol=1e-5)
+    np.testing.assert_allclose(out[0, 2, 0], (weights / weights.sum())[:3] @ v[0, :, 0], rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tpu"])  # it has no float64
+def test_gradients_are_those_of_finite_differences(backend):
+    shape = Shape(batch=1, queries=7, keys=6, heads=2, kv_heads=1, head_dim=4, block_q=4, block_k=4)
+    with enable_x64(True):
+        arrays = tuple(x.astype(jnp.float64) for x in shape.qkv())
+        sinks = jnp.array([0.5, -0.5], jnp.float64)
+        the_plan = plan(Causal() & Window(3), Tokens.sequence(7), Tokens.sequence(6), block_q=4, block_k=4)
+
+        def pair(q, k, v, sinks):
+            return attention(q, k, v, the_plan, soft_cap=2.0, sinks=sinks, backend=backend, return_lse=True)
+
+        check_grads(pair, (*arrays, sinks), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_query_that_sees_nothing(backend, dtype):
+    shape = SHAPES["ragged"]
+    tokens = shape.tokens()
+    blind = np.asarray(tokens[0].segment) == 0
+    assert blind.any()
+    assert not blind.all()
+    q, k, v = shape.qkv(dtype)
+    the_plan = plan(SameSegment(), *tokens, block_q=16, block_k=8)
+    out, lse, dq, *others = results(q, k, v, the_plan, backend)
+    assert (np.asarray(out)[blind] == 0).all()
+    assert np.isneginf(np.asarray(lse)[blind]).all()
+    assert (np.asarray(dq)[blind] == 0).all()
+    # Nothing of it reaches keys or values, whatever it holds and whatever gradient it is handed.
+    poisoned = jnp.where(blind[..., None, None], jnp.nan, q)
+    *_, dk, dv = results(poisoned, k, v, the_plan, backend)
+    np.testing.assert_array_equal(dk, others[0])
+    np.testing.assert_array_equal(dv, others[1])
+    _, vjp = jax.vjp(lambda k: attention(q, k, v, the_plan, backend=backend), k)
+    (dk,) = vjp(jnp.where(blind[..., None, None], jnp.nan, jnp.ones_like(q)))
+    assert np.isfinite(np.asarray(dk)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_nan_for_the_lse_of_a_blind_query_stays_there(backend):
+    """As a loss on lse gives it, which −inf makes NaN: z-loss without a mask, say."""
+    shape = SHAPES["ragged"]
+    the_plan = plan(SameSegment(), *shape.tokens(), block_q=16, block_k=8)
+    _, vjp = jax.vjp(lambda *a: attention(*a, the_plan, backend=backend, return_lse=True)[1], *shape.qkv())
+    blind = np.asarray(shape.tokens()[0].segment) == 0
+    gradients = vjp(jnp.broadcast_to(jnp.where(blind[..., None], jnp.nan, 1.0), (2, 37, HEADS)))
+    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sink_of_minus_infinity_is_no_sink(backend):
+    shape = SHAPES["ragged"]
+    the_plan = plan(SameSegment(), *shape.tokens(), block_q=16, block_k=8)
+    sinks = jnp.array([-jnp.inf, 0.5, -jnp.inf, 1.0])
+    with_sinks = results(*shape.qkv(), the_plan, backend, sinks=sinks)
+    without = results(*shape.qkv(), the_plan, backend)
+    assert_same(
+        [with_sinks[0][:, :, ::2], with_sinks[1][:, :, ::2], with_sinks[2][:, :, ::2]],
+        [without[0][:, :, ::2], without[1][:, :, ::2], without[2][:, :, ::2]],
+        jnp.float32,
+    )
+    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in with_sinks[2:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_calls_outside_jit_compile_once(backend, caplog):
+    q, k, v = Shape(queries=31).qkv()
+
+    def compiled(length):
+        caplog.clear()
+        with jax.log_compiles():
+            jax.grad(lambda q: attention(q, k, v, Causal() & Window(length), backend=backend).sum())(q)
+        return [record for record in caplog.records if "ompil" in record.getMessage()]
+
+    assert compiled(3)
+    assert not compiled(4)
+
+
+@pytest.mark.parametrize("head_dim", [1, 4, 8, 64, 128])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bad_rows_are_found_at_any_width(dtype, head_dim):
+    """XLA's maximum on a CPU loses some NaN: a row of nothing else, and one with one or an infinity."""
+    rows = jnp.ones((3, 500, head_dim), dtype)
+    rows = rows.at[0, 7].set(jnp.nan).at[1, 8, head_dim // 2].set(jnp.nan).at[2, 9, -1].set(-jnp.inf)
+    assert np.argwhere(jax.jit(bad_rows)(rows)).tolist() == [[0, 7], [1, 8], [2, 9]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_what_is_hidden_may_be_nan(backend, bad, where):
+    """Key 20 is bad: queries before it must not notice; those that see it must."""
+    shape = Shape(queries=40, keys=40)
+    q, k, v = shape.qkv()
+    the_plan = plan(Causal() & Window(10), Tokens.sequence(40), block_q=16, block_k=8)
+    sees = (np.arange(40) >= 20) & (np.arange(40) < 30)
+    # Keys that no query in the know sees: 0…10 and 30…; their gradients must be clean too.
+    apart = (np.arange(40) <= 10) | (np.arange(40) >= 30)
+
+    def run(q, k, v):
+        return results(q, k, v, the_plan, backend)
+
+    clean = run(q, k, v)
+    k, v = (x.at[:, 20].set(bad) if name == where else x for name, x in (("k", k), ("v", v)))
+    out, lse, dq, dk, dv = (np.asarray(x) for x in run(q, k, v))
+    assert not np.isfinite(out[:, sees]).any()
+    assert np.isnan(lse[:, sees]).all()
+    assert np.isnan(dq[:, sees]).all()
+    assert_same([out[:, ~sees], lse[:, ~sees]], [np.asarray(x)[:, ~sees] for x in clean[:2]], jnp.float32)
+    assert_same([dq[:, ~sees]], [np.asarray(clean[2])[:, ~sees]], jnp.float32)
+    assert_same([dk[:, apart], dv[:, apart]], [np.asarray(x)[:, apart] for x in clean[3:]], jnp.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", ["key", "query"])
+def test_just_those_who_see_a_bad_row_are_marked(backend, bad):
+    """One bad key of one head in the second sequence; one bad query of one head in the same."""
+    shape = SHAPES["ragged"]
+    q, k, v = shape.qkv()
+    the_plan = plan(Causal() & SameSegment(), *shape.tokens(), block_q=16, block_k=8)
+    visible = np.asarray(mask_tensor(the_plan.mask, *shape.tokens()))
+    expected = np.zeros((2, 37, HEADS), bool)
+    if bad == "key":
+        k = k.at[1, 20, 1].set(jnp.nan)
+        expected[1, :, 2:] = visible[1, :, 20, None]  # key head 1 serves query heads 2 and 3
+    else:
+        q = q.at[1, 20, 2].set(jnp.inf)
+        expected[1, 20, 2] = True
+    assert expected.any()
+    out, lse = attention(q, k, v, the_plan, backend=backend, return_lse=True)
+    np.testing.assert_array_equal(np.isnan(np.asarray(lse)), expected)
+    np.testing.assert_array_equal(~np.isfinite(np.asarray(out)).all(axis=-1), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_key_that_all_can_see_is_not_hidden(backend):
+    q, k, v = Shape().qkv()
+    out = attention(q, k, v.at[:, 3].set(jnp.nan), Everything(), backend=backend)
+    assert np.isnan(np.asarray(out)).all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_under_vmap_and_remat(backend):
+    shape = Shape(batch=1)
+    stacked = [jnp.stack([shape.qkv(seed=seed)[i] for seed in (1, 2, 3)]) for i in range(3)]
+    the_plan = plan(Causal() & Window(9), Tokens.sequence(40), block_q=16, block_k=8)
+    run = functools.partial(results, plan=the_plan)
+    expected = jax.vmap(functools.partial(run, backend="dense"))(*stacked)
+    assert_same(jax.vmap(functools.partial(run, backend=backend))(*stacked), expected, jnp.float32)
+
+    def loss(q, k, v):
+        return jnp.sin(attention(q, k, v, the_plan, backend=backend)).sum()
+
+    plain, again = (jax.jit(jax.grad(f, (0, 1, 2)))(*shape.qkv()) for f in (loss, jax.checkpoint(loss)))
+    assert_same(again, plain, jnp.float32)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_under_vmap_over_masks(backend):
+    """One mask for each sequence of a batch: a per-example prefix, say."""
+    q, k, v = Shape(batch=3).qkv()
+
+    def attend(backend, q, k, v, n):
+        return attention(q[None], k[None], v[None], Causal() | Prefix(n), backend=backend)
+
+    lengths = jnp.array([3, 0, 25])
+    actual, expected = (
+        jax.vmap(functools.partial(attend, name))(q, k, v, lengths) for name in (backend, "dense")
+    )
+    assert_same([actual], [expected], jnp.float32)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_results_are_the_same_bit_for_bit(backend):
+    shape = SHAPES["ragged"]
+    the_plan = plan(Causal(), *shape.tokens(), block_q=16, block_k=8)
+    run = jax.jit(lambda q, k, v: results(q, k, v, the_plan, backend))
+    chex.assert_trees_all_equal(run(*shape.qkv()), run(*shape.qkv()))
+
+
+@pytest.mark.parametrize(
+    "curriculum",
+    [
+        growing_window(linear(1, 40, steps=10)),
+        reveal(8, linear(0.0, 1.0, steps=10), "random", base=Causal() & SameSegment()),
+    ],
+    ids=["window", "reveal"],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_whole_curriculum_is_one_compilation(curriculum, backend):
+    shape = Shape()
+    tokens = shape.tokens()
+
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(step, q, k, v):
+        the_plan = plan(curriculum(step), *tokens, block_q=16, block_k=8)
+        return results(q, k, v, the_plan, backend)
+
+    for step in range(0, 12, 2):
+        expected = results(*shape.qkv(), plan(curriculum(step), *tokens, block_q=16, block_k=8), "dense")
+        assert_same(run(step, *shape.qkv()), expected, jnp.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_over_disjoint_keys_merge(backend):
+    q, k, v = Shape(keys=30).qkv()
+    mask, half = Causal() & Chunks(16), 13
+    whole = attention(q, k, v, mask, backend=backend, return_lse=True)
+
+    def part(keys, start):
+        the_plan = plan(mask, Tokens.sequence(40), Tokens.sequence(keys.stop - keys.start, start=start))
+        return attention(q, k[:, keys], v[:, keys], the_plan, backend=backend, return_lse=True)
+
+    first, second = part(slice(0, half), 0), part(slice(half, 30), half)
+    assert_same(merge(first, second), whole, jnp.float32)
+    assert_same(merge(second, first), whole, jnp.float32)
+
+
+def test_no_array_of_the_whole_square_exists():
+    """16,384 tokens: the compiled program's arrays and its peak memory stay linear in T."""
+    length, heads, head_dim = 16_384, 8, 64
+    shape = jax.ShapeDtypeStruct((1, length, heads, head_dim), jnp.float32)
+
+    def loss(q, k, v, window):
+        return attention(q, k, v, Causal() & Window(window), backend="xla").sum()
+
+    arguments = (shape, shape, shape, jax.ShapeDtypeStruct((), jnp.int32))
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arguments).compile()
+    sizes = array_sizes(compiled.as_text())
+    one_array = length * heads * head_dim
+    assert one_array in sizes
+    assert max(sizes) < length * length // 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * one_array * 4
+
+
+def array_sizes(hlo: str) -> set[int]:
+    """Element counts of every array in a compiled program."""
+    import math
+    import re
+
+    shapes = re.findall(r"\b(?:f32|bf16|s32|s8|u8|pred|u32)\[([\d,]+)\]", hlo)
+    return {math.prod(map(int, shape.split(","))) for shape in shapes}
+
+
+def test_the_choice_of_backend_can_be_asked_for():
+    assert default_backend() == default_backend("cpu") == "xla"
+    assert default_backend("tpu") == "tpu"
+    assert default_backend("gpu") == "xla_wide"
+    with jax.default_device("gpu"):
+        assert default_backend() == "xla_wide"
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert default_backend() == "xla"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_that_overflow_make_a_query_blind(backend):
+    """All its logits are −inf, in blocks that are full: it gets and passes on nothing."""
+    q, k, v = Shape(batch=1, queries=256, keys=256, heads=1, kv_heads=1).qkv()
+    q, k = q.at[0, 3].set(3e38), -1.0 - jnp.abs(k)
+    the_plan = plan(Everything(), Tokens.sequence(256), block_q=128, block_k=128)
+    out, lse, *gradients = results(q, k, v, the_plan, backend)
+    assert np.isneginf(lse[0, 3, 0])
+    assert (np.asarray(out)[0, 3] == 0).all()
+    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
+
+
+Q = (1, 4, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"q": (4, 4, 8)},
+            ValueError,
+            r"q must have shape \[batch, tokens, heads, head_dim\], got \(4, 4, 8\)",
+        ),
+        ({"k": (1, 0, 2, 8), "v": (1, 0, 2, 8)}, ValueError, "k must have shape"),
+        ({"v": (1, 5, 2, 8)}, ValueError, "k and v must have one shape"),
+        ({"k": (2, 4, 2, 8), "v": (2, 4, 2, 8)}, ValueError, "one batch size, got 1 and 2"),
+        ({"k": (1, 4, 2, 4), "v": (1, 4, 2, 4)}, ValueError, "one head dim, got 8 and 4"),
+        (
+            {"k": (1, 4, 3, 8), "v": (1, 4, 3, 8)},
+            ValueError,
+            r"query heads \(4\) must be a multiple of key heads \(3\)",
+        ),
+        ({"dtype": jnp.bfloat16}, TypeError, "one dtype, got float32, bfloat16"),
+        ({"dtype": jnp.int32}, TypeError, "k must be floating, got int32"),
+        ({"mask": jnp.ones((4, 4), bool)}, TypeError, "must be a Mask or a Plan, got ArrayImpl"),
+        ({"mask": Causal}, TypeError, "must be a Mask or a Plan, got Causal"),
+        ({"mask": growing_window(linear(1, 4, 2))}, TypeError, r"curriculum\(step\)"),
+        ({"mask": Window(jnp.array([1, 2, 3]))}, ValueError, "leaves for 3 heads, got 4 query heads"),
+        (
+            {"mask": plan(Causal(), Tokens.sequence(5))},
+            ValueError,
+            "plan is for 5 queries and 5 keys, got 4 and 4",
+        ),
+        (
+            {"mask": plan(Causal(), Tokens(jnp.zeros((3, 4), jnp.int32)))},
+            ValueError,
+            "plan is for a batch of 3, got 1",
+        ),
+        ({"backend": ["xla"]}, ValueError, "backend must be one of"),
+        ({"scale": True}, TypeError, "scale must be a Python number"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "backend must be one of 'dense', 'xla', 'xla_wide', 'tpu' or None, got 'cuda'",
+        ),
+        ({"scale": "big"}, TypeError, "scale must be a Python number"),
+        ({"scale": -1.0}, ValueError, "scale must be positive"),
+        ({"soft_cap": 0.0}, ValueError, "soft_cap must be positive and finite, got 0"),
+        ({"sinks": 1.0}, ValueError, r"sinks must have shape \[heads\] = \(4,\), got \(\)"),
+        (
+            {"mask": jax.vmap(lambda n: plan(Causal() & Window(n), Tokens.sequence(4)))(jnp.arange(3))},
+            ValueError,
+            "plans made under vmap",
+        ),
+        ({"sinks": jnp.zeros(3)}, ValueError, r"sinks must have shape \[heads\] = \(4,\), got \(3,\)"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(change, error, words):
+    options = {"q": Q, "k": (1, 4, 2, 8), "v": (1, 4, 2, 8), "dtype": jnp.float32, "mask": Causal(), **change}
+    q = jnp.ones(options.pop("q"))
+    dtype = options.pop("dtype")
+    k, v = (jnp.ones(options.pop(name), dtype) for name in ("k", "v"))
+    with pytest.raises(error, match=words):
+        attention(q, k, v, options.pop("mask"), **options)
+
+
+def test_select_switches_by_data():
+    q, k, v = Shape().qkv()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(flag):
+        return attention(q, k, v, Select(flag, Causal(), Everything()), backend="xla")
+
+    for flag, mask in ((True, Causal()), (False, Everything())):
+        assert_same([run(flag)], [attention(q, k, v, mask, backend="dense")], jnp.float32)

@@ -1,0 +1,170 @@
+"""The train step compiled for TPUs that are not there: what the program's text says, and what is refused."""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from train.__main__ import main
+from train.aot import topology
+from train.aot.collectives import Transfer, transfers
+from train.aot.compiled import kinds
+from train.aot.hlo import bytes_of, parse
+from train.commands.compile import with_preset
+from train.config.presets import PRESETS, TOPOLOGIES
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+TEXT = Path(__file__).with_name("scheduled.hlo").read_text()
+"""Written by hand: a ring whose hops are data, and three layers with a gather and a reduction each."""
+
+
+def test_transfers_and_what_runs_meanwhile():
+    ring, gathered, reduced = transfers(parse(TEXT))
+    assert (ring.kind, ring.bytes, ring.devices) == ("collective-permute", 8 * 128 * 2, 4)
+    assert ring.between == {"dynmask_forward": 1, "others": 1}
+    assert (ring.asynchronous, ring.overlaps, ring.by_data, ring.times) == (True, True, True, 1)
+    assert (gathered.kind, gathered.bytes, gathered.devices) == ("all-gather", 3 * 8 * 128 * 2, 4)
+    assert gathered.between == {"products": 1}
+    assert (gathered.overlaps, gathered.by_data, gathered.times) == (True, False, 3)
+    assert (reduced.kind, reduced.bytes, reduced.devices) == ("all-reduce", 2 * 8 * 8 * 4 * 3 // 4, 4)
+    assert (reduced.asynchronous, reduced.overlaps, reduced.times) == (False, False, 3)
+
+
+def test_a_permute_that_is_done_at_once_overlaps_nothing():
+    lines = TEXT.split("\n")
+    kernel = next(line for line in lines if "tpu_custom_call" in line)
+    early = [line for line in lines if line != kernel]
+    early.insert(early.index(next(line for line in early if "-start = " in line)), kernel)
+    ring, *_ = transfers(parse("\n".join(early)))
+    assert ring.between == {"others": 1}
+    assert ring.asynchronous
+    assert not ring.overlaps
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[4,8]<=[8,4]T(1,0)", 8),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_0','axis_1'}", 8),
+        ("mesh['axis_0'=8,'axis_1'=4] {'axis_0':(1)2,'axis_1'}", 8),
+    ],
+)
+def test_ways_to_name_devices(groups, devices):
+    text = TEXT.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", groups)
+    assert transfers(parse(text))[-1].devices == devices
+
+
+def test_text_that_is_not_understood_is_refused():
+    with pytest.raises(ValueError, match="not scheduled"):
+        parse(TEXT.replace("is_scheduled=true, ", ""))
+    with pytest.raises(ValueError, match="has a start and no end"):
+        transfers(parse(TEXT.replace("collective-permute-done(", "copy(")))
+    with pytest.raises(ValueError, match="names its devices in a way that is not known"):
+        transfers(parse(TEXT.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", "?")))
+
+
+def test_bytes_of_small_types():
+    assert bytes_of("(s4[3]{0}, pred[5]{0}, f8e4m3fn[2,2]{1,0}, f32[], token[])") == 2 + 5 + 4 + 4
+
+
+def test_kinds_sum_what_is_alike():
+    def transfer(**changes) -> Transfer:
+        source = (
+            "jit(train_step)/transpose(jvp())/checkpoint/rematted_computation/gathered/convert_element_type"
+        )
+        return replace(Transfer("all-gather", source, 10, 4, (), True, {"products": 2}), **changes)
+
+    again, backward = kinds(
+        (transfer(), transfer(bytes=5), transfer(source="jit(f)/transpose(jvp())/ppermute", between={}))
+    )
+    assert (again.phase, again.source, again.meanwhile) == ("forward again", "weights", "products")
+    assert (again.count, again.bytes) == (2, 15)
+    assert (backward.phase, backward.source, backward.meanwhile) == ("backward", "ring of keys", "nothing")
+
+
+def test_the_preset_of_a_topology():
+    assert set(TOPOLOGIES.values()) <= set(PRESETS)
+    for words in (["--topology", "v5e:4x4"], ["--topology=v5e:4x4", "--seed", "1"]):
+        command, rest = with_preset(words)
+        assert (command.run.name, rest) == ("lm-128k", words)
+    assert with_preset(["--topology", "v5e:2x2"])[0].run == PRESETS["run"]()
+    command, rest = with_preset(["lm-128k", "--seed", "1"])
+    assert (command.topology, rest) == ("v5e:4x4", ["--seed", "1"])
+    assert with_preset(["demo"])[0].topology is None
+
+
+def refused(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compile", *words])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_without_libtpu(capsys, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'dynmask_jax[tpu]'" in refused(capsys, "lm-128k")
+
+
+def test_a_preset_or_a_topology_that_is_missing(capsys):
+    assert "unknown preset 'lm-64k'; the presets are run, demo" in refused(capsys, "lm-64k")
+    assert "compile needs --topology" in refused(capsys, "demo")
+
+
+@needs_libtpu
+def test_a_topology_that_is_unknown_and_a_mesh_of_other_devices(capsys):
+    assert "--topology: libtpu knows no 'v9z:2x2'" in refused(capsys, "demo", "--topology", "v9z:2x2")
+    said = refused(capsys, "lm-128k", "--mesh.context", "8")
+    assert "mesh: 1 × 1 × 8 × 1 (data × fsdp × context × tensor) is of 8 devices, and v5e:4x4 has 16" in said
+    said = refused(capsys, "demo", "--topology", "v5e:2x2", "--mesh.context", "8")
+    assert "and v5e:2x2 has 4, of 1 hosts" in said
+
+
+SMALL = """--topology v5e:2x2 --mesh.context 2 --mesh.fsdp 2 --block 128 --data.length 2048 --data.batch 2
+--model.width 256 --model.heads 2 --model.kv-heads 1 --model.hidden 512 --model.layers 6
+--model.dtype bfloat16 --model.remat full --curriculum.start 256"""
+
+
+def compiled(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "train", "compile", *shlex.split(SMALL), *words]
+    return subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+    )
+
+
+@needs_libtpu
+def test_a_run_on_a_mesh(tmp_path):
+    """The ring's permutes go on while the kernels compute, forward and backward, in every layer."""
+    done = compiled("--vocabulary", "512", "--json", str(tmp_path / "found.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 × TPU v5 lite, mesh 1 × 2 × 2 × 1" in done.stdout
+    assert "of 15.75 GiB: it fits" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    weights = 6 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512 + 2 * 256) + 2 * 512 * 256 + 256
+    assert found["weights"] == weights
+    # Three float32 numbers of a weight, spread over the four devices; norms are whole, and counts small.
+    assert 3 * 4 * weights / 4 <= found["memory"]["state"] < 1.1 * 3 * 4 * weights / 4
+    ring = [each for each in found["transfers"] if each["source"].endswith("ppermute")]
+    by_data = [each for each in ring if any(loop["times"] is None for loop in each["loops"])]
+    kernels = [{name for name in each["between"] if name.startswith("dynmask_")} for each in by_data]
+    assert all(kernels)
+    assert set().union(*kernels) >= {"dynmask_forward", "dynmask_dq"}
+    assert {each["loops"][-2]["times"] for each in by_data} == {6}
+
+
+@needs_libtpu
+def test_a_run_that_does_not_fit(tmp_path):
+    width = "--model.width 32768 --model.heads 256 --model.kv-heads 256 --model.hidden 32768"
+    done = compiled(*shlex.split(width), "--json", str(tmp_path / "found.json"))
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "it does not fit" in done.stdout
+    assert json.loads((tmp_path / "found.json").read_text())["transfers"] == []

@@ -1,0 +1,183 @@
+"""The pictures of runs of every kind: what they show is what was recorded."""
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from train_cases import records_of, small_run
+
+from train.config.run import Run
+from train.config.sections import Curriculum, Data, Model, Summarize
+from train.report import pictures
+from train.report.pictures import draw, draw_positions
+from train.step.curriculum import growth
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved; they are drawn in full, but no file is written."""
+    saved = []
+
+    def save(figure, path):
+        figure.draw_without_rendering()
+        saved.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return saved
+
+
+def drawn(run: Run, records, figures) -> tuple[list[Axes], Axes, Axes]:
+    """The axes of the masks, of the loss and of the exposure."""
+    assert draw(records, growth(run), run, pictures.Path("unused.png"))
+    *masks, loss, exposure = figures[-1].axes
+    return masks, loss, exposure
+
+
+def line(ax: Axes, number: int) -> tuple[list, list]:
+    x, y = ax.lines[number].get_data()
+    return list(x), list(y)
+
+
+def visible(ax: Axes) -> np.ndarray:
+    return np.asarray(ax.images[0].get_array()) == 1
+
+
+def test_the_picture_is_a_png(tmp_path):
+    run = small_run(tmp_path)
+    assert draw(records_of(run), growth(run), run, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_masks_go_from_the_first_step_to_the_first_that_shows_all(tmp_path, figures):
+    run = small_run(tmp_path, steps=20, curriculum=Curriculum(start=4, share=0.5))
+    masks, _, _ = drawn(run, records_of(run), figures)
+    titles = [ax.get_title().splitlines()[0] for ax in masks]
+    assert titles == [
+        "step 0: chunks of 4",
+        "step 3: chunks of 7",
+        "step 6: chunks of 13",
+        "step 10: chunks of 32",
+    ]
+    assert visible(masks[0]).sum() == 8 * (4 * 5 // 2)  # each of 8 chunks of 4 sees itself
+    assert (visible(masks[-1]) == np.tri(32, dtype=bool)).all()
+
+
+def test_masks_are_those_of_the_recorded_windows_whatever_moved_them(tmp_path, figures):
+    run = small_run(tmp_path, steps=6, curriculum=Curriculum(start=4, kind="window", schedule="linear"))
+    records = records_of(run)
+    for record in records:
+        if "loss" in record:
+            record["window"] = 4 if record["step"] < 5 else 32  # the loss was slow to fall
+            record["exposure"] = record["window"] / 32
+    masks, _, _ = drawn(run, records, figures)
+    seen = [visible(ax)[31].sum() for ax in masks]
+    assert seen == [4, 4, 4, 32]
+
+
+def test_what_is_drawn_of_the_loss(tmp_path, figures):
+    run = small_run(tmp_path)
+    records = records_of(run, every=4)
+    records[2]["bits_per_byte"] = None
+    _, loss, exposure = drawn(run, records, figures)
+    steps = [r for r in records if "loss" in r]
+    x, y = line(loss, 0)
+    assert x == list(range(8))
+    assert math.isnan(y[1])
+    assert y[2:] == [r["bits_per_byte"] for r in steps[2:]]
+    validations = [r for r in records if "validation_loss" in r]
+    assert line(loss, 1) == ([0, 4, 8], [r["validation_bits_per_byte"] for r in validations])
+    assert line(exposure, 0)[1] == [r["exposure"] for r in steps]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 1},
+        {"steps": 2},
+        {"steps": 3},
+        {"curriculum": Curriculum(kind="full")},
+        {"curriculum": Curriculum(kind="static", chunk=8)},
+        {"curriculum": Curriculum(kind="reveal", chunk=8, start=4, order="random")},
+        {"curriculum": Curriculum(start=4, end=16)},
+        {"model": Model(layers=2, pattern=("local", "global"), local_window=8)},
+    ],
+)
+def test_every_kind_of_run_is_drawn(tmp_path, figures, options):
+    run = small_run(tmp_path, **options)
+    masks, _, _ = drawn(run, records_of(run), figures)
+    assert 1 <= len(masks) <= 4
+
+
+def test_a_run_without_validations_or_steps(tmp_path, figures):
+    run = small_run(tmp_path)
+    records = records_of(run)
+    steps = [r for r in records if "loss" in r]
+    drawn(run, steps, figures)
+    assert not draw([r for r in records if r not in steps], growth(run), run, tmp_path / "unused.png")
+    assert not draw_positions(steps, tmp_path / "unused.png")
+    assert len(figures) == 1
+
+
+def test_a_document_and_its_summary_meet_at_the_boundary(tmp_path, figures):
+    run = small_run(
+        tmp_path,
+        task="summarize",
+        data=Data(length=32, batch=2),
+        summarize=Summarize(prefix="bidirectional"),
+        curriculum=Curriculum(kind="reveal", chunk=8, start=4, schedule="linear"),
+    )
+    masks, _, _ = drawn(run, records_of(run), figures)
+    first, last = visible(masks[0]), visible(masks[-1])
+    document, summary = slice(24), slice(24, 32)
+    assert last[document, document].all()
+    assert not last[document, summary].any()
+    assert (last[summary, summary] == np.tri(8, dtype=bool)).all()
+    assert last[summary, document].all()
+    assert (first[summary, summary] == np.tri(8, dtype=bool)).all()
+    assert not first[summary, document].all()
+    assert first[:8, :8].all()  # its own chunk, both ways
+
+
+def test_the_loss_by_position_is_in_bits_per_byte(tmp_path, figures):
+    run = small_run(tmp_path, steps=4)
+    records = records_of(run, every=2, bytes_per_token=2.0, positions={"0": 1.5, "64": 1.0, "128": None})
+    assert draw_positions(records, tmp_path / "unused.png")
+    (ax,) = figures[0].axes
+    last = [r for r in records if "validation_loss" in r][-1]
+    nats = last["validation_loss"]
+    x, y = line(ax, -1)
+    assert x == [0, 1]
+    assert y == pytest.approx([1.5 * nats / math.log(2) / 2, nats / math.log(2) / 2])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "64"]
+    assert ax.lines[-1].get_label() == "after step 4"
+
+
+def test_early_validations_would_hide_the_slopes_of_late_ones(tmp_path, figures):
+    run = small_run(tmp_path, steps=200)
+    draw_positions(records_of(run, every=10), tmp_path / "unused.png")
+    (ax,) = figures[0].axes
+    names = [str(line.get_label()) for line in ax.lines]
+    assert 2 <= len(names) <= pictures.LINES
+    assert "after step 0" not in names
+    assert names[-1] == "after step 200"
+    darkness = [-sum(line.get_color()[:3]) for line in ax.lines]
+    assert darkness == sorted(darkness)
+
+
+def test_needles_are_drawn_by_depth(tmp_path, figures):
+    run = small_run(tmp_path)
+    records = records_of(run, needles=True)
+    draw_positions(records, tmp_path / "unused.png")
+    _, found, gain = figures[0].axes
+    needle = records[-1]["needle"]
+    assert line(found, -1) == (needle["depths"], needle["found"])
+    assert line(gain, -1) == (needle["depths"], needle["gain"])
+
+
+def test_nothing_is_drawn_of_a_loss_that_never_was_finite(tmp_path, figures):
+    records = [
+        {"step": 0, "validation_loss": None, "validation_bits_per_byte": None, "positions": {"0": None}}
+    ]
+    assert not draw_positions(records, tmp_path / "unused.png")

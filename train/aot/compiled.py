@@ -1,0 +1,286 @@
+"""A run's train step, compiled for TPUs that are not there: what it needs of each, and what travels."""
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from train.aot import topology
+from train.aot.collectives import Transfer, transfers
+from train.aot.hlo import parse
+from train.config.run import Run
+from train.config.sections import Reach
+from train.data.batch import Batch
+from train.metrics import mfu
+from train.parallel.sharding import AXES, ROWS, TOKENS, Placement
+from train.step.program import program_of, state_like
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      limit: what programs have of it.
+      state: weights, the optimizer's state, and what else the step overwrites.
+      rows: a batch's.
+      temporaries: at their most, during a step.
+      results: those that overwrite nothing.
+      program: the instructions themselves.
+    """
+
+    limit: int
+    state: int
+    rows: int
+    temporaries: int
+    results: int
+    program: int
+
+    @property
+    def total(self) -> int:
+        """All that is there at once."""
+        return self.state + self.rows + self.temporaries + self.results + self.program
+
+    @property
+    def left(self) -> int:
+        """What remains of the limit; below 0 where it does not fit."""
+        return self.limit - self.total
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A train step for a topology. Made by `compile_step`.
+
+    Attributes:
+      name: of the run.
+      topology: as libtpu names it.
+      device: JAX's `device_kind`.
+      mesh: the devices on each axis.
+      weights: their number.
+      vocabulary: different tokens.
+      rows, length: of a step.
+      operations: floating-point, of a step at the full mask: what the model needs (`train.metrics.mfu`).
+      memory: of each device. Where the compiler refuses for lack of it, it names the sum alone, and what
+        is not state or rows counts as temporaries.
+      transfers: between devices, in the program's order; none where the compiler refused.
+      lowering, compiling: seconds, of JAX and of the compiler.
+    """
+
+    name: str
+    topology: str
+    device: str
+    mesh: dict[str, int]
+    weights: int
+    vocabulary: int
+    rows: int
+    length: int
+    operations: float
+    memory: Memory
+    transfers: tuple[Transfer, ...]
+    lowering: float
+    compiling: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the devices' memory suffices."""
+        return self.memory.left >= 0
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return int(np.prod(list(self.mesh.values())))
+
+    def to_json(self) -> str:
+        """All of it, and the transfers by kind, as JSON."""
+        every = {**dataclasses.asdict(self), "kinds": [*map(dataclasses.asdict, kinds(self.transfers))]}
+        return json.dumps(every, indent=1) + "\n"
+
+
+def compile_step(run: Run, topology_name: str, vocabulary: int) -> Compiled:
+    """Compiles a run's train step as `train.loop.training` does, for devices that need not be there.
+
+    Nothing of the run's size is made in memory: the state and the rows are shapes.
+
+    Args:
+      run: the config; a `model.backend` of None is "tpu".
+      topology_name: "v5p:8x8x4", say.
+      vocabulary: how many different tokens there are.
+
+    Raises:
+      ImportError: libtpu is not installed.
+      ValueError: libtpu knows no such topology, or it has other devices than the run's mesh.
+    """
+    devices = topology.devices_of(topology_name)
+    _check_mesh(run, topology_name, devices)
+    model = dataclasses.replace(run.model, backend=run.model.backend or "tpu")
+    run = dataclasses.replace(run, model=model)
+    placement = Placement.of(run.mesh, devices)
+    program, mesh = program_of(run, vocabulary, placement), placement.mesh or _alone(devices[0])
+    state, batch = _on(mesh, state_like(program, vocabulary)), _rows(run, mesh)
+    begun = perf_counter()
+    # As the loop jits it. A mesh's kernels lower in its own shard_map, one device's in its context.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(program.train_step, donate_argnums=0).lower(state, batch)
+    lowering = perf_counter() - begun
+    memory = Memory(topology.memory_of(devices[0]), _share(state), _share(batch), 0, 0, 0)
+    begun = perf_counter()
+    try:
+        compiled = topology.compiled(lowered)
+    except topology.OutOfMemory as error:
+        rest = error.used - memory.state - memory.rows
+        memory, found = dataclasses.replace(memory, temporaries=rest), ()
+    else:
+        memory = _measured(compiled, memory)
+        found = tuple(transfers(parse(compiled.as_text() or "")))
+    return Compiled(
+        name=run.name,
+        topology=topology_name,
+        device=devices[0].device_kind,
+        mesh={axis: getattr(run.mesh, axis) for axis in AXES},
+        weights=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        vocabulary=vocabulary,
+        rows=run.data.batch,
+        length=run.data.length,
+        operations=_operations(run, vocabulary),
+        memory=memory,
+        transfers=found,
+        lowering=lowering,
+        compiling=perf_counter() - begun,
+    )
+
+
+def _check_mesh(run: Run, name: str, devices: list[Any]):
+    """Refuses what training refuses: devices that are in no mesh, where there are several hosts of them."""
+    size, hosts = run.mesh.size, len({device.process_index for device in devices})
+    if size > len(devices) or (hosts > 1 and size < len(devices)):
+        axes = " × ".join(str(getattr(run.mesh, axis)) for axis in AXES)
+        raise ValueError(
+            f"mesh: {axes} ({' × '.join(AXES)}) is of {size} devices, and {name} has {len(devices)}, of "
+            f"{hosts} hosts: all must be in it, --mesh.context {len(devices)} say"
+        )
+
+
+def _alone(device: Any) -> Mesh:
+    return Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
+
+
+def _on(mesh: Mesh, state: Any) -> Any:
+    """The shapes where the placement put them, or on the mesh's one device."""
+    here = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), state
+    )
+
+
+def _rows(run: Run, mesh: Mesh) -> Batch:
+    spread = PartitionSpec(ROWS, TOKENS) if TOKENS in mesh.axis_names else PartitionSpec()
+    shape, on = (run.data.batch, run.data.length), NamedSharding(mesh, spread)
+    whole: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=on)
+    real: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on)
+    return Batch(whole, whole, real, whole, whole, whole)
+
+
+def _share(tree: Any) -> int:
+    """Bytes of arrays' shapes on one device, without the padding of their layout."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _measured(compiled: jax.stages.Compiled, memory: Memory) -> Memory:
+    """The compiler's own figures, padding of layouts included."""
+    told = compiled.memory_analysis()
+    assert told is not None
+    return dataclasses.replace(
+        memory,
+        state=told.argument_size_in_bytes - memory.rows,
+        temporaries=told.temp_size_in_bytes,
+        results=told.output_size_in_bytes - told.alias_size_in_bytes,
+        program=told.generated_code_size_in_bytes,
+    )
+
+
+def _operations(run: Run, vocabulary: int) -> float:
+    """Of a step whose rows are each one document, under the full mask."""
+    rows, length = run.data.batch, run.data.length
+    window = min(run.model.local_window, length)
+    pairs: dict[Reach, float] = {
+        "global": rows * length * (length + 1) / 2,
+        "local": rows * (length * window - window * (window - 1) / 2),
+    }
+    shown: dict[Reach, float] = {reach: pairs[reach] for reach in set(run.model.pattern)}
+    return mfu.work(run.model, vocabulary).of(rows * length, shown)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Transfers of one kind and one place in the step, together.
+
+    Attributes:
+      phase: "forward", "forward again" (what rematerialisation repeats), "backward" or "update".
+      source: what they are for.
+      kind: of the collective.
+      meanwhile: what runs meanwhile: "kernels", "products", "loops", or "nothing".
+      count: how often they run in a step.
+      bytes: what a device sends for them in a step.
+      by_data: whether the mask decides how often they run: these count once a layer.
+    """
+
+    phase: str
+    source: str
+    kind: str
+    meanwhile: str
+    count: int
+    bytes: int
+    by_data: bool
+
+
+def kinds(found: tuple[Transfer, ...]) -> list[Kind]:
+    """The transfers of a program by kind, those that send most first."""
+    counts: Counter[tuple] = Counter()
+    sizes: Counter[tuple] = Counter()
+    for each in found:
+        # What the partitioner made has no name of its own, but its loop has.
+        source = each.source or next((loop.source for loop in reversed(each.loops)), "")
+        key = (*_place(source), each.kind, _meanwhile(each), each.by_data)
+        counts[key] += each.times
+        sizes[key] += each.times * each.bytes
+    return [
+        Kind(*key[:4], count=counts[key], bytes=size, by_data=key[4]) for key, size in sizes.most_common()
+    ]
+
+
+def _place(source: str) -> tuple[str, str]:
+    """The phase of the step, and what a transfer is for, by JAX's name of its operation.
+
+    The marks are JAX's own, and the named scopes of `train.step.program` and `train.model.transformer`.
+    """
+    phases = {"rematted_computation": "forward again", "transpose(": "backward", "jvp(": "forward"}
+    phase = next((phase for mark, phase in phases.items() if mark in source), "update")
+    purposes = {
+        "ppermute": "ring of keys",
+        "_attend": "attention",
+        "_plan": "plan",
+        "_visible_pairs": "plan",
+        "_travel": "plan",
+        "embedding": "embedding",
+        "loss": "loss",
+        "gathered": "weights",
+        "dot_general": "products",
+    }
+    return phase, next((purpose for mark, purpose in purposes.items() if mark in source), "other")
+
+
+def _meanwhile(each: Transfer) -> str:
+    if not each.overlaps:
+        return "nothing"
+    kernels = set(each.between) - {"products", "loops", "others"}
+    return "kernels" if kernels else "products" if "products" in each.between else "loops"

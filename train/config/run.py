@@ -1,0 +1,182 @@
+"""What a run is, as one frozen record: everything that training depends on, checked when built.
+
+Its fields are the options of the command line, and `config.json` of a run folder. Its sections are in
+`train/config/sections.py`, presets in `train/config/presets.py`.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from train.config.checks import at_least, one_of
+from train.config.sections import (
+    Checkpoints,
+    Curriculum,
+    Data,
+    Evaluation,
+    Generation,
+    Loss,
+    Mesh,
+    Model,
+    Optimizer,
+    Summarize,
+    Watch,
+)
+
+Task = Literal["lm", "summarize"]
+FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "mesh.", "watch.", "optimizer.give_up")
+"""Options, and sections, that may change when a run goes on: no weight depends on them, but by rounding."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. The same Run gives the same weights, on the same machine bit for bit."""
+
+    name: str = "run"
+    """The run's folder is folder / name."""
+    folder: str = "runs"
+    """Where run folders lie."""
+    task: Task = "lm"
+    """lm: each next token of the texts; summarize: the summary that follows a document."""
+    steps: int = 1_000
+    """Training steps, of data.batch rows each."""
+    seed: int = 0
+    """Of the initial weights, and of the order of documents and rows."""
+    block: int = 256
+    """Tokens in a block of attention: what no query of a block sees of another is not computed."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    summarize: Summarize = field(default_factory=Summarize)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    generation: Generation = field(default_factory=Generation)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    mesh: Mesh = field(default_factory=Mesh)
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self):
+        at_least("", self, steps=1, seed=0, block=1)
+        one_of("", self, task=Task)
+        if Path(self.name).name != self.name or self.name in ("", ".."):
+            raise ValueError(f"name must be one folder's name, without separators, got {self.name!r}")
+        if max(self.curriculum.start, self.curriculum.end or 0) > self.data.length:
+            raise ValueError(
+                f"curriculum.start and end must not exceed data.length ({self.data.length}), got "
+                f"{self.curriculum.start} and {self.curriculum.end}"
+            )
+        if self.data.batch % self.optimizer.accumulate:
+            raise ValueError(
+                f"data.batch must be a multiple of optimizer.accumulate ({self.optimizer.accumulate}), "
+                f"got {self.data.batch}"
+            )
+        if self.task == "summarize" and self.data.rows != "packed":
+            raise ValueError(f"data.rows must be packed for the task summarize, got {self.data.rows!r}")
+        if (self.watch.profile or 0) >= self.steps:
+            raise ValueError(f"watch.profile must be below steps ({self.steps}), got {self.watch.profile}")
+        if self.task != "summarize" and self.evaluation.summaries:
+            raise ValueError(f"evaluation.summaries needs the task summarize, got {self.task!r}")
+        if self.curriculum.pace == "loss":
+            _check_pace(self)
+        _check_mesh(self)
+
+
+def _check_pace(run: Run):
+    """Refuses a pace by loss that could end before the full mask."""
+    pace, every = run.curriculum, run.evaluation.every
+    if not every:
+        raise ValueError("curriculum.pace loss needs evaluation.every above 0: validations move it")
+    if (needed := pace.stages * pace.patience * every) > run.steps:
+        raise ValueError(
+            f"curriculum.pace loss may take stages * patience * evaluation.every = {needed} steps to show "
+            f"everything, more than the run's steps ({run.steps})"
+        )
+
+
+def _check_mesh(run: Run):
+    """Refuses a mesh whose axes cannot divide what is spread over them."""
+    mesh, model, data = run.mesh, run.model, run.data
+    rows = data.batch // run.optimizer.accumulate
+    halves = 2 if mesh.layout == "zigzag" and mesh.context > 1 else 1
+    needs = [
+        ("mesh.data * mesh.fsdp", mesh.data * mesh.fsdp, "data.batch / optimizer.accumulate", rows),
+        ("mesh.fsdp * mesh.context", mesh.fsdp * mesh.context, "model.width", model.width),
+        ("mesh.context", mesh.context, "data.length", data.length),
+        ("mesh.layout zigzag: 2 * mesh.context", halves * mesh.context, "data.length", data.length),
+        ("mesh.tensor", mesh.tensor, "model.heads", model.heads),
+        ("mesh.tensor", mesh.tensor, "model.kv_heads", model.kv_heads),
+        ("mesh.tensor", mesh.tensor, "model.hidden", model.hidden),
+    ]
+    if mesh.strategy == "ulysses" and mesh.context > 1:
+        both, name = mesh.context * mesh.tensor, "mesh.strategy ulysses: mesh.context * mesh.tensor"
+        needs += [(name, both, f"model.{heads}", getattr(model, heads)) for heads in ("heads", "kv_heads")]
+    for name, size, whole, of in needs:
+        if of % size:
+            raise ValueError(f"{name} ({size}) must divide {whole}, got {of}")
+
+
+def to_json(run: Run) -> str:
+    """The run as `config.json` holds it."""
+    return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
+
+
+def differences(saved: dict[str, Any], run: Run) -> list[str]:
+    """Where a saved config differs from `run`: `"data.length: 512 saved, 4096 asked for"`, sorted.
+
+    What is in `FREE` may differ.
+    """
+    theirs, ours = _flat(saved), _flat(json.loads(to_json(run)))
+    missing = "nothing"
+    return [
+        f"{name}: {theirs.get(name, missing)!r} saved, {ours.get(name, missing)!r} asked for"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name, missing) != ours.get(name, missing) and not name.startswith(FREE)
+    ]
+
+
+def from_json(text: str) -> Run:
+    """The run that `to_json` wrote.
+
+    Raises:
+      ValueError: it is no such JSON, or holds options that do not exist or values that are refused.
+    """
+    saved = json.loads(text)
+    if not isinstance(saved, dict):
+        raise ValueError(f"it holds {type(saved).__name__}, not an object")
+    return _record(Run(), saved)
+
+
+def _record(default: Any, saved: dict[str, Any]) -> Any:
+    """`default` with the saved values in place of its own, sections within sections."""
+    values = {}
+    for name, value in saved.items():
+        if not hasattr(default, name):
+            raise ValueError(f"{type(default).__name__} has no option {name!r}")
+        own = getattr(default, name)
+        if dataclasses.is_dataclass(own):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} must be an object, got {value!r}")
+            value = _record(own, value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(default, **values)
+
+
+def options(record: Any, prefix: str = "") -> dict[str, Any]:
+    """Every option's value by its dotted name, `model.layers`, in the order they are declared."""
+    values = {}
+    for each in dataclasses.fields(record):
+        value = getattr(record, each.name)
+        nested = dataclasses.is_dataclass(value)
+        values |= options(value, f"{prefix}{each.name}.") if nested else {prefix + each.name: value}
+    return values
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat

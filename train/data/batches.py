@@ -1,0 +1,71 @@
+"""Pieces of documents in, batches of rows out: `grain` pipelines."""
+
+from itertools import islice
+
+import grain
+import numpy as np
+
+from train.config.run import Run
+from train.data.batch import Batch
+from train.data.rows import CONTEXT, SEGMENTS, TOKENS, Pairs, Pieces, Stream, as_batch
+
+AHEAD = 2  # batches that are made while the model trains
+
+Cut = Pieces | Pairs | Stream
+
+
+def batches(cut: Cut, run: Run) -> grain.IterDataset:
+    """Batches, `[data.batch, T]`, without end, each epoch in another order.
+
+    Every item is read once in an epoch. Packing may lay the last items of an epoch beside the first of
+    the next. Every process reads all rows, and gives its devices theirs: the place in the data is then one
+    of the run, whose checkpoints any number of processes goes on from. To read is little beside training
+    on long rows.
+    """
+    seed = _seed(run)
+    endless = grain.MapDataset.source(cut).seed(seed).shuffle().repeat()
+    rows = _rows(endless, run, run.data.packing_bins, seed)
+    made = rows.batch(run.data.batch).map(lambda rows: as_batch(rows, loss_from(run)))
+    return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=AHEAD)
+
+
+def held_out_batches(cut: Cut, run: Run) -> list[Batch]:
+    """At most evaluation.rows rows, in batches of one shape; the last is filled up with padding.
+
+    Rows of a stream are spread evenly over it, packed ones hold items that the seed chooses.
+    """
+    seed, most = _seed(run), run.evaluation.rows
+    if isinstance(cut, Stream):
+        count = min(most, len(cut))
+        rows = [cut[i * len(cut) // count] for i in range(count)]
+    else:
+        items = grain.MapDataset.source(cut).seed(seed).shuffle()
+        rows = list(islice(_rows(items, run, min(most, run.data.packing_bins), seed), most))
+    size = min(run.data.batch, len(rows))
+    padding = {name: np.zeros_like(rows[0][name]) for name in (TOKENS, SEGMENTS, CONTEXT)}
+    rows += [padding] * (-len(rows) % size)
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [
+        as_batch({name: np.stack([row[name] for row in part]) for name in padding}, loss_from(run))
+        for part in parts
+    ]
+
+
+def loss_from(run: Run) -> int:
+    """The first position whose target is in the loss."""
+    return run.data.length if run.task == "summarize" else 0
+
+
+def _rows(items: grain.MapDataset, run: Run, bins: int, seed: int) -> grain.IterDataset:
+    """The items laid into rows. No threads read: the tokens are in memory, or are mapped to it."""
+    one_by_one = items.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if run.data.rows == "chunked":
+        return one_by_one
+    return grain.experimental.FirstFitPackIterDataset(
+        one_by_one, length_struct={TOKENS: run.data.length}, num_packing_bins=bins, seed=seed
+    )
+
+
+def _seed(run: Run) -> int:
+    """The run's seed in the 32 bits that grain takes."""
+    return int(np.random.SeedSequence(run.seed).generate_state(1)[0])

@@ -1,0 +1,191 @@
+"""The text of a run: paths in; batches to train on, rows held out and facts of the text out."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from train.config.run import Run
+from train.data import batches
+from train.data.batch import Batch
+from train.data.columns import check_columns
+from train.data.rows import Pairs, Pieces, Stream, fitting
+from train.data.sources import Source, sources, standard_library
+from train.data.split import Split, by_documents, by_tokens, everything
+from train.data.token_cache import TokenCache, token_cache
+from train.data.tokenizers import Tokenizer, load_tokenizer
+
+
+class Examples(Sequence[tuple[str, str]]):
+    """Documents with their summaries, as text, read when they are asked for."""
+
+    def __init__(self, cache: TokenCache, documents: np.ndarray):
+        self._cache, self._documents = cache, documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Examples(self._cache, self._documents[index])
+        return self._cache.pair(int(self._documents[index]))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Batches to train on and to validate with, and what there is to know of the text.
+
+    Attributes:
+      tokenizer: what made the tokens.
+      rows: the pipeline that `batches` starts.
+      held_out: the rows of validation, at most evaluation.rows, in batches of one shape
+        `[min(data.batch, rows), T]`; the last is filled up with padding. The same in all processes.
+      examples: held-out pairs of document and summary, for `summarize`; else none.
+      size: bytes of text; this and the next three are of all text, held out or not.
+      documents: texts, or pairs.
+      tokens: ends included.
+      malformed: texts that could not be read and were left out.
+      reports: the first few of them in words.
+      truncated: documents that are cut to fit a row with their summary.
+      bytes_per_token: of what is predicted, the texts or the summaries; ends are not counted.
+      lead_words: the median words of a training summary; None without summaries.
+      fingerprint: the same only for the same tokens, in the same rows, in the same order.
+    """
+
+    tokenizer: Tokenizer
+    rows: grain.IterDataset
+    held_out: list[Batch]
+    examples: Sequence[tuple[str, str]]
+    size: int
+    documents: int
+    tokens: int
+    malformed: int
+    reports: tuple[str, ...]
+    truncated: int
+    bytes_per_token: float
+    lead_words: int | None
+    fingerprint: str
+
+    def batches(self) -> grain.DatasetIterator:
+        """Batches, `[data.batch, T]` NumPy arrays, without end; the same in all processes.
+
+        Each epoch comes in another order. The iterator's state can be saved, and set, at any batch;
+        those after it are then the same, bit for bit. `close()` ends its thread.
+        """
+        return iter(self.rows)
+
+
+def corpus(run: Run) -> Corpus:
+    """Reads the text, or finds its tokens in the cache, and cuts it into rows.
+
+    Args:
+      run: data, the task, the seed, and evaluation.rows are read of it.
+
+    Raises:
+      FileNotFoundError: a path, or a tokenizer, does not exist.
+      OSError: a file cannot be read, or the cache not be written.
+      ValueError: text is malformed or cannot be used, see `token_cache` and `fitting`; or there is too
+        little.
+    """
+    tokenizer = load_tokenizer(run.data.tokenizer, run.data.end_token)
+    caches = _caches(run, tokenizer)
+    kept = [fitting(cache, run.data.length, run.summarize.truncate) for cache in caches if cache.pairs]
+    train, held_out = _split(run, caches)
+    train_cut = _cut(run, caches[0], train, kept[:1])
+    held_out_cut = _cut(run, caches[-1], held_out, kept[-1:])
+    _check_size(run, train_cut, train, "train on")
+    _check_size(run, held_out_cut, held_out, "hold out")
+    return Corpus(
+        tokenizer=tokenizer,
+        rows=batches.batches(train_cut, run),
+        held_out=batches.held_out_batches(held_out_cut, run),
+        examples=Examples(caches[-1], held_out.documents) if kept else (),
+        truncated=sum(int((own < cache.bodies).sum()) for own, cache in zip(kept, caches, strict=False)),
+        lead_words=int(np.median(caches[0].summary_words[train.documents])) if kept else None,
+        fingerprint=_fingerprint(run, tokenizer, caches),
+        **_facts(caches),
+    )
+
+
+def _caches(run: Run, tokenizer: Tokenizer) -> list[TokenCache]:
+    """The tokens of data.paths, and those of data.held_out_paths if there are."""
+    check_columns(run.task, run.data.columns)
+    if run.data.paths:
+        found = [sources(run.data.paths)]
+    elif run.task == "lm":
+        found = [standard_library()]
+    else:
+        raise ValueError(
+            "data.paths: summarize needs pairs of document and summary, and has no text of its own"
+        )
+    if run.data.held_out_paths:
+        found.append(sources(run.data.held_out_paths, "data.held_out_paths"))
+        _check_apart(*found)
+    folder = Path(run.data.cache or Path(run.folder) / "cache")
+    return [
+        token_cache(
+            each, run.task, run.data.columns, tokenizer, folder, skip_malformed=run.data.skip_malformed
+        )
+        for each in found
+    ]
+
+
+def _check_apart(train: list[Source], held_out: list[Source]):
+    """Refuses text that is trained on and held out."""
+    if both := {source.path.resolve() for source in train} & {source.path.resolve() for source in held_out}:
+        raise ValueError(f"data.held_out_paths: {min(both)} is in data.paths too")
+
+
+def _split(run: Run, caches: list[TokenCache]) -> tuple[Split, Split]:
+    """What is trained on, and what is held out."""
+    whole = everything(caches[0], run.seed)
+    if len(caches) > 1:
+        return whole, everything(caches[1], run.seed)
+    return (by_documents if run.task == "summarize" else by_tokens)(whole, run.data.held_out)
+
+
+def _cut(run: Run, cache: TokenCache, split: Split, kept: list[np.ndarray]) -> batches.Cut:
+    """The documents cut for rows of the run's kind."""
+    if kept:
+        order = split.documents
+        return Pairs(cache.tokens, split.spans, cache.bodies[order], kept[0][order], run.data.length)
+    kind = Stream if run.data.rows == "chunked" else Pieces
+    return kind(cache.tokens, split.spans, run.data.length)
+
+
+def _check_size(run: Run, cut: batches.Cut, split: Split, purpose: str):
+    """Refuses too little text."""
+    if len(cut):
+        return
+    own = purpose == "hold out" and run.data.held_out_paths
+    needed = f"data.length + 1 = {run.data.length + 1}" if run.data.rows == "chunked" else "2"
+    share = "" if own else f" with data.held_out = {run.data.held_out}"
+    raise ValueError(
+        f"{'data.held_out_paths' if own else 'data.paths'} has too little text to {purpose}: "
+        f"{split.spans.tokens} tokens{share}, and a row needs {needed}"
+    )
+
+
+def _facts(caches: list[TokenCache]) -> dict[str, Any]:
+    """What the text of all caches is, by the fields of `Corpus`."""
+    return {
+        "size": sum(cache.size for cache in caches),
+        "documents": sum(len(cache.documents) for cache in caches),
+        "tokens": sum(len(cache.tokens) for cache in caches),
+        "malformed": sum(cache.malformed for cache in caches),
+        "reports": tuple(report for cache in caches for report in cache.reports),
+        "bytes_per_token": sum(c.predicted_bytes for c in caches) / sum(c.predicted_tokens for c in caches),
+    }
+
+
+def _fingerprint(run: Run, tokenizer: Tokenizer, caches: list[TokenCache]) -> str:
+    texts = [cache.fingerprint for cache in caches]
+    rows = [run.data.rows, run.data.length, run.data.packing_bins, run.summarize.truncate]
+    split = [run.task, run.seed, run.data.held_out]
+    asked = json.dumps([tokenizer.fingerprint, texts, rows, split])
+    return hashlib.sha256(asked.encode()).hexdigest()

@@ -1,0 +1,178 @@
+"""Tokens of documents, cut for rows: pieces and examples that packing lays together, or rows of a stream.
+
+Each class is a `grain` source: it has a length, and an item is a dict of
+
+  tokens: int32 `[L, 3]`: the token read, the one after it (the target), and the position.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+import numpy as np
+from jaxtyping import Int
+
+from train.data.batch import Batch
+from train.data.token_cache import TokenCache
+
+TOKENS, SEGMENTS, CONTEXT = "tokens", "tokens_segment_ids", "tokens_positions"  # as `grain` packs them
+Item = dict[str, np.ndarray]
+REFUSED = 3  # documents that a refusal names
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Parts of a stream of tokens, each of one document, in some order: `starts[i]` up to `stops[i]`."""
+
+    starts: Int[np.ndarray, " n"]
+    stops: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are in all parts."""
+        return int((self.stops - self.starts).sum())
+
+
+class Pieces:
+    """Documents cut into consecutive pieces of at most `length` targets.
+
+    Pieces overlap by a token, so that each token but a document's first is a target once. Positions
+    count from 0 in each piece.
+    """
+
+    def __init__(self, tokens: np.ndarray, spans: Spans, length: int):
+        self._tokens, self._spans, self._length = tokens, spans, length
+        targets = spans.stops - spans.starts - 1
+        self._stops = np.cumsum(-(-targets // length))  # pieces up to and with each document
+
+    def __len__(self) -> int:
+        return int(self._stops[-1]) if len(self._stops) else 0
+
+    def __getitem__(self, index: SupportsIndex) -> Item:
+        i = int(index)
+        document = int(np.searchsorted(self._stops, i, side="right"))
+        before = int(self._stops[document - 1]) if document else 0
+        start = int(self._spans.starts[document]) + (i - before) * self._length
+        stop = min(start + self._length + 1, int(self._spans.stops[document]))
+        return _item(self._tokens[start:stop], first=0)
+
+
+class Pairs:
+    """Documents with their summaries: document, end, summary, end.
+
+    The first end stands at position `length`, in every example: the document ends just before it, the
+    summary follows.
+
+    Args:
+      tokens: of all examples.
+      spans: of each example.
+      bodies: tokens in each document.
+      kept: how many of them are read, from the document's start; see `fitting`.
+      length: T, which `kept` makes every example fit.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        spans: Spans,
+        bodies: Int[np.ndarray, " n"],
+        kept: Int[np.ndarray, " n"],
+        length: int,
+    ):
+        self._tokens, self._spans, self._length = tokens, spans, length
+        self._bodies, self._kept = bodies, kept
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: SupportsIndex) -> Item:
+        i = int(index)
+        start, stop, kept = int(self._spans.starts[i]), int(self._spans.stops[i]), int(self._kept[i])
+        document = self._tokens[start : start + kept]
+        summary = self._tokens[start + int(self._bodies[i]) : stop]  # with the end before it
+        return _item(np.concatenate([document, summary]), first=self._length - kept)
+
+
+class Stream:
+    """Documents end to end, cut into rows of `length` targets; what does not fill the last one is left out.
+
+    An item is a whole row: its segments are 1, its positions count from 0.
+    """
+
+    def __init__(self, tokens: np.ndarray, spans: Spans, length: int):
+        self._tokens, self._spans, self._length = tokens, spans, length
+        self._stops = np.cumsum(spans.stops - spans.starts)
+
+    def __len__(self) -> int:
+        return max(0, self._spans.tokens - 1) // self._length
+
+    def __getitem__(self, index: SupportsIndex) -> Item:
+        start, parts, left = int(index) * self._length, [], self._length + 1
+        document = int(np.searchsorted(self._stops, start, side="right"))
+        while left:
+            first = int(self._spans.stops[document] - self._stops[document]) + start
+            part = self._tokens[first : min(first + left, int(self._spans.stops[document]))]
+            parts.append(part)
+            start, left, document = start + len(part), left - len(part), document + 1
+        item = _item(np.concatenate(parts), first=0)
+        return item | {
+            SEGMENTS: np.ones(self._length, np.int32),
+            CONTEXT: np.arange(self._length, dtype=np.int32),
+        }
+
+
+def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, " documents"]:
+    """Tokens that are kept of each document of a pair, so that it fits a row with its summary.
+
+    Args:
+      cache: of pairs.
+      length: T, tokens in a row.
+      truncate: summarize.truncate, cut documents at their end.
+
+    Raises:
+      ValueError: an example does not fit and is not to be cut, or its summary alone fills a row.
+    """
+    bodies = cache.bodies
+    summaries = cache.stops - cache.starts - bodies - 2
+    room = length - summaries - 1  # the last end is a target alone
+    too_long = np.flatnonzero(room < (1 if truncate else bodies))
+    if not len(too_long):
+        return np.minimum(bodies, room)
+    named = "; ".join(
+        f"{cache.origin(i)}: a document of {bodies[i]:,} tokens and a summary of {summaries[i]:,}"
+        for i in too_long[:REFUSED]
+    )
+    more = f"; and {len(too_long) - REFUSED:,} more" if len(too_long) > REFUSED else ""
+    needed = int((bodies + summaries).max()) + 1
+    remedy = (
+        "with --summarize.truncate some of the document must fit beside its summary"
+        if truncate
+        else f"a row of {needed:,} holds all; --summarize.truncate cuts documents"
+    )
+    raise ValueError(
+        f"data.length: {len(too_long):,} of {len(bodies):,} examples do not fit a row of {length:,} tokens "
+        f"({named}{more}): {remedy}"
+    )
+
+
+def as_batch(rows: Mapping[str, np.ndarray], loss_from: int) -> Batch:
+    """The batch of some rows as they were packed.
+
+    Args:
+      rows: tokens `[B, T, 3]`, segments and context `[B, T]`.
+      loss_from: the first position whose target is in the loss: 0, or data.length for summaries.
+    """
+    inputs, targets, positions = (np.ascontiguousarray(rows[TOKENS][..., field]) for field in range(3))
+    segments = rows[SEGMENTS]
+    asked = (segments > 0) & (positions >= loss_from)
+    leaves: list[Any] = [inputs, targets, asked.astype(np.float32), positions, segments, rows[CONTEXT]]
+    return Batch(*leaves)
+
+
+def _item(ids: np.ndarray, first: int) -> Item:
+    """What is read of some tokens: all but the last, at positions from `first`."""
+    positions = np.arange(first, first + len(ids) - 1)
+    return {TOKENS: np.stack([ids[:-1], ids[1:], positions], axis=1).astype(np.int32)}

@@ -1,0 +1,71 @@
+"""Which documents are trained on and which are held out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from train.data.rows import Spans
+from train.data.token_cache import TokenCache
+
+
+@dataclass(frozen=True)
+class Split:
+    """Documents of a cache, in the order of training.
+
+    Attributes:
+      spans: their tokens.
+      documents: their numbers in the cache.
+    """
+
+    spans: Spans
+    documents: Int[np.ndarray, " n"]
+
+
+def everything(cache: TokenCache, seed: int) -> Split:
+    """All documents, in an order of the seed's."""
+    order = np.random.default_rng(seed).permutation(len(cache.documents))
+    return Split(Spans(cache.starts[order], cache.stops[order]), order)
+
+
+def by_tokens(whole: Split, held_out: float) -> tuple[Split, Split]:
+    """The first documents to train on, and those with the last share of the tokens to hold out.
+
+    A document over the cut is divided, unless the cut would leave a single token on a side.
+    """
+    spans = whole.spans
+    lengths = spans.stops - spans.starts
+    stops = np.cumsum(lengths)
+    cut = int(stops[-1]) - round(int(stops[-1]) * held_out)
+    over = int(np.searchsorted(stops, cut, side="right"))  # the document that the cut falls in
+    if over == len(whole.documents):
+        return whole, _part(whole, slice(0, 0))
+    inside = cut - int(stops[over] - lengths[over])
+    if inside < 2 or lengths[over] - inside < 2:
+        first = over + int(inside >= 2)
+        return _part(whole, slice(0, first)), _part(whole, slice(first, None))
+    train, held = _part(whole, slice(0, over + 1)), _part(whole, slice(over, None))
+    middle = spans.starts[over] + inside
+    train_spans = Spans(train.spans.starts, np.append(train.spans.stops[:-1], middle))
+    held_spans = Spans(np.insert(held.spans.starts[1:], 0, middle), held.spans.stops)
+    return Split(train_spans, train.documents), Split(held_spans, held.documents)
+
+
+def by_documents(whole: Split, held_out: float) -> tuple[Split, Split]:
+    """The first documents to train on, and the last share of them, at least one, to hold out.
+
+    Raises:
+      ValueError: there are not two.
+    """
+    count = len(whole.documents)
+    if count < 2:
+        raise ValueError(
+            f"data.paths has too few examples: {count}, and one is needed to train on and one to hold out"
+        )
+    first = count - min(count - 1, max(1, round(count * held_out)))
+    return _part(whole, slice(0, first)), _part(whole, slice(first, None))
+
+
+def _part(split: Split, part: slice) -> Split:
+    spans = Spans(split.spans.starts[part], split.spans.stops[part])
+    return Split(spans, split.documents[part])

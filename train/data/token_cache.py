@@ -1,0 +1,231 @@
+"""All documents as tokens, in one memory-mapped array that is written once and found again by later runs."""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from jaxtyping import Int
+
+from train.config.run import Task
+from train.data.records import place, records
+from train.data.sources import Source, files
+from train.data.token_writer import DOCUMENT, DOCUMENTS, FACTS, TEXTS, TOKENS, encoded, write, writing
+from train.data.tokenizers import Tokenizer
+
+VERSION = 2  # of the files below: others are not read
+UNFINISHED = ".unfinished-"
+CLAIM = ".claim-"
+ABANDONED = 24 * 3600  # seconds without a write, after which an unfinished folder is taken away
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The tokens of some documents: of each its text and an end; or document, end, summary, end.
+
+    Attributes:
+      tokens: of all documents, one after the other, memory-mapped.
+      documents: a `DOCUMENT` for each, memory-mapped.
+      texts: UTF-8 of the documents and summaries, memory-mapped; None for texts without summaries.
+      files: where they were read; `DOCUMENT`'s file counts in this.
+      malformed: texts left out that could not be read.
+      reports: the first few of them in words.
+      fingerprint: hash of the tokens and of where documents begin and end.
+    """
+
+    tokens: Int[np.ndarray, " tokens"]
+    documents: np.ndarray
+    texts: np.ndarray | None
+    files: tuple[str, ...]
+    malformed: int
+    reports: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def starts(self) -> Int[np.ndarray, " documents"]:
+        """The first token of each document."""
+        return np.concatenate([[0], self.documents["stop"][:-1]])
+
+    @property
+    def stops(self) -> Int[np.ndarray, " documents"]:
+        """The token after the last of each document, its end token included."""
+        return np.array(self.documents["stop"])
+
+    @property
+    def bodies(self) -> Int[np.ndarray, " documents"]:
+        """The tokens of each document before its first end."""
+        return np.array(self.documents["body"])
+
+    @property
+    def summary_words(self) -> Int[np.ndarray, " documents"]:
+        """The words of each summary."""
+        return np.array(self.documents["summary_words"])
+
+    @property
+    def pairs(self) -> bool:
+        """Whether documents have summaries."""
+        return self.texts is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return int(self.documents["text_stop"][-1])
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of the summaries, or of the texts without."""
+        return int(self.documents["summary_bytes"].sum()) if self.pairs else self.size
+
+    @property
+    def predicted_tokens(self) -> int:
+        """Tokens of the summaries, or of the texts without; no ends."""
+        documents, bodies = len(self.documents), int(self.bodies.sum())
+        return len(self.tokens) - bodies - 2 * documents if self.pairs else bodies
+
+    def origin(self, index: int) -> str:
+        """The file, and the line where it has several, that a document was read from."""
+        document = self.documents[index]
+        return place(self.files[document["file"]], int(document["line"]) or None)
+
+    def pair(self, index: int) -> tuple[str, str]:
+        """A document and its summary, as they were read."""
+        assert self.texts is not None
+        start = int(self.documents["text_stop"][index - 1]) if index else 0
+        stop = int(self.documents["text_stop"][index])
+        middle = stop - int(self.documents["summary_bytes"][index])
+        return self.texts[start:middle].tobytes().decode(), self.texts[middle:stop].tobytes().decode()
+
+
+def token_cache(
+    found: Sequence[Source],
+    task: Task,
+    columns: Mapping[str, str],
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    skip_malformed: bool = False,
+) -> TokenCache:
+    """The sources' documents as tokens: from the cache, or read, encoded and written to it.
+
+    A cache goes by the files' paths, sizes and times of change and by all other arguments. It appears
+    in `folder` in one move when it is finished: what a crash leaves is never read. Of several processes
+    that want the same one the first makes it and the others wait; where the file system knows no locks,
+    each makes one, and the first to finish is taken. Neither the texts nor the tokens are ever all in
+    memory.
+
+    Raises:
+      ValueError: a text is malformed (see `records`) and is not to be left out; there is no text; a
+        text holds the tokenizer's end token; or the cache is damaged.
+      OSError: a file cannot be read, or changed meanwhile; or `folder` cannot be written to.
+    """
+    key = _key(found, task, columns, tokenizer, skip_malformed)
+    finished = folder / key
+    if not finished.exists():
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _take_away_abandoned(folder)
+        with _claimed(folder / f"{CLAIM}{key}"), _unfinished(folder) as unfinished:
+            if not finished.exists():  # another process may have been first
+                documents = encoded(records(found, task, columns), tokenizer)
+                write(documents, found, tokenizer, unfinished, skip_malformed)
+                if _key(found, task, columns, tokenizer, skip_malformed) != key:
+                    raise OSError("data.paths: files changed while they were read")
+                _move(unfinished, finished)
+    return _open(finished)
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Waits until no other process that lives holds the claim of this name."""
+    with writing(path.parent):
+        claim = path.open("w")
+    with claim:
+        with suppress(OSError):  # the file system knows no locks
+            fcntl.flock(claim, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # those that wait for it hold the file itself
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A folder to make a cache in; it is gone afterwards, unless it was given a name."""
+    unfinished = folder / f"{UNFINISHED}{uuid4().hex}"
+    with writing(folder):
+        unfinished.mkdir()
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _key(
+    found: Sequence[Source], task: Task, columns: Mapping[str, str], tokenizer: Tokenizer, skip: bool
+) -> str:
+    """The name of a cache's folder."""
+    seen = []
+    for source in found:
+        for path in files(source):
+            stat = path.stat()
+            seen.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, source.kind, source.named])
+    asked = [VERSION, task, sorted(columns.items()), tokenizer.fingerprint, tokenizer.end, skip, seen]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+
+def _move(unfinished: Path, finished: Path):
+    """Gives a finished cache its name, unless another process was first."""
+    try:
+        unfinished.rename(finished)
+    except OSError as error:
+        if not finished.exists():
+            raise OSError(f"data.cache: {finished} cannot be made: {error}") from error
+
+
+def _take_away_abandoned(folder: Path):
+    """Deletes what killed processes left."""
+    for left in folder.glob(UNFINISHED + "*"):
+        try:
+            last = max(path.stat().st_mtime for path in [left, *left.iterdir()])
+        except FileNotFoundError:  # its process has just finished it
+            continue
+        if time.time() - last > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _open(folder: Path) -> TokenCache:
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in (TOKENS, DOCUMENTS, TEXTS)}
+    except (FileNotFoundError, ValueError) as error:
+        raise _damaged(folder, f"it has no whole {FACTS}, or a file is missing") from error
+    shapes = {
+        TOKENS: (np.dtype(facts["dtype"]), facts["tokens"]),
+        DOCUMENTS: (DOCUMENT, facts["documents"]),
+        TEXTS: (np.dtype(np.uint8), facts["texts"]),
+    }
+    arrays = {}
+    for name, (dtype, count) in shapes.items():
+        if sizes[name] != dtype.itemsize * count:
+            raise _damaged(folder, f"{name} has {sizes[name]:,} bytes, not {dtype.itemsize * count:,}")
+        arrays[name] = np.memmap(folder / name, dtype, "r", shape=(count,)) if count else None
+    return TokenCache(
+        arrays[TOKENS],
+        arrays[DOCUMENTS],
+        arrays[TEXTS],
+        tuple(facts["files"]),
+        facts["malformed"],
+        tuple(facts["reports"]),
+        facts["fingerprint"],
+    )
+
+
+def _damaged(folder: Path, fault: str) -> ValueError:
+    return ValueError(f"data.cache: {folder} is damaged, {fault}: delete it, and it is made again")

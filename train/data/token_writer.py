@@ -1,0 +1,194 @@
+"""Records in, the files of a token cache out."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.records import Malformed, Record, place
+from train.data.sources import Source
+from train.data.tokenizers import Ids, Tokenizer
+
+DOCUMENT = np.dtype(
+    [
+        ("stop", "<i8"),  # the token after the document's last
+        ("body", "<i8"),  # tokens before its first end
+        ("text_stop", "<i8"),  # the byte after its last, of all documents' text
+        ("summary_bytes", "<i8"),
+        ("summary_words", "<i8"),
+        ("file", "<i4"),
+        ("line", "<i8"),  # 0 for a whole file
+    ]
+)
+TOKENS, DOCUMENTS, TEXTS, FACTS = "tokens.bin", "documents.bin", "texts.bin", "facts.json"
+REPORTS = 5  # malformed lines whose description is kept
+BATCH = 1 << 22  # letters that become tokens at once
+BATCH_RECORDS = 4096
+
+
+def encoded(
+    items: Iterable[Record | Malformed], tokenizer: Tokenizer
+) -> Iterator[tuple[Record, list[Ids]] | Malformed]:
+    """Each record with the tokens of its texts."""
+    for batch in _batches(items):
+        texts = [item.texts for item in batch if isinstance(item, Record)]
+        ids = iter(tokenizer.encode(list(chain.from_iterable(texts))) if texts else [])
+        for item in batch:
+            if isinstance(item, Malformed):
+                yield item
+                continue
+            own = [next(ids) for _ in item.texts]
+            if any((part == tokenizer.end).any() for part in own):
+                raise ValueError(
+                    f"data.end_token: the text of {place(item.path, item.line)} holds the end token "
+                    f"(id {tokenizer.end}): name a token that no text can hold"
+                )
+            if item.line is not None and not all(map(len, own)):
+                yield Malformed(item.path, item.line, "the tokenizer makes no token of it")
+            else:
+                yield item, own
+
+
+def _batches(items: Iterable[Record | Malformed]) -> Iterator[list[Record | Malformed]]:
+    batch, letters = [], 0
+    for item in items:
+        batch.append(item)
+        letters += sum(map(len, item.texts)) if isinstance(item, Record) else 0
+        if letters >= BATCH or len(batch) == BATCH_RECORDS:
+            yield batch
+            batch, letters = [], 0
+    if batch:
+        yield batch
+
+
+def write(
+    documents: Iterable[tuple[Record, list[Ids]] | Malformed],
+    found: Sequence[Source],
+    tokenizer: Tokenizer,
+    folder: Path,
+    skip_malformed: bool,
+):
+    """Writes the files of a cache.
+
+    Raises:
+      ValueError: a text is malformed and not to be left out, or there is none.
+      OSError: the folder cannot be written to.
+    """
+    malformed, reports = 0, []
+    with _Writer(folder, [str(source.path) for source in found], tokenizer) as writer:
+        for item in documents:
+            if not isinstance(item, Malformed):
+                writer.add(*item)
+                continue
+            if item.asked_for and not skip_malformed:
+                raise item.error()
+            malformed += 1
+            reports = [*reports, str(item)][:REPORTS]
+        facts = writer.finish()
+    if not facts["documents"]:
+        left_out = f", {malformed} malformed lines left out, the first {reports[0]}" if malformed else ""
+        named = ", ".join(str(source.path) for source in found[:REPORTS])
+        raise ValueError(f"data.paths has no text: {named or 'the folders are empty'}{left_out}")
+    facts |= {"malformed": malformed, "reports": reports}
+    with writing(folder), (folder / FACTS).open("w") as file:
+        file.write(json.dumps(facts))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Names the option for a cache that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(f"data.cache: tokens cannot be written to {folder}: {error}")
+
+
+class _Writer:
+    """Appends documents to the files of a cache."""
+
+    def __init__(self, folder: Path, files: Sequence[str], tokenizer: Tokenizer):
+        self._folder, self._names = folder, list(files)
+        self._numbers = {name: number for number, name in enumerate(files)}
+        self._dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
+        self._end = np.array([tokenizer.end], self._dtype).tobytes()
+        self._hash = hashlib.sha256()
+        self._document = np.zeros((), DOCUMENT)
+        self._tokens = self._size = self._count = 0
+        self._pairs = self._open = False
+
+    def __enter__(self) -> "_Writer":
+        with writing(self._folder):
+            self._files = {name: (self._folder / name).open("wb") for name in (TOKENS, DOCUMENTS, TEXTS)}
+        return self
+
+    def __exit__(self, *_):
+        for file in self._files.values():
+            with writing(self._folder):
+                file.close()
+
+    def add(self, record: Record, ids: list[Ids]):
+        """A record, which may be a further part of the document before."""
+        texts = [text.encode() for text in record.texts]
+        if record.part == 0:
+            self._close_document()
+            self._open, self._pairs = True, len(texts) == 2
+            self._document["body"] = 0
+            self._document["file"] = self._numbers[str(record.path)]
+            self._document["line"] = record.line or 0
+        self._document["body"] += len(ids[0])
+        self._put_tokens(ids[0].astype(self._dtype).tobytes())
+        if self._pairs:
+            self._document["summary_bytes"] = len(texts[1])
+            self._document["summary_words"] = len(record.texts[1].split())
+            self._put_tokens(self._end + ids[1].astype(self._dtype).tobytes())
+            self._put(TEXTS, b"".join(texts))
+        self._size += sum(map(len, texts))
+
+    def finish(self) -> dict[str, Any]:
+        """What is known of the documents once there are no more."""
+        self._close_document()
+        with writing(self._folder):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        return {
+            "tokens": self._tokens,
+            "dtype": self._dtype.name,
+            "documents": self._count,
+            "texts": self._size if self._pairs else 0,
+            "files": self._names,
+            "fingerprint": self._hash.hexdigest(),
+        }
+
+    def _close_document(self):
+        if not self._open:
+            return
+        self._put_tokens(self._end)
+        self._document["stop"], self._document["text_stop"] = self._tokens, self._size
+        self._put(DOCUMENTS, self._document.tobytes())
+        self._hash.update(np.array([self._tokens, self._document["body"]]).tobytes())
+        self._count += 1
+        self._open = False
+
+    def _put_tokens(self, data: bytes):
+        self._put(TOKENS, data)
+        self._hash.update(data)
+        self._tokens += len(data) // self._dtype.itemsize
+
+    def _put(self, name: str, data: bytes):
+        try:  # a context manager takes a quarter of the time that a short text takes
+            self._files[name].write(data)
+        except OSError as error:
+            raise _unwritable(self._folder, error) from error

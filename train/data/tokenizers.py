@@ -1,0 +1,247 @@
+"""Text to tokens and back: bytes, a `tokenizer.json`, a sentencepiece model; and a BPE made for a text."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from train.config.run import Task
+from train.data.records import Malformed, records
+from train.data.sources import sources
+from train.disk import check_writable
+
+Ids = Int[np.ndarray, " tokens"]
+END = "<|endoftext|>"  # of the tokenizers that are trained here
+ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")
+ALPHABET = 256  # of bytes
+WORD = (  # what a token of `train_bpe` does not reach beyond, after the words of GPT-4's tokenizer
+    r"[^\r\n\p{L}\p{N}]?\p{L}+"  # letters, with the space or the mark before them
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # marks, with the line ends after them
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer(ABC):
+    """Texts as whole numbers in `0 <= id < vocabulary`.
+
+    Attributes:
+      vocabulary: how many ids there are.
+      end: the id that stands after each text, and in none.
+      fingerprint: the same only for tokenizers that give the same ids.
+    """
+
+    vocabulary: int
+    end: int
+    fingerprint: str
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """The tokens of each text, int32, without an end."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some tokens; what is no text, half a letter for instance, becomes �.
+
+        End tokens are left out. Of bytes and of a BPE of `train_bpe`, `decode(encode([text])[0])` is
+        the text.
+        """
+
+
+class Bytes(Tokenizer):
+    """A token is a byte of UTF-8; the null byte, which text has not, is the end."""
+
+    vocabulary = ALPHABET
+    end = 0
+    fingerprint = "bytes"
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(id for id in map(int, ids) if id != self.end).decode("utf-8", errors="replace")
+
+
+class Subwords(Tokenizer):
+    """A `tokenizer.json` of the library `tokenizers`. Text that spells a special token stays text."""
+
+    def __init__(self, path: Path, end_token: str | None):
+        from tokenizers import Tokenizer as Library
+
+        content = path.read_bytes()
+        try:
+            self._library = Library.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"data.tokenizer: {path} is no tokenizer.json ({error})") from error
+        self._library.encode_special_tokens = True
+        self._library.no_padding()
+        self._library.no_truncation()
+        ids = self._library.get_vocab(with_added_tokens=True)
+        name = _end_token(ids, end_token, path)
+        self.vocabulary, self.end = max(ids.values()) + 1, ids[name]
+        self.fingerprint = _fingerprint("tokenizer.json", name, content)
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(text.ids, np.int32) for text in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._library.decode([id for id in map(int, ids) if id != self.end], skip_special_tokens=True)
+
+
+class Pieces(Tokenizer):
+    """A sentencepiece model. It may change white space and letters that it holds to be the same."""
+
+    def __init__(self, path: Path, end_token: str | None):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise ValueError(
+                f"data.tokenizer: {path} needs sentencepiece, which is not installed: "
+                'pip install "dynmask_jax[hub]"'
+            ) from error
+        content = path.read_bytes()
+        self._library: Any = SentencePieceProcessor()
+        try:
+            self._library.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise ValueError(f"data.tokenizer: {path} is no sentencepiece model ({error})") from error
+        self.vocabulary = self._library.GetPieceSize()
+        ids = {self._library.IdToPiece(id): id for id in range(self.vocabulary)}
+        own = self._library.eos_id()
+        name = end_token or (self._library.IdToPiece(own) if own >= 0 else None)
+        name = _end_token(ids, name, path)
+        self.end = ids[name]
+        self.fingerprint = _fingerprint("sentencepiece", name, content)
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.array(ids, np.int32) for ids in self._library.EncodeAsIds(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._library.DecodeIds([id for id in map(int, ids) if id != self.end])
+
+
+def load_tokenizer(name: str, end_token: str | None = None) -> Tokenizer:
+    """The tokenizer of data.tokenizer: bytes, or one from a file.
+
+    Args:
+      name: "bytes", the path of a sentencepiece model (`….model`), or of a `tokenizer.json`.
+      end_token: data.end_token; None: the one that goes by a usual name.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is no tokenizer, has no such end token or none of a usual name, or its library is
+        not installed.
+    """
+    if name == "bytes":
+        if end_token is not None:
+            raise ValueError(
+                f"data.end_token: the tokenizer bytes has none but the null byte, got {end_token!r}"
+            )
+        return Bytes()
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.tokenizer: {name} does not exist: bytes, or the path of a tokenizer.json or of a "
+            "sentencepiece model (….model)"
+        )
+    return Pieces(path, end_token) if path.suffix == ".model" else Subwords(path, end_token)
+
+
+def train_bpe(
+    paths: Sequence[str],
+    vocabulary: int,
+    columns: Mapping[str, str],
+    out: Path,
+    *,
+    skip_malformed: bool = False,
+) -> Tokenizer:
+    """A byte-level BPE tokenizer made for some texts, written to a `tokenizer.json`.
+
+    Any text has tokens, and they give it back. Pairs of document and summary are read both.
+
+    Args:
+      paths: what `data.paths` takes.
+      vocabulary: ids, the 256 bytes and the end token `<|endoftext|>` included. A small text may not
+        have enough pairs of tokens for so many; the tokenizer then has fewer.
+      columns: data.columns.
+      out: the file to write. Folders are made.
+      skip_malformed: leave out lines that cannot be read.
+
+    Raises:
+      FileExistsError: the file is there already.
+      OSError: its folder cannot be written to.
+      ValueError: `vocabulary` is too small, there is no text, or some cannot be read.
+    """
+    if vocabulary <= ALPHABET:
+        raise ValueError(
+            f"vocabulary must be above {ALPHABET}, all bytes and the end token {END}, got {vocabulary}"
+        )
+    if out.exists():
+        raise FileExistsError(f"{out} is there already, and runs may depend on it: name another file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent)
+    library = _trained(_texts(paths, columns, skip_malformed), vocabulary)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    library.save(str(unfinished))
+    unfinished.replace(out)
+    return load_tokenizer(str(out))
+
+
+def _trained(texts: Iterator[str], vocabulary: int) -> Any:
+    """A BPE over bytes, as the library `tokenizers` has it."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE())
+    words = pre_tokenizers.Split(Regex(WORD), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    return library
+
+
+def _texts(paths: Sequence[str], columns: Mapping[str, str], skip_malformed: bool) -> Iterator[str]:
+    """Every text at the paths, documents and summaries alike."""
+    task: Task | None = "lm" if "text" in columns else None
+    some = False
+    for record in records(sources(paths), task, columns):
+        if not isinstance(record, Malformed):
+            some = True
+            yield from record.texts
+        elif record.asked_for and not skip_malformed:
+            raise record.error()
+    if not some:
+        raise ValueError(f"data.paths has no text: {', '.join(paths)}")
+
+
+def _end_token(ids: Mapping[str, int], asked: str | None, path: Path) -> str:
+    """The name of the end token among a tokenizer's."""
+    if asked is not None:
+        if asked not in ids:
+            raise ValueError(f"data.end_token: {path} has no token {asked!r}")
+        return asked
+    usual = [name for name in ENDS if name in ids]
+    if len(usual) == 1:
+        return usual[0]
+    found = f"several tokens of a usual name, {', '.join(usual)}" if usual else "no end token of a usual name"
+    raise ValueError(
+        f"data.tokenizer: {path} has {found} ({', '.join(ENDS)}): name the one that ends a text with "
+        "--data.end-token"
+    )
+
+
+def _fingerprint(kind: str, end: str, content: bytes) -> str:
+    return f"{kind} {hashlib.sha256(content).hexdigest()} {end}"

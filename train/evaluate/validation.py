@@ -1,0 +1,91 @@
+"""Validation: the loss on held-out rows under the full mask, by how much context a token has."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from dynmask_jax import Mask
+from dynmask_jax.array_typing import Int
+from train.config.run import Run
+from train.data.batch import Batch
+from train.data.corpus import Corpus
+from train.evaluate.needle import Needles, Probe
+from train.step.program import Evaluated, Program, State
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found.
+
+    Attributes:
+      loss: mean nats a token under the full mask.
+      positions: the same for tokens with so many of their document before them, by the least of
+        them: "64" for 64 … 127. Where there were none, the key is missing.
+      pace_loss: mean nats a token under the mask of now, where the curriculum's pace follows it.
+      needle: what the probe found, where it was asked for.
+    """
+
+    loss: float
+    positions: dict[str, float]
+    pace_loss: float | None = None
+    needle: Needles | None = None
+
+
+class Validator:
+    """Validates states of one run, always on the same rows.
+
+    Args:
+      program: of the run.
+      corpus: whose held-out rows are read.
+      run: the config.
+      order: of the tokens of a row over the devices of a mesh, `Layouts.full`; any is right.
+    """
+
+    def __init__(
+        self, program: Program, corpus: Corpus, run: Run, order: Int[np.ndarray, " T"] | None = None
+    ):
+        self._program, self._rows, self._order = program, corpus.held_out, order
+        self._evaluate = jax.jit(program.evaluate)
+        self._by_loss = run.curriculum.pace == "loss"
+        self._probe = Probe(program, corpus, run) if run.evaluation.needles else None
+
+    def __call__(self, state: State) -> Validation:
+        """The validation of a state's weights, or of their running mean where there is one."""
+        params = self._program.weights(state)
+        full = self._measured(params, self._program.full_mask)
+        now = self._measured(params, self._program.mask(state)) if self._by_loss else None
+        return Validation(
+            loss=_mean(full),
+            positions=_by_position(self._program.bucket_starts, full),
+            pace_loss=None if now is None else _mean(now),
+            needle=None if self._probe is None else self._probe(params),
+        )
+
+    def _measured(self, params, mask: Mask) -> Evaluated:
+        on = self._program.placement
+
+        def evaluate(rows: Batch) -> Evaluated:
+            return self._evaluate(params, on.place(on.filled(rows), self._order), mask)
+
+        return total(evaluate, self._rows)
+
+
+def total(evaluate: Callable[[Batch], Evaluated], rows: Iterable[Batch]) -> Evaluated:
+    """The sums over all rows, as NumPy arrays in float64."""
+    # All are under way before the first is waited for.
+    parts = jax.device_get([evaluate(batch) for batch in rows])
+    return jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=np.float64), *parts)
+
+
+def _mean(sums: Evaluated) -> float:
+    return float(np.sum(sums.loss_sum) / np.sum(sums.weight))
+
+
+def _by_position(starts: tuple[int, ...], sums: Evaluated) -> dict[str, float]:
+    return {
+        str(start): float(loss / weight)
+        for start, loss, weight in zip(starts, sums.loss_sum, sums.weight, strict=True)
+        if weight > 0
+    }

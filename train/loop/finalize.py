@@ -1,0 +1,106 @@
+"""What comes after a run's last step: summaries of held-out documents, the pictures and the report.
+
+Each part is made if it is not there yet, so a run that was killed here is finished by the same command.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+
+from dynmask_jax.array_typing import Array
+from train.checkpoint.folder import RunFolder
+from train.config.run import Run
+from train.data.corpus import Corpus
+from train.disk import writing
+from train.evaluate.generation import Generator
+from train.evaluate.summaries import Summarizer, evaluate_summaries
+from train.metrics import log
+from train.metrics.log import open_log
+from train.metrics.mfu import Peak, work
+from train.parallel.processes import Processes
+from train.report import page
+from train.report.outcome import Summary
+from train.report.page import Facts
+from train.step.program import Program, program_of
+from train.step.state import State
+
+RECORDS = 20_000
+"""Of train steps, that the summary, the report and the pictures are made of: a long run has millions."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a run.
+
+    Attributes:
+      run: its config.
+      folder: where its records lie, and the rest goes to.
+      corpus: its texts.
+      program: its model and curriculum.
+      peak: what its devices can do.
+      processes: of which the first writes, and the others wait for it.
+    """
+
+    run: Run
+    folder: RunFolder
+    corpus: Corpus
+    program: Program
+    peak: Peak
+    processes: Processes
+
+    def __call__(self, state: State, compilations: int) -> Summary:
+        """The summary of the whole run; in other processes than the first it has no records.
+
+        Args:
+          state: after the last step.
+          compilations: of the train step, in this process; 0 where none was trained.
+
+        Raises:
+          WriteError: the folder cannot be written to.
+        """
+        if self.processes.first_says(self._lacks_summaries):
+            weights = self.program.placement.alone((self.program.weights(state), state.key))
+            self.processes.first_says(lambda: self._summarise(*weights))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        self.processes.first_says(lambda: self._report(parameters, compilations))
+        return self._summary(compilations) if self.processes.first else Summary([], compilations)
+
+    def _summary(self, compilations: int) -> Summary:
+        return Summary(log.read(self.folder.metrics, RECORDS), compilations)
+
+    def _report(self, parameters: int, compilations: int):
+        if compilations or not self.folder.report.exists():
+            facts = Facts(self.run, self.corpus, self.program.growth, parameters, self.peak)
+            with writing(self.folder.report):
+                page.write(self.folder.path, facts, self._summary(compilations))
+
+    def _lacks_summaries(self) -> bool:
+        """Whether summaries are asked for that are not there yet."""
+        if not self.run.evaluation.summaries:
+            return False
+        return not any("rouge" in record for record in log.read(self.folder.metrics, RECORDS))
+
+    def _summarise(self, weights: optax.Params, key: Array):
+        """Summarises held-out documents, and writes them and their scores."""
+        run, tokenizer = self.run, self.corpus.tokenizer
+        words = run.summarize.lead or self.corpus.lead_words
+        assert words is not None  # summarize has training summaries
+        scores = evaluate_summaries(
+            Summarizer(
+                Generator.of(program_of(run, tokenizer.vocabulary), weights, tokenizer.end),
+                tokenizer,
+                run.summarize.truncate,
+            ),
+            self.corpus.examples[: run.evaluation.summaries],
+            words,
+            run.generation,
+            self.folder.summaries,
+            jax.random.wrap_key_data(key),
+        )
+        texts = self.corpus.bytes_per_token
+        model = work(run.model, tokenizer.vocabulary)
+        with open_log(
+            self.folder.path, run, run.steps, bytes_per_token=texts, work=model, peak=self.peak
+        ) as log:
+            log.rouge(run.steps, scores)

@@ -1,0 +1,149 @@
+"""From a config to a run that is ready to go on: everything that can be refused is refused here."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.folder import RunFolder
+from train.config.run import Run
+from train.data.corpus import Corpus, corpus
+from train.disk import check_space, check_writable
+from train.metrics import log, writers
+from train.parallel.processes import Processes, check_shared
+from train.parallel.sharding import Placement
+from train.step.program import Program, begin
+from train.step.state import State
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is ready to go on from `state`, with `batches` at the same place. Training uses both up."""
+
+    run: Run
+    folder: RunFolder
+    corpus: Corpus
+    program: Program
+    state: State
+    batches: grain.DatasetIterator
+    processes: Processes
+
+    @property
+    def opening(self) -> str:
+        """Where the run stands, in a line."""
+        done, steps, where = int(self.state.step), self.run.steps, self.folder.path
+        if done == steps:
+            return f"The run in {where} is finished, all its {steps:,} steps; --overwrite begins it anew."
+        there, taken = jax.device_count(), self.run.mesh.size
+        spread = "--mesh.data, fsdp, context and tensor spread it"
+        alone = f" It takes {taken} of the {there} devices; {spread}." if there > taken else ""
+        if (processes := self.processes.count) > 1:
+            alone = f" It takes {taken} devices, of {processes} processes."
+        if done:
+            return f"The run in {where} goes on after step {done:,} of {steps:,}.{alone}"
+        return f"A run of {steps:,} steps begins in {where}.{alone}"
+
+
+def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = None) -> Session:
+    """Reads the texts, builds the model, and claims the run's folder or takes its newest checkpoint.
+
+    All that a caller can have wrong is refused here, before anything is trained or overwritten.
+
+    Args:
+      run: the config.
+      overwrite: begin anew where the folder holds a run, which is removed.
+      processes: those of the run, where there are several; by default as JAX knows them. What one of them
+        refuses, it alone raises: see `Processes.ending_together`.
+
+    Raises:
+      OSError: texts are missing; or the folder cannot be written to, lies on a disk with too little
+        space, or is in use by another process.
+      ValueError: the texts or the config are wrong; the folder's run is of another config, of other
+        texts, or without a checkpoint that is whole; or the processes were started with different ones.
+      ImportError: a library is missing that the config asks for.
+    """
+    processes = processes or Processes.here()
+    processes.check_same(run, overwrite=overwrite)
+    folder = RunFolder.of(run)
+    processes.first_says(lambda: _check_folder(folder, run, overwrite))
+    check_shared((folder.elsewhere or folder.path).parent, processes)
+    placement = Placement.of(run.mesh)
+    texts = corpus(run)
+    processes.check_equal(texts.fingerprint, "data.paths: the texts")
+    program, state = begin(run, texts.tokenizer.vocabulary, placement)
+    batches = texts.batches()
+    with ExitStack() as claim:
+        goes_on = processes.first_says(lambda: _claim(claim, folder, run, state, overwrite))
+        restored = _restored(folder, run, texts, state, batches, processes) if goes_on else None
+        done = None if restored is None else int(restored.step)
+        processes.first_says(lambda: _begin(folder, run, done))
+    # Bound to its devices, as a restored one is: the very same program is compiled for both.
+    state = restored or jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    return Session(run, folder, texts, program, state, batches, processes)
+
+
+def _check_folder(folder: RunFolder, run: Run, overwrite: bool):
+    """What is refused before the texts are read, which may take long."""
+    check_writable(folder.path)
+    if folder.elsewhere and not folder.in_bucket:
+        check_writable(folder.elsewhere, "checkpoints.folder")
+    if not overwrite:
+        folder.holds(run)
+    writers.check(run)
+
+
+def _claim(stack: ExitStack, folder: RunFolder, run: Run, state: State, overwrite: bool) -> bool:
+    """Whether the folder, which is claimed until the stack is left, holds the run to go on with."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(folder.claimed())
+    if folder.elsewhere and not folder.in_bucket:
+        folder.elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(folder, run, state)
+    return not overwrite and folder.holds(run)  # another process may have been here meanwhile
+
+
+def _begin(folder: RunFolder, run: Run, done: int | None):
+    """Readies the folder for a run that goes on after so many steps; None: it is new, or was killed before
+    its first checkpoint."""
+    if done is None:
+        folder.begin(run)
+    else:
+        folder.write_config(run)
+        log.rewind(folder.metrics, done)
+
+
+def _restored(
+    folder: RunFolder,
+    run: Run,
+    text: Corpus,
+    fresh: State,
+    batches: grain.DatasetIterator,
+    processes: Processes,
+) -> State | None:
+    """The state of the newest whole checkpoint, or None where there is none. Uses up the fresh one."""
+    with Checkpoints(folder.checkpoints, run, text.fingerprint, processes) as checkpoints:
+        if not checkpoints.steps():
+            return None
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
+        for leaf in jax.tree.leaves(fresh):  # there may not be room for two
+            leaf.delete()
+        return checkpoints.restore_newest(like, batches)
+
+
+def _check_space(folder: RunFolder, run: Run, state: State):
+    """Refuses a disk that cannot take the checkpoints that are kept, and one more while it is written."""
+    if folder.in_bucket:
+        return
+    there = len(list(folder.checkpoints.glob("*"))) if folder.checkpoints.exists() else 0
+    count = max(run.checkpoints.keep + 1 - there, 1)
+    each = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    purpose = f"{count} more checkpoints (checkpoints.keep)"
+    check_space(
+        folder.checkpoints.parent,
+        count * each,
+        purpose,
+        "checkpoints.folder" if folder.elsewhere else "folder",
+    )

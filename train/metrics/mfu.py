@@ -1,0 +1,135 @@
+"""What a train step computes, and how much of what the devices can do that is: MFU.
+
+Counted is what the model needs, not what was done: no recomputation, and of attention only the pairs
+that the mask shows. So an early step of a curriculum, which shows little, is not credited with the
+full mask's work.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from train.config.sections import Dtype, Model, Reach, Watch
+
+TPU_CORE = {
+    "TPU v4": 275e12 / 2,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12 / 2,
+    "TPU v5p": 459e12 / 2,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+}
+"""bfloat16 operations a second of one TensorCore, by JAX's `device_kind`: a chip's, as Google Cloud's
+pages on each TPU's architecture state them, over its cores. Products of float32 arrays are bfloat16
+ones too, unless a higher precision is asked for."""
+
+GPU = {
+    "NVIDIA A100-SXM4-40GB": (312e12, 156e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 156e12),
+    "NVIDIA A100-PCIE-40GB": (312e12, 156e12),
+    "NVIDIA A100 80GB PCIe": (312e12, 156e12),
+    "NVIDIA H100 80GB HBM3": (989.4e12, 494.7e12),
+    "NVIDIA H100 PCIe": (756e12, 378e12),
+    "NVIDIA H100 NVL": (835.5e12, 417.5e12),
+    "NVIDIA H200": (989.4e12, 494.7e12),
+    "NVIDIA H200 NVL": (835.5e12, 417.5e12),
+}
+"""Operations a second in bfloat16 and in TF32, which float32 products take, from NVIDIA's data sheets
+of the A100, H100 and H200: the dense figures, half of those with sparsity."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a train step, forward and backward.
+
+    Attributes:
+      per_token: 6 for each weight of a matrix: a multiplication and an addition, forward once and
+        backward twice. The embedding is a lookup and does not count; the projection to logits does.
+      per_pair: of one visible pair of a query and a key, over all layers of a reach.
+    """
+
+    per_token: float
+    per_pair: Mapping[Reach, float]
+
+    def of(self, tokens: float, pairs: Mapping[Reach, float]) -> float:
+        """The operations of a step.
+
+        Args:
+          tokens: real ones, padding left out.
+          pairs: visible in one layer of each reach, summed over the rows.
+        """
+        return self.per_token * tokens + sum(self.per_pair[reach] * pairs[reach] for reach in pairs)
+
+
+def work(model: Model, vocabulary: int) -> Work:
+    """The work of a model over a vocabulary.
+
+    >>> from train.config.sections import Model
+    >>> shape = Model(layers=2, width=8, heads=2, kv_heads=1, hidden=16, pattern=("local", "global"))
+    >>> work(shape, vocabulary=10).of(tokens=1, pairs={"local": 1, "global": 1})
+    7584.0
+    """
+    head_dim = model.width // model.heads
+    attention = 2 * model.width * head_dim * (model.heads + model.kv_heads)
+    layer = attention + 3 * model.width * model.hidden
+    # Scores and the weighted sum of values: two products of H each, forward, and four backward.
+    pair = 12 * model.heads * head_dim
+    groups = model.layers // len(model.pattern)
+    per_pair: dict[Reach, float] = {
+        reach: float(pair * groups * model.pattern.count(reach)) for reach in model.pattern
+    }
+    return Work(6.0 * (model.layers * layer + model.width * vocabulary), per_pair)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What the devices can do at best.
+
+    Attributes:
+      flops: floating-point operations a second, of all devices together.
+      source: where the figure is from, in words.
+    """
+
+    flops: float
+    source: str
+
+
+def peak(watch: Watch, dtype: Dtype, devices: Collection[Any]) -> Peak:
+    """The peak of the devices: `watch.peak_flops`, or the data sheet's, or what is measured here.
+
+    Args:
+      dtype: what the model computes in.
+      devices: JAX's, all of one kind, the first of them of this process; those that an array lies on are
+        `array.devices()`. CPU devices are taken for one: what is measured is the whole machine.
+    """
+    device = next(iter(devices))
+    if watch.peak_flops is not None:
+        return Peak(watch.peak_flops * len(devices), "watch.peak_flops")
+    kind = device.device_kind
+    if kind in TPU_CORE:
+        # A device is a chip or one core of it: the runtime decides.
+        return Peak(TPU_CORE[kind] * device.num_cores * len(devices), f"the data sheet of {kind}")
+    if kind in GPU:
+        return Peak(GPU[kind][dtype != "bfloat16"] * len(devices), f"the data sheet of {kind}")
+    size = 1024 if device.platform == "cpu" else 8192
+    count = 1 if device.platform == "cpu" else len(devices)
+    return Peak(measured(size, dtype, device) * count, f"measured: a {size} × {size} product in {dtype}")
+
+
+def measured(size: int, dtype: Dtype, device: Any) -> float:
+    """Operations a second of a product of two square matrices, the best of a few."""
+    matrix = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()  # compiles
+    seconds = []
+    for _ in range(5):
+        since = perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(perf_counter() - since)
+    return 2 * size**3 / min(seconds)

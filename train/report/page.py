@@ -1,0 +1,290 @@
+"""The report of a run: `report.md` in its folder, with its pictures, one page to hand to a colleague."""
+
+import json
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+import dynmask_jax
+from train.config.command_line import command
+from train.config.run import Run, options
+from train.disk import write_atomically
+from train.metrics.mfu import Peak
+from train.metrics.writers import Record
+from train.report.markdown import code, section, table
+from train.report.outcome import Summary, bits_in_words
+from train.report.pictures import bits_by_position, draw, draw_positions
+from train.step.curriculum import Growth
+
+if TYPE_CHECKING:
+    from train.data.corpus import Corpus
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the report tells of a run beside its records.
+
+    Attributes:
+      run: its config.
+      corpus: its texts.
+      growth: its curriculum.
+      parameters: how many weights it trained.
+      peak: what its devices can do.
+    """
+
+    run: Run
+    corpus: "Corpus"
+    growth: Growth
+    parameters: int
+    peak: Peak
+
+
+def write(folder: Path, facts: Facts, summary: Summary):
+    """Draws the pictures of a finished run into its folder, and writes `report.md` that shows them.
+
+    Raises:
+      OSError: the folder cannot be written to.
+    """
+    records = summary.records
+    drawn = {
+        "curriculum.png": draw(records, facts.growth, facts.run, folder / "curriculum.png"),
+        "positions.png": draw_positions(records, folder / "positions.png"),
+    }
+    pictures = [name for name, there in drawn.items() if there]
+    write_atomically(folder / "report.md", report(folder, facts, summary, pictures))
+
+
+def report(folder: Path, facts: Facts, summary: Summary, pictures: Sequence[str]) -> str:
+    """The report as Markdown.
+
+    Args:
+      folder: of the run, as commands name it.
+      facts, summary: what it tells.
+      pictures: their names in the folder, of those that there are.
+    """
+    shown = {name: f"![{name}]({name})" for name in pictures}
+    parts = [
+        f"# {facts.run.name}",
+        _opening(facts, summary),
+        section("Result", _result(summary), shown.get("curriculum.png", "")),
+        section("Use of context", _positions(summary), shown.get("positions.png", "")),
+        section("Needles", _needles(summary)),
+        section("Summaries", _rouge(summary)),
+        section("Time", _time(facts, summary)),
+        section("Data", _data(facts, summary)),
+        section("Config", _config(facts.run)),
+        section("Versions and machine", _machine()),
+        section("Going on", *_commands(folder, facts.run)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _opening(facts: Facts, summary: Summary) -> str:
+    run, steps = facts.run, summary.steps
+    what = "model that summarises" if run.task == "summarize" else "language model"
+    plural = "s" if run.model.layers > 1 else ""
+    words = (
+        f"A {what}, of {facts.parameters:,} weights in {run.model.layers} layer{plural} of width "
+        f"{run.model.width:,}, trained for {run.steps:,} steps on rows of {run.data.length:,} tokens, about "
+        f"{_tokens(facts, summary):,.0f} tokens in all. {_curriculum(run)}"
+    )
+    if not steps or not steps[-1]["skipped"]:
+        return words
+    return (
+        f"{words}\n\n**{steps[-1]['skipped']:,} steps were skipped**, for their loss or gradient was not "
+        "finite; `skipped` in `metrics.jsonl` says when."
+    )
+
+
+def _curriculum(run: Run) -> str:
+    curriculum = run.curriculum
+    match curriculum.kind:
+        case "full":
+            return "Every step saw the full mask."
+        case "static":
+            return f"Every step saw chunks of {curriculum.chunk:,} tokens, which did not grow."
+    end = run.data.length if curriculum.end is None else curriculum.end
+    what = {
+        "window": f"The window grew from {curriculum.start:,} to {end:,} tokens",
+        "chunks": f"Chunks grew from {curriculum.start:,} to {end:,} tokens",
+        "reveal": f"What was shown of earlier chunks grew from {curriculum.start / run.data.length:.1%} to "
+        f"{end / run.data.length:.0%}",
+    }[curriculum.kind]
+    if curriculum.pace == "loss":
+        return f"{what} ({curriculum.schedule}), in {curriculum.stages} stages, as the validation loss fell."
+    return f"{what} ({curriculum.schedule}), over the first {curriculum.share:.0%} of the steps."
+
+
+def _result(summary: Summary) -> str:
+    validations = summary.validations
+    if not validations:
+        return ""
+    best = min(validations, key=lambda r: (r["validation_loss"] is None, r["validation_loss"]))
+    named = {"first": validations[0], "best": best, "last": validations[-1]}
+    if best["step"] in (validations[0]["step"], validations[-1]["step"]):
+        del named["best"]
+    rows = [
+        (name, f"{r['step']:,}", bits_in_words(r["validation_bits_per_byte"]), _nats(r))
+        for name, r in named.items()
+    ]
+    return table(("validation, at the full mask", "steps done", "bits per byte", "nats a token"), rows)
+
+
+def _nats(record: Record) -> str:
+    loss = record["validation_loss"]
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _positions(summary: Summary) -> str:
+    found = [bits for bits in map(bits_by_position, summary.validations) if bits]
+    if not found:
+        return ""
+    first, last = found[0], found[-1]
+    rows = [(f"{start:,}", _or_none(first.get(start), ".3f"), f"{last[start]:.3f}") for start in sorted(last)]
+    words = (
+        "Bits per byte at the full mask, by how many tokens of its document a token has before it. Where "
+        "they go on falling, long contexts are used."
+    )
+    return f"{words}\n\n{table(('tokens before, at least', 'first validation', 'last'), rows)}"
+
+
+def _needles(summary: Summary) -> str:
+    probed = [record["needle"] for record in summary.validations if "needle" in record]
+    if not probed:
+        return ""
+    first, last = probed[0], probed[-1]
+    rows = [
+        (f"{depth:.0%}", f"{a:.0%}", f"{b:.0%}", _or_none(gain, "+.3f"))
+        for depth, a, b, gain in zip(last["depths"], first["found"], last["found"], last["gain"], strict=True)
+    ]
+    head = ("depth in the text", "found, first", "found, last", "bits a token gained, last")
+    words = "Numbers hidden in held-out text and asked for at its end; gained is what the right one tells."
+    return f"{words}\n\n{table(head, rows)}"
+
+
+def _rouge(summary: Summary) -> str:
+    if not (scores := summary.rouge):
+        return ""
+    measures = list(next(iter(scores.values())))
+    rows = [(name, *(f"{found[measure]:.2f}" for measure in measures)) for name, found in scores.items()]
+    words = "ROUGE of held-out documents' summaries, in percent; lead is the document's beginning."
+    return f"{words}\n\n{table(('', *measures), rows)}"
+
+
+def _time(facts: Facts, summary: Summary) -> str:
+    if not summary.steps:
+        return ""
+    first, full = summary.speeds()
+    # A run that always shows the same has one speed.
+    speeds = {"": full} if first.window == full.window else {"at the start": first, "at the end": full}
+    rows = [
+        ("window, tokens", *(f"{speed.window:,}" for speed in speeds.values())),
+        ("seconds a step", *(f"{speed.seconds:.4f}" for speed in speeds.values())),
+        ("tokens a second", *(_or_none(speed.tokens_per_second, ",.0f") for speed in speeds.values())),
+        ("model FLOP utilisation", *(_or_none(speed.mfu, ".1%") for speed in speeds.values())),
+    ]
+    share = f"A step at the start took {first.seconds / full.seconds:.0%} of the time of one at the end. "
+    words = (
+        f"{share if len(speeds) > 1 else ''}The steps took {_duration(summary)} in all, without validations "
+        f"and checkpoints; {summary.input_share():.2%} of it went by waiting for input. The train step "
+        f"compiled {_times(summary.compilations)} in the last process. Utilisation counts the pairs that the "
+        f"mask shows, and no recomputation, against {facts.peak.flops:.3g} operations a second "
+        f"({facts.peak.source})."
+    )
+    return f"{table(('medians', *speeds), rows)}\n\n{words}"
+
+
+def _duration(summary: Summary) -> str:
+    before = [-1, *(record["step"] for record in summary.steps)]
+    # A record's seconds are a mean over the steps since the one before.
+    seconds = sum(r["seconds"] * (r["step"] - b) for r, b in zip(summary.steps, before, strict=False))
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _times(count: int) -> str:
+    return {0: "not at all", 1: "once"}.get(count, f"{count} times")
+
+
+def _data(facts: Facts, summary: Summary) -> str:
+    run, corpus = facts.run, facts.corpus
+    paths = ", ".join(f"`{path}`" for path in run.data.paths) or "The Python standard library's source"
+    kind = "pairs of a document and its summary" if run.task == "summarize" else "documents"
+    rows = [
+        (kind, f"{corpus.documents:,}"),
+        ("bytes", f"{corpus.size:,}"),
+        ("tokens", f"{corpus.tokens:,}"),
+        ("bytes a token, of what is predicted", f"{corpus.bytes_per_token:.3f}"),
+        ("rows held out for validation", f"{_held_out(corpus):,}"),
+        ("left out, for they could not be read", f"{corpus.malformed:,}"),
+    ]
+    if run.summarize.truncate:
+        rows.append(("documents cut to fit their row", f"{corpus.truncated:,}"))
+    if summary.steps:
+        padding = sum(record["padding"] for record in summary.steps) / len(summary.steps)
+        rows += [
+            ("padding in batches", f"{padding:.2%}"),
+            ("trained on, in tokens", f"{_tokens(facts, summary):,.0f}"),
+        ]
+    return f"{paths}; tokens by `{run.data.tokenizer}`, rows {run.data.rows}.\n\n{table(('', ''), rows)}"
+
+
+def _held_out(corpus: "Corpus") -> int:
+    return sum(int((batch.segments > 0).any(axis=1).sum()) for batch in corpus.held_out)
+
+
+def _tokens(facts: Facts, summary: Summary) -> float:
+    """Tokens that the run trained on, padding left out; of steps that have no record, by the others'."""
+    if not (steps := summary.steps):
+        return 0
+    padding = sum(record["padding"] for record in steps) / len(steps)
+    return facts.run.steps * facts.run.data.batch * facts.run.data.length * (1 - padding)
+
+
+def _config(run: Run) -> str:
+    theirs, defaults = options(run), options(Run())
+    rows = [
+        (f"`{name}`", f"`{json.dumps(value)}`", f"`{json.dumps(defaults.get(name))}`")
+        for name, value in theirs.items()
+        if value != defaults.get(name)
+    ]
+    if not rows:
+        return "All options have their defaults."
+    words = "What differs from the defaults; `config.json` has all."
+    return f"{words}\n\n{table(('option', 'here', 'default'), rows)}"
+
+
+def _machine() -> str:
+    device, count = jax.devices()[0], len(jax.devices())
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return (
+        f"{count} × {device.device_kind} ({device.platform}) in {jax.process_count()} process(es), "
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}; dynmask_jax "
+        f"{dynmask_jax.__version__}, {versions}."
+    )
+
+
+def _commands(folder: Path, run: Run) -> Iterator[str]:
+    name = shlex.quote(str(folder))
+    yield "The same run, from its beginning or from where it was stopped:"
+    yield code(command(run))
+    if run.task == "summarize":
+        yield "A summary of a text file:"
+        yield code(f"python -m train summarize FILE --run {name}")
+    else:
+        yield "Text that goes on from a beginning:"
+        yield code(f'python -m train generate {name} --prompt "Once upon a time"')
+    yield "The weights, as safetensors:"
+    yield code(f"python -m train export {name} --to weights.safetensors")

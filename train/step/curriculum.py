@@ -1,0 +1,118 @@
+"""The curriculum that a config asks for, as functions of a clock: the global step, or a stage's step."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from dynmask_jax import (
+    Causal,
+    Everything,
+    Mask,
+    Predicate,
+    Prefix,
+    SameSegment,
+    constant,
+    cubic,
+    exponential,
+    growing_chunks,
+    growing_window,
+    linear,
+    maximum,
+    reveal,
+    root,
+    sine,
+    staircase,
+)
+from dynmask_jax import Curriculum as MaskCurriculum
+from dynmask_jax.schedules import Schedule
+from train.config import sections
+from train.config.run import Run
+
+SCHEDULES = {
+    "linear": linear,
+    "exponential": exponential,
+    "sine": sine,
+    "root": root,
+    "cubic": cubic,
+}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a run shows, at each step of a clock.
+
+    Attributes:
+      window: `clock -> tokens`, what is logged: the tokens of the window or chunk.
+      mask: `clock -> Mask`, which the window drives.
+      full: the mask that shows all that the task does: where the growth ends, and evaluation takes place.
+      steps: of the clock, that the growth takes.
+    """
+
+    window: Schedule
+    mask: MaskCurriculum
+    full: Mask
+    steps: int
+
+
+def growth(run: Run) -> Growth:
+    """The growth of a run's curriculum, over its own share of the run's steps.
+
+    Raises:
+      ValueError: `multiple_of` does not divide the start or the end.
+    """
+    steps = max(1, round(run.steps * run.curriculum.share))
+    window, full = _window(run.curriculum, run.data.length, steps), full_mask(run)
+    if run.curriculum.kind == "full":
+        return Growth(window, lambda clock: full, full, steps)
+    if run.task == "lm":
+        return Growth(window, _shown(run, window, full), full, steps)
+    boundary, shown = run.data.length, _shown(run, window, Everything())
+
+    def revealed(clock) -> Mask:
+        # The summary's own keys are always shown; the document's, before the boundary, as they are revealed.
+        return full & (shown(clock) | ~Prefix(boundary))
+
+    return Growth(window, revealed, full, steps)
+
+
+def full_mask(run: Run) -> Mask:
+    """All that the task shows: earlier tokens, and in `summarize` the whole document if so asked."""
+    mask = Causal()
+    if run.task == "summarize" and run.summarize.prefix == "bidirectional":
+        mask = Causal() | Prefix(run.data.length)
+    return mask & SameSegment() if run.data.rows == "packed" else mask
+
+
+def _window(curriculum: sections.Curriculum, length: int, steps: int) -> Schedule:
+    if curriculum.kind == "full":
+        return constant(length)
+    if curriculum.kind == "static":
+        return constant(curriculum.chunk)
+    end = length if curriculum.end is None else curriculum.end
+    multiple_of = curriculum.multiple_of
+    for name, value in (("start", curriculum.start), ("end", end)):
+        if value % multiple_of:
+            raise ValueError(
+                f"curriculum.{name} must be a multiple of curriculum.multiple_of ({multiple_of}), got {value}"
+            )
+    if curriculum.schedule == "staircase":
+        return staircase(curriculum.start, end, steps, stairs=curriculum.stairs, multiple_of=multiple_of)
+    return SCHEDULES[curriculum.schedule](curriculum.start, end, steps, multiple_of=multiple_of)
+
+
+def _shown(run: Run, window: Schedule, base: Mask) -> MaskCurriculum:
+    """What the window shows of the base."""
+    curriculum, length = run.curriculum, run.data.length
+    if curriculum.kind == "window":
+        return growing_window(window, base=base)
+    if curriculum.kind == "reveal":
+        amount = lambda clock: jnp.asarray(window(clock)).astype(jnp.float32) / length  # noqa: E731
+        return reveal(curriculum.chunk, amount, curriculum.order, base=base, seed=run.seed)
+    if run.task == "summarize":
+        return lambda clock: base & Predicate(_same_chunk_of_the_document, window(clock), length - 1)
+    return growing_chunks(window, base=base)
+
+
+def _same_chunk_of_the_document(q, k, chunk, last):
+    """Chunks counted back from the document's last position; the summary belongs to the nearest."""
+    return maximum(last - q.position, 0) // chunk == (last - k.position) // chunk

@@ -1,0 +1,42 @@
+"""AdamW, and its learning rate: optax's, as a config asks for them."""
+
+import jax
+import numpy as np
+import optax
+
+from train.config import sections
+
+DECAYED = ("kernel", "embedding")
+"""The names of weights that are matrices; the scales of norms are stacked over layers, but vectors."""
+
+
+def adamw(options: sections.Optimizer, steps: int) -> optax.GradientTransformation:
+    """AdamW with clipping, warm-up and cosine decay over a run of `steps`.
+
+    An update with a gradient that is not finite changes nothing, its own state's counts of such
+    updates apart (`optax.ApplyIfFiniteState`): not even the learning rate's count moves on.
+    """
+    matrices = lambda params: jax.tree.map_with_path(lambda path, _: _name(path) in DECAYED, params)  # noqa: E731
+    rate = learning_rate(options, steps)
+    chain = optax.chain(
+        optax.clip_by_global_norm(options.clip),
+        optax.adamw(rate, b2=options.beta2, weight_decay=options.weight_decay, mask=matrices),
+    )
+    # When to give up is the loop's to say, not optax's, which would take the update.
+    return optax.apply_if_finite(chain, max_consecutive_errors=np.iinfo(np.int32).max)
+
+
+def learning_rate(options: sections.Optimizer, steps: int) -> optax.Schedule:
+    """The rate of an update, by how many there were before it: up from 0, then down a cosine."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=options.learning_rate,
+        warmup_steps=min(round(steps * options.warmup), steps - 1),
+        decay_steps=steps,
+        end_value=options.learning_rate * options.final,
+    )
+
+
+def _name(path) -> str:
+    """The last name of a weight's path."""
+    return getattr(path[-1], "key", "")
