@@ -28,7 +28,7 @@ of validations:
     positions           nats a token by where in its document the token stands: {"0": …, "64": …}
     pace_loss           under the mask of the stage, where the loss moves the curriculum
     needle              where there is a probe: depths, and along them found, the share of the needles
-                        found, and gain, the bits a token that the right number saves, see `train.evaluate.needle`
+                        found, and gain, the bits a token that the right number saves: `train.evaluate.needle`
 
 and of the summaries that are written after training:
 

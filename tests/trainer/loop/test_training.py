@@ -286,9 +286,7 @@ except OSError as error:
 )
 def test_a_disk_that_fills_up_stops_it_and_leaves_the_last_checkpoint(finished, tmp_path, limit, what):
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parents[3]), str(Path(__file__).parents[2]), *sys.path]
-        ),
+        "PYTHONPATH": os.pathsep.join([*map(str, Path(__file__).parents[2:4]), *sys.path]),
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
