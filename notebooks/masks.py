@@ -223,4 +223,4 @@ for window in (256, 512, 1_024, 2_048, 4_096):
 
 # %% [markdown]
 # Next: `dynmask_jax.nnx` and `dynmask_jax.linen` put this into Flax models, and `python -m train`
-# trains one through a whole curriculum. The README shows how.
+# trains one through a whole curriculum, from a checkout of the repository. The README shows how.
