@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.markdown import seconds, share, table
+from train.config.operation import Evaluation
 from train.config.run import Run
-from train.config.sections import Curriculum, Data, Evaluation, Model
+from train.config.sections import Curriculum, Data, Model
 from train.loop.training import Session, prepare, train
 from train.metrics import log
 

@@ -4,8 +4,9 @@ import math
 import random
 from pathlib import Path
 
+from train.config.operation import Evaluation
 from train.config.run import Run
-from train.config.sections import Curriculum, Data, Evaluation, Model, Optimizer
+from train.config.sections import Curriculum, Data, Model, Optimizer
 from train.step.curriculum import growth
 
 MODEL = Model(layers=1, width=16, heads=2, kv_heads=1, hidden=16)

@@ -11,7 +11,7 @@ import tyro
 
 from train.commands.table import COMMANDS, run_command
 from train.config.presets import PRESETS
-from train.config.run import Run, options, to_json
+from train.config.run import Run, option_values, to_json
 from train.loop.training import NotFinite, prepare, train
 from train.parallel.initialize import join
 from train.parallel.processes import Processes
@@ -143,7 +143,7 @@ def _stop(error: Exception, *, status: int) -> NoReturn:
 
 
 def _unknown(arguments: Sequence[str]) -> str:
-    names = (*options(PRESETS["run"]()), "overwrite", "print_config")
+    names = (*option_values(PRESETS["run"]()), "overwrite", "print_config")
     valid = [f"--{name.replace('_', '-')}" for name in names]
     named = [argument.split("=")[0] for argument in arguments if argument.startswith("-")] or [arguments[0]]
     close = difflib.get_close_matches(named[0], valid, n=1)

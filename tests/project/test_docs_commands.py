@@ -19,7 +19,7 @@ import yaml
 from train.__main__ import is_command, parse
 from train.commands.compile import Compile, with_preset
 from train.commands.table import COMMANDS
-from train.config.run import Run, options
+from train.config.run import Run, option_values
 
 ROOT = Path(__file__).parents[2]
 DOCS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -133,7 +133,7 @@ def test_a_command_that_does_not_fit_is_found(wrong, capsys):
 
 
 def test_every_option_that_is_named_exists():
-    known = {name.replace("_", "-") for name in options(Run())} | {"section.name"}
+    known = {name.replace("_", "-") for name in option_values(Run())} | {"section.name"}
     named = {option for text in DOCS.values() for option in OPTION.findall(text)}
     assert len(named) > 15
     assert named <= known

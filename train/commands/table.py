@@ -17,7 +17,7 @@ import tyro
 from train.checkpoint.export import Weights, export_weights
 from train.checkpoint.load import trained
 from train.commands.compile import Compile, compile_for, with_preset
-from train.config.sections import Generation
+from train.config.operation import Generation
 from train.data.tokenizers import Tokenizer, train_bpe
 from train.evaluate.generation import Generator
 from train.evaluate.summaries import Summarizer

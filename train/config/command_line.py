@@ -3,7 +3,7 @@
 import shlex
 from typing import Any
 
-from train.config.run import Run, options
+from train.config.run import Run, option_values
 
 
 def command(run: Run) -> str:
@@ -13,9 +13,9 @@ def command(run: Run) -> str:
     >>> command(Run(steps=10, data=Data(paths=("a.txt", "b c.txt"), columns={"text": "body"})))
     "python -m train run --steps 10 --data.paths a.txt 'b c.txt' --data.columns text body"
     """
-    defaults = options(Run())
+    defaults = option_values(Run())
     words = ["python", "-m", "train", "run"]
-    for name, value in options(run).items():
+    for name, value in option_values(run).items():
         if value != defaults[name]:
             words += _words(name.replace("_", "-"), value)
     return shlex.join(words)

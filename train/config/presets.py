@@ -2,17 +2,9 @@
 
 from dataclasses import replace
 
+from train.config.operation import Checkpoints, Evaluation, Generation, Mesh
 from train.config.run import Run
-from train.config.sections import (
-    Checkpoints,
-    Curriculum,
-    Data,
-    Evaluation,
-    Generation,
-    Mesh,
-    Model,
-    Optimizer,
-)
+from train.config.sections import Curriculum, Data, Model, Optimizer
 
 
 def base() -> Run:

@@ -1,7 +1,7 @@
 """What a run is, as one frozen record: everything that training depends on, checked when built.
 
 Its fields are the options of the command line, and `config.json` of a run folder. Its sections are in
-`train/config/sections.py`, presets in `train/config/presets.py`.
+`train/config/sections.py` and `train/config/operation.py`, presets in `train/config/presets.py`.
 """
 
 import dataclasses
@@ -11,23 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.config.checks import at_least, one_of
-from train.config.sections import (
-    Checkpoints,
-    Curriculum,
-    Data,
-    Evaluation,
-    Generation,
-    Loss,
-    Mesh,
-    Model,
-    Optimizer,
-    Summarize,
-    Watch,
-)
+from train.config.operation import Checkpoints, Evaluation, Generation, Mesh, Watch
+from train.config.sections import Curriculum, Data, Loss, Model, Optimizer, Summarize
 
 Task = Literal["lm", "summarize"]
-FREE = ("name", "folder", "data.cache", "generation.", "checkpoints.", "mesh.", "watch.", "optimizer.give_up")
-"""Options, and sections, that may change when a run goes on: no weight depends on them, but by rounding."""
+MAY_CHANGE = (
+    *("name", "folder", "data.cache", "optimizer.give_up"),
+    *("generation.", "checkpoints.", "mesh.", "watch."),
+)
+"""Options and sections that may change when a run is resumed: weights depend on them only by rounding."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +118,14 @@ def to_json(run: Run) -> str:
 def differences(saved: dict[str, Any], run: Run) -> list[str]:
     """Where a saved config differs from `run`: `"data.length: 512 saved, 4096 asked for"`, sorted.
 
-    What is in `FREE` may differ.
+    What is in `MAY_CHANGE` may differ.
     """
     theirs, ours = _flat(saved), _flat(json.loads(to_json(run)))
     missing = "nothing"
     return [
         f"{name}: {theirs.get(name, missing)!r} saved, {ours.get(name, missing)!r} asked for"
         for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name, missing) != ours.get(name, missing) and not name.startswith(FREE)
+        if theirs.get(name, missing) != ours.get(name, missing) and not name.startswith(MAY_CHANGE)
     ]
 
 
@@ -164,13 +156,13 @@ def _record(default: Any, saved: dict[str, Any]) -> Any:
     return dataclasses.replace(default, **values)
 
 
-def options(record: Any, prefix: str = "") -> dict[str, Any]:
+def option_values(record: Any, prefix: str = "") -> dict[str, Any]:
     """Every option's value by its dotted name, `model.layers`, in the order they are declared."""
     values = {}
     for each in dataclasses.fields(record):
         value = getattr(record, each.name)
         nested = dataclasses.is_dataclass(value)
-        values |= options(value, f"{prefix}{each.name}.") if nested else {prefix + each.name: value}
+        values |= option_values(value, f"{prefix}{each.name}.") if nested else {prefix + each.name: value}
     return values
 
 

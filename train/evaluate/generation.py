@@ -19,7 +19,7 @@ from jax import lax
 
 from dynmask_jax import Mask, SameSegment, Tokens
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree
-from train.config.sections import Generation
+from train.config.operation import Generation
 from train.evaluate.sampling import next_tokens
 from train.model.transformer import Cache, Transformer
 from train.step.program import Program

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int
-from train.config.sections import Generation
+from train.config.operation import Generation
 
 
 def next_tokens(

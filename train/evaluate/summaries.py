@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dynmask_jax.array_typing import Array
-from train.config.sections import Generation
+from train.config.operation import Generation
 from train.data.tokenizers import Tokenizer
 from train.disk import write_atomically
 from train.evaluate.generation import Generator

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train.config.sections import Dtype, Model, Reach, Watch
+from train.config.operation import Watch
+from train.config.sections import Dtype, Model, Reach
 
 TPU_CORE = {
     "TPU v4": 275e12 / 2,

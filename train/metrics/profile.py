@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from train.config.sections import Watch
+from train.config.operation import Watch
 
 
 class Profile:

@@ -17,7 +17,7 @@ from uuid import uuid4
 import jax
 from jax._src import distributed
 
-from train.config.run import Run, options
+from train.config.run import Run, option_values
 from train.disk import writing
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Processes:
                 f"the devices belong to {jax.process_count()} processes that have not joined: call "
                 "jax.distributed.initialize() first, or train by the command line, which does"
             )
-        told = [json.loads(word) for word in self.gathered(json.dumps(options(run) | more))]
+        told = [json.loads(word) for word in self.gathered(json.dumps(option_values(run) | more))]
         differing = []
         for name in dict.fromkeys(name for each in told for name in each):
             values = [each.get(name, "nothing") for each in told]

@@ -15,7 +15,7 @@ from dynmask_jax import Plan, attention
 from dynmask_jax.array_typing import Array, Float, Int
 from dynmask_jax.context.parallel import ContextParallel, Travel, context_parallel
 from dynmask_jax.context.torus import in_rings
-from train.config import sections
+from train.config import operation
 from train.data.batch import Batch
 from train.parallel.gather_weights import gathered
 
@@ -54,10 +54,10 @@ class Placement:
     """
 
     mesh: Mesh | None = None
-    strategy: sections.Strategy = "ring"
+    strategy: operation.Strategy = "ring"
 
     @classmethod
-    def of(cls, options: sections.Mesh, devices: Sequence[Any] | None = None) -> "Placement":
+    def of(cls, options: operation.Mesh, devices: Sequence[Any] | None = None) -> "Placement":
         """The placement that a config asks for.
 
         Args:
@@ -294,7 +294,7 @@ class Placement:
         return rule
 
 
-def _shape(options: sections.Mesh) -> str:
+def _shape(options: operation.Mesh) -> str:
     """`2 × 1 × 4 × 1 (data × fsdp × context × tensor) = 8`."""
     sizes = " × ".join(str(getattr(options, axis)) for axis in AXES)
     return f"{sizes} ({' × '.join(AXES)}) = {options.size}"

@@ -14,7 +14,7 @@ import jax
 
 import dynmask_jax
 from train.config.command_line import command
-from train.config.run import Run, options
+from train.config.run import Run, option_values
 from train.disk import write_atomically
 from train.metrics.mfu import Peak
 from train.metrics.writers import Record
@@ -254,7 +254,7 @@ def _tokens(facts: Facts, summary: Summary) -> float:
 
 
 def _config(run: Run) -> str:
-    theirs, defaults = options(run), options(Run())
+    theirs, defaults = option_values(run), option_values(Run())
     rows = [
         (f"`{name}`", f"`{json.dumps(value)}`", f"`{json.dumps(defaults.get(name))}`")
         for name, value in theirs.items()

@@ -20,7 +20,7 @@ from dynmask_jax.array_typing import pytree
 from train.checkpoint import checksums
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.checksums import leaves
-from train.config.sections import Checkpoints as Options
+from train.config.operation import Checkpoints as Options
 from train.disk import WriteError
 
 # orbax leaves the files of a read that it gave up to the garbage collector.

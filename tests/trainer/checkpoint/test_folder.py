@@ -15,8 +15,8 @@ import pytest
 from train_cases import MODEL, small_run
 
 from train.checkpoint.folder import RunFolder
+from train.config.operation import Checkpoints, Watch
 from train.config.run import to_json
-from train.config.sections import Checkpoints, Watch
 from train.disk import WriteError, check_space, check_writable, reason, write_atomically, writing
 
 

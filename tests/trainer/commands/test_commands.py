@@ -14,8 +14,9 @@ from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.export import load_weights
 from train.checkpoint.folder import RunFolder
 from train.commands.table import COMMANDS, Drawing, run_command
+from train.config.operation import Generation
 from train.config.run import Run, to_json
-from train.config.sections import Data, Generation, Optimizer
+from train.config.sections import Data, Optimizer
 from train.data import corpus
 from train.data.tokenizers import load_tokenizer
 from train.step.program import begin

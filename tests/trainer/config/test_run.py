@@ -9,20 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from dynmask_jax import Tokens, plan
+from train.config.operation import Checkpoints, Evaluation, Generation, Watch
 from train.config.presets import PRESETS
-from train.config.run import Run, differences, from_json, options, to_json
-from train.config.sections import (
-    Checkpoints,
-    Curriculum,
-    Data,
-    Evaluation,
-    Generation,
-    Loss,
-    Model,
-    Optimizer,
-    Summarize,
-    Watch,
-)
+from train.config.run import Run, differences, from_json, option_values, to_json
+from train.config.sections import Curriculum, Data, Loss, Model, Optimizer, Summarize
 from train.step.curriculum import growth
 
 
@@ -169,7 +159,7 @@ def test_differences_name_the_field_and_both_values():
 
 
 def test_every_field_is_an_option():
-    names = list(options(Run()))
+    names = list(option_values(Run()))
     assert names[0] == "name"
     assert {"steps", "model.kv_heads", "data.paths", "data.columns", "optimizer.clip", "watch.wandb"} < set(
         names

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.config.operation import Evaluation
 from train.config.run import Run
-from train.config.sections import Curriculum, Data, Evaluation
+from train.config.sections import Curriculum, Data
 from train.data.batches import batches, held_out_batches
 from train.data.rows import Pairs, Pieces, Spans, Stream
 

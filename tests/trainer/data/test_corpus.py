@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.train_texts import real_text, write_lines
+from train.config.operation import Evaluation
 from train.config.run import Run
-from train.config.sections import Curriculum, Data, Evaluation, Summarize
+from train.config.sections import Curriculum, Data, Summarize
 from train.data.corpus import Corpus, corpus
 from train.data.tokenizers import train_bpe
 

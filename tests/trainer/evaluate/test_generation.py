@@ -25,7 +25,8 @@ from dynmask_jax import (
     plan,
     reveal,
 )
-from train.config.sections import Generation, Model
+from train.config.operation import Generation
+from train.config.sections import Model
 from train.evaluate.generation import Generator, _Continuation, _follow, rounded_up
 from train.evaluate.sampling import next_tokens
 from train.model.transformer import Transformer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from train_cases import small_run
 
-from train.config.sections import Evaluation
+from train.config.operation import Evaluation
 from train.data.batch import Batch
 from train.data.tokenizers import load_tokenizer
 from train.evaluate.needle import DEPTHS, Probe, riddle

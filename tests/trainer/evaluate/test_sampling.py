@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.config.sections import Generation
+from train.config.operation import Generation
 from train.evaluate.sampling import next_tokens
 
 SHARES = np.array([0.06, 0.34, 0.0, 0.25, 0.2, 0.15], np.float32)

@@ -10,7 +10,8 @@ import pytest
 from train_cases import small_run
 
 from dynmask_jax import mask_tensor
-from train.config.sections import Data, Generation
+from train.config.operation import Generation
+from train.config.sections import Data
 from train.data.tokenizers import Bytes
 from train.evaluate.generation import Generator
 from train.evaluate.rouge import lead, rouge

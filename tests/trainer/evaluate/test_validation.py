@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from train_cases import small_run
 
-from train.config.sections import Curriculum, Evaluation
+from train.config.operation import Evaluation
+from train.config.sections import Curriculum
 from train.data import corpus
 from train.evaluate.validation import Validator, total
 from train.step.program import Evaluated, begin

@@ -12,7 +12,8 @@ import pytest
 from train_cases import small_run
 
 from train.checkpoint.folder import RunFolder
-from train.config.sections import Checkpoints, Curriculum, Data, Evaluation, Optimizer
+from train.config.operation import Checkpoints, Evaluation
+from train.config.sections import Curriculum, Data, Optimizer
 from train.loop.training import prepare, train
 from train.metrics.log import read
 

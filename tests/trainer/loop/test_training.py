@@ -17,7 +17,8 @@ from train_cases import small_run
 
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import trained
-from train.config.sections import Checkpoints, Curriculum, Evaluation, Optimizer, Watch
+from train.config.operation import Checkpoints, Evaluation, Watch
+from train.config.sections import Curriculum, Optimizer
 from train.data import corpus
 from train.disk import WriteError
 from train.loop.training import NotFinite, prepare, train

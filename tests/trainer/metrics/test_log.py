@@ -10,7 +10,7 @@ import pytest
 from train_cases import small_run
 
 from dynmask_jax.array_typing import Array, pytree
-from train.config.sections import Mesh, Watch
+from train.config.operation import Mesh, Watch
 from train.metrics import log as train_metrics
 from train.metrics.log import Log, open_log, read, rewind
 from train.metrics.mfu import Peak, Work

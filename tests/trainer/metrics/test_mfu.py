@@ -6,7 +6,8 @@ import jax
 import pytest
 from flax import nnx
 
-from train.config.sections import Model, Watch
+from train.config.operation import Watch
+from train.config.sections import Model
 from train.metrics.mfu import GPU, TPU_CORE, peak, work
 from train.model.transformer import Transformer
 

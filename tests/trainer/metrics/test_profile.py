@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.config.sections import Watch
+from train.config.operation import Watch
 from train.metrics.profile import Profile
 
 

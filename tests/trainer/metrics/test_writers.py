@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from train_cases import small_run
 
-from train.config.sections import Watch
+from train.config.operation import Watch
 from train.metrics import writers
 from train.metrics.writers import Bar, JsonLines, TensorBoard, WeightsAndBiases, check, open_sinks
 

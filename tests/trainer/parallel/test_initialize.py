@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from train.parallel import initialize
 from train.parallel.initialize import expected, join
 from train.parallel.processes import Processes
 
@@ -22,7 +23,7 @@ def tpu(monkeypatch):
     told = {}
     before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_platforms", "tpu,cpu")
-    monkeypatch.setattr(joining, "_metadata", lambda key: told.get(key, ""))
+    monkeypatch.setattr(initialize, "_metadata", lambda key: told.get(key, ""))
     yield told
     jax.config.update("jax_platforms", before)
 

@@ -15,8 +15,8 @@ from kill_run import differences
 from process_run import STEPS, Odd, Together, began, statuses
 
 from train.checkpoint.folder import RunFolder
+from train.config.operation import Mesh
 from train.config.run import Run
-from train.config.sections import Mesh
 from train.loop.training import prepare, train
 from train.metrics.log import read
 from train.parallel import processes

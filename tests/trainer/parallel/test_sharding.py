@@ -13,8 +13,9 @@ from train_cases import small_run, write_text
 
 from dynmask_jax import attention
 from dynmask_jax.context.layouts import layout_order
+from train.config.operation import Evaluation, Mesh
 from train.config.run import Run
-from train.config.sections import Curriculum, Data, Evaluation, Loss, Mesh, Model, Optimizer
+from train.config.sections import Curriculum, Data, Loss, Model, Optimizer
 from train.data import corpus
 from train.data.batch import Batch
 from train.evaluate.validation import Validator

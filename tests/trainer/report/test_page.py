@@ -12,8 +12,9 @@ import tyro
 from train_cases import MODEL, records_of, small_run
 
 from train.config.command_line import command
+from train.config.operation import Evaluation, Watch
 from train.config.run import Run
-from train.config.sections import Curriculum, Data, Evaluation, Model, Summarize, Watch
+from train.config.sections import Curriculum, Data, Model, Summarize
 from train.data.batch import Batch
 from train.metrics.mfu import Peak
 from train.report.outcome import Summary
