@@ -27,7 +27,7 @@ from train.__main__ import parse
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.folder import RunFolder
 from train.config.run import Run
-from train.data import corpus
+from train.data.corpus import corpus
 from train.metrics.log import read
 from train.step.program import State, begin
 
