@@ -48,7 +48,7 @@ def _any_task(there: Collection[str], named: Mapping[str, str]) -> Task:
 
 
 def _choices(task: Task, there: Collection[str], named: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """The task's columns, under the names given and the usual ones for the others, of those that are there."""
+    """The names that the task's columns may have here: those given, and usual ones for the others."""
     choices = [
         tuple(named.get(column, usual) for column, usual in zip(task.columns, names, strict=True))
         for names in task.usual_columns

@@ -1,4 +1,4 @@
-"""What a model is trained for: each task is one record, a row of `TASKS`. Only this table knows tasks by name."""
+"""What a model is trained for: a task is one record and one row of `TASKS`, the only place that names it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class Task:
       command: what uses a trained model: a command of `python -m train`.
       usage: its words, with a place for the folder.
       purpose: why a model of this task was trained, in words.
-      model, documents, row, usage_title: words of a run's report and picture: what the model is, what the text
-        consists of, what a row holds (with a place for the prefix's last position), what `usage` prints.
+      model, documents, row, usage_title: words of the report and its picture: what the model is, what
+        the text consists of, what a row holds (with a place for the prefix's last position), what `usage` prints.
     """
 
     name: TaskName
