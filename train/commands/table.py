@@ -18,6 +18,7 @@ from train.checkpoint.export import Weights, export_weights
 from train.checkpoint.load import load_model
 from train.commands.compile import Compile, compile_for, with_preset
 from train.config.operation import Generation
+from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer, train_bpe
 from train.evaluate.generation import Generator
 from train.evaluate.summaries import Summarizer
@@ -122,10 +123,10 @@ def generate(command: Generate):
     if not prompts:
         raise ValueError("generate needs a text to go on with: --prompt TEXT or --prompt-file FILE")
     weights, tokenizer = load_model(command.model, command.tokenizer)
-    if weights.run.task == "summarize":
-        raise ValueError(
-            f"{command.model} was trained to summarise: {PROGRAM} summarize FILE --run {command.model}"
-        )
+    task = task_of(weights.run)
+    if task.command != "generate":
+        usage = task.usage.format(folder=command.model)
+        raise ValueError(f"{command.model} was trained {task.purpose}: {PROGRAM} {usage}")
     options, generator = command.drawing.over(weights.run.generation), _generator(weights, tokenizer)
     tokens = tokenizer.encode(prompts)
     with _Timed() as timed:
@@ -145,7 +146,7 @@ def summarize(command: Summarize):
         raise ValueError("summarize needs a file: summarize FILE --run FOLDER")
     documents = list(map(_read, command.files))
     weights, tokenizer = load_model(command.run, command.tokenizer)
-    if weights.run.task != "summarize":
+    if task_of(weights.run).command != "summarize":
         raise ValueError(f"{command.run} was trained for the task {weights.run.task}, not summarize")
     truncate = weights.run.summarize.truncate if command.truncate is None else command.truncate
     summarizer = Summarizer(_generator(weights, tokenizer), tokenizer, truncate)

@@ -14,7 +14,7 @@ from train.config.checks import at_least, one_of
 from train.config.operation import Checkpoints, Evaluation, Generation, Mesh, Watch
 from train.config.sections import Curriculum, Data, Loss, Model, Optimizer, Summarize
 
-Task = Literal["lm", "summarize"]
+TaskName = Literal["lm", "summarize"]
 MAY_CHANGE = (
     *("name", "folder", "data.cache", "optimizer.give_up"),
     *("generation.", "checkpoints.", "mesh.", "watch."),
@@ -30,7 +30,7 @@ class Run:
     """The run's folder is folder / name."""
     folder: str = "runs"
     """Where run folders lie."""
-    task: Task = "lm"
+    task: TaskName = "lm"
     """lm: each next token of the texts; summarize: the summary that follows a document."""
     steps: int = 1_000
     """Training steps, of data.batch rows each."""
@@ -52,7 +52,7 @@ class Run:
 
     def __post_init__(self):
         at_least("", self, steps=1, seed=0, block=1)
-        one_of("", self, task=Task)
+        one_of("", self, task=TaskName)
         if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"name must be one folder's name, without separators, got {self.name!r}")
         if max(self.curriculum.start, self.curriculum.end or 0) > self.data.length:

@@ -7,34 +7,35 @@ import numpy as np
 
 from train.config.run import Run
 from train.data.batch import Batch
-from train.data.rows import CONTEXT, SEGMENTS, TOKENS, Pairs, Pieces, Stream, as_batch
+from train.data.rows import CONTEXT, SEGMENTS, TOKENS, DocumentPieces, Pairs, Stream, as_batch
+from train.data.tasks import task_of
 
 AHEAD = 2  # batches that are made while the model trains
 
-Cut = Pieces | Pairs | Stream
+Cut = DocumentPieces | Pairs | Stream
 
 
 def batches(cut: Cut, run: Run) -> grain.IterDataset:
     """Batches, `[data.batch, T]`, without end, each epoch in another order.
 
     Every item is read once in an epoch. Packing may lay the last items of an epoch beside the first of
-    the next. Every process reads all rows, and gives its devices theirs: the place in the data is then one
-    of the run, whose checkpoints any number of processes goes on from. To read is little beside training
-    on long rows.
+    the next. Every process reads all rows and gives each of its devices its part. So the position in the data
+    is a property of the run, and any number of processes can resume its checkpoints. Reading costs little
+    beside training on long rows.
     """
     seed = _seed(run)
     endless = grain.MapDataset.source(cut).seed(seed).shuffle().repeat()
     rows = _rows(endless, run, run.data.packing_bins, seed)
-    made = rows.batch(run.data.batch).map(lambda rows: as_batch(rows, loss_from(run)))
+    made = rows.batch(run.data.batch).map(lambda rows: as_batch(rows, task_of(run).loss_from(run)))
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=AHEAD)
 
 
 def held_out_batches(cut: Cut, run: Run) -> list[Batch]:
-    """At most evaluation.rows rows, in batches of one shape; the last is filled up with padding.
+    """At most evaluation.rows rows, in batches of one shape; the last is padded.
 
     Rows of a stream are spread evenly over it, packed ones hold items that the seed chooses.
     """
-    seed, most = _seed(run), run.evaluation.rows
+    seed, most, loss_from = _seed(run), run.evaluation.rows, task_of(run).loss_from(run)
     if isinstance(cut, Stream):
         count = min(most, len(cut))
         rows = [cut[i * len(cut) // count] for i in range(count)]
@@ -46,14 +47,9 @@ def held_out_batches(cut: Cut, run: Run) -> list[Batch]:
     rows += [padding] * (-len(rows) % size)
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [
-        as_batch({name: np.stack([row[name] for row in part]) for name in padding}, loss_from(run))
+        as_batch({name: np.stack([row[name] for row in part]) for name in padding}, loss_from)
         for part in parts
     ]
-
-
-def loss_from(run: Run) -> int:
-    """The first position whose target is in the loss."""
-    return run.data.length if run.task == "summarize" else 0
 
 
 def _rows(items: grain.MapDataset, run: Run, bins: int, seed: int) -> grain.IterDataset:

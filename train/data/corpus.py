@@ -1,10 +1,9 @@
-"""The text of a run: paths in; batches to train on, rows held out and facts of the text out."""
+"""The text of a run: paths in; batches to train on, held-out rows and facts about the text out."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -13,11 +12,10 @@ import numpy as np
 from train.config.run import Run
 from train.data import batches
 from train.data.batch import Batch
-from train.data.columns import check_columns
-from train.data.rows import Pairs, Pieces, Stream, fitting
-from train.data.sources import Source, sources, standard_library
-from train.data.split import Split, by_documents, by_tokens, everything
-from train.data.token_cache import TokenCache, token_cache
+from train.data.rows import DocumentPieces, Pairs, Stream, fitting
+from train.data.split import Split, everything, hold_out
+from train.data.tasks import task_of
+from train.data.token_cache import TokenCache, token_caches
 from train.data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -38,7 +36,7 @@ class Examples(Sequence[tuple[str, str]]):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Batches to train on and to validate with, and what there is to know of the text.
+    """Batches to train on and to validate with, and facts about the text.
 
     Attributes:
       tokenizer: what made the tokens.
@@ -49,9 +47,9 @@ class Corpus:
       size: bytes of text; this and the next three are of all text, held out or not.
       documents: texts, or pairs.
       tokens: ends included.
-      malformed: texts that could not be read and were left out.
-      reports: the first few of them in words.
-      truncated: documents that are cut to fit a row with their summary.
+      malformed: texts left out because they cannot be read.
+      reports: the first few of these in words.
+      truncated: documents cut to fit a row with their summary.
       bytes_per_token: of what is predicted, the texts or the summaries; ends are not counted.
       lead_words: the median words of a training summary; None without summaries.
       fingerprint: the same only for the same tokens, in the same rows, in the same order.
@@ -89,11 +87,11 @@ def corpus(run: Run) -> Corpus:
     Raises:
       FileNotFoundError: a path, or a tokenizer, does not exist.
       OSError: a file cannot be read, or the cache not be written.
-      ValueError: text is malformed or cannot be used, see `token_cache` and `fitting`; or there is too
+      ValueError: text is malformed or cannot be used, see `token_caches` and `fitting`; or there is too
         little.
     """
     tokenizer = load_tokenizer(run.data.tokenizer, run.data.end_token)
-    caches = _caches(run, tokenizer)
+    caches = token_caches(run, tokenizer)
     kept = [fitting(cache, run.data.length, run.summarize.truncate) for cache in caches if cache.pairs]
     train, held_out = _split(run, caches)
     train_cut = _cut(run, caches[0], train, kept[:1])
@@ -105,40 +103,11 @@ def corpus(run: Run) -> Corpus:
         rows=batches.batches(train_cut, run),
         held_out=batches.held_out_batches(held_out_cut, run),
         examples=Examples(caches[-1], held_out.documents) if kept else (),
-        truncated=sum(int((own < cache.bodies).sum()) for own, cache in zip(kept, caches, strict=False)),
+        truncated=sum(int((each < cache.bodies).sum()) for each, cache in zip(kept, caches, strict=False)),
         lead_words=int(np.median(caches[0].summary_words[train.documents])) if kept else None,
         fingerprint=_fingerprint(run, tokenizer, caches),
         **_facts(caches),
     )
-
-
-def _caches(run: Run, tokenizer: Tokenizer) -> list[TokenCache]:
-    """The tokens of data.paths, and those of data.held_out_paths if there are."""
-    check_columns(run.task, run.data.columns)
-    if run.data.paths:
-        found = [sources(run.data.paths)]
-    elif run.task == "lm":
-        found = [standard_library()]
-    else:
-        raise ValueError(
-            "data.paths: summarize needs pairs of document and summary, and has no text of its own"
-        )
-    if run.data.held_out_paths:
-        found.append(sources(run.data.held_out_paths, "data.held_out_paths"))
-        _check_apart(*found)
-    folder = Path(run.data.cache or Path(run.folder) / "cache")
-    return [
-        token_cache(
-            each, run.task, run.data.columns, tokenizer, folder, skip_malformed=run.data.skip_malformed
-        )
-        for each in found
-    ]
-
-
-def _check_apart(train: list[Source], held_out: list[Source]):
-    """Refuses text that is trained on and held out."""
-    if both := {source.path.resolve() for source in train} & {source.path.resolve() for source in held_out}:
-        raise ValueError(f"data.held_out_paths: {min(both)} is in data.paths too")
 
 
 def _split(run: Run, caches: list[TokenCache]) -> tuple[Split, Split]:
@@ -146,7 +115,7 @@ def _split(run: Run, caches: list[TokenCache]) -> tuple[Split, Split]:
     whole = everything(caches[0], run.seed)
     if len(caches) > 1:
         return whole, everything(caches[1], run.seed)
-    return (by_documents if run.task == "summarize" else by_tokens)(whole, run.data.held_out)
+    return hold_out(whole, run.data.held_out, task_of(run).held_out_by)
 
 
 def _cut(run: Run, cache: TokenCache, split: Split, kept: list[np.ndarray]) -> batches.Cut:
@@ -154,7 +123,7 @@ def _cut(run: Run, cache: TokenCache, split: Split, kept: list[np.ndarray]) -> b
     if kept:
         order = split.documents
         return Pairs(cache.tokens, split.spans, cache.bodies[order], kept[0][order], run.data.length)
-    kind = Stream if run.data.rows == "chunked" else Pieces
+    kind = Stream if run.data.rows == "chunked" else DocumentPieces
     return kind(cache.tokens, split.spans, run.data.length)
 
 
@@ -162,11 +131,11 @@ def _check_size(run: Run, cut: batches.Cut, split: Split, purpose: str):
     """Refuses too little text."""
     if len(cut):
         return
-    own = purpose == "hold out" and run.data.held_out_paths
+    separate = purpose == "hold out" and run.data.held_out_paths
     needed = f"data.length + 1 = {run.data.length + 1}" if run.data.rows == "chunked" else "2"
-    share = "" if own else f" with data.held_out = {run.data.held_out}"
+    share = "" if separate else f" with data.held_out = {run.data.held_out}"
     raise ValueError(
-        f"{'data.held_out_paths' if own else 'data.paths'} has too little text to {purpose}: "
+        f"{'data.held_out_paths' if separate else 'data.paths'} has too little text to {purpose}: "
         f"{split.spans.tokens} tokens{share}, and a row needs {needed}"
     )
 

@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.config.run import Task
+from train.config.run import TaskName
 from train.data.columns import columns_of
 from train.data.sources import LINES, Source
+from train.data.tasks import TASKS
 
 PART = 1 << 20  # bytes of a text file that are read, and made tokens of, at once
 
 
 @dataclass(frozen=True)
-class Record:
+class TextRecord:
     """A text, or a document and its summary.
 
     Attributes:
@@ -62,8 +63,8 @@ def place(path: Path | str, line: int | None) -> str:
 
 
 def records(
-    found: Iterable[Source], task: Task | None, columns: Mapping[str, str]
-) -> Iterator[Record | Malformed]:
+    found: Iterable[Source], task: TaskName | None, columns: Mapping[str, str]
+) -> Iterator[TextRecord | Malformed]:
     """Everything that the sources hold, one record at a time.
 
     Args:
@@ -80,16 +81,16 @@ def records(
             yield from _lines(source.path, task, columns)
         elif source.kind == "dataset":
             yield from _dataset(source.path, task, columns)
-        elif task == "summarize":
+        elif task is not None and (needs := TASKS[task].needs):
             raise ValueError(
-                f"data.paths: {source.path} is no JSONL: summarize needs pairs of document and summary, from "
+                f"data.paths: {source.path} is no JSONL: {task} needs {needs}, from "
                 f"{', '.join(LINES)} files or folders that Hugging Face datasets saved"
             )
         else:
             yield from _text(source)
 
 
-def _text(source: Source) -> Iterator[Record | Malformed]:
+def _text(source: Source) -> Iterator[TextRecord | Malformed]:
     """The file as one document, in parts that end with a line where it is large."""
     if (malformed := _not_text(source.path)) is not None:
         if source.named or malformed.line is not None:  # of an empty file nothing is lost
@@ -101,11 +102,11 @@ def _text(source: Source) -> Iterator[Record | Malformed]:
             text = rest + decoder.decode(block)
             line_end = text.rfind("\n") + 1 if len(block) == PART else 0
             if cut := line_end or len(text):
-                yield Record((text[:cut],), source.path, part=part)
+                yield TextRecord((text[:cut],), source.path, part=part)
                 part += 1
             rest = text[cut:]
     if rest:
-        yield Record((rest,), source.path, part=part)
+        yield TextRecord((rest,), source.path, part=part)
 
 
 def _not_text(path: Path) -> Malformed | None:
@@ -130,7 +131,7 @@ def _newlines(error: UnicodeDecodeError) -> int:
     return bytes(error.object[: error.start]).count(b"\n")
 
 
-def _lines(path: Path, task: Task | None, columns: Mapping[str, str]) -> Iterator[Record | Malformed]:
+def _lines(path: Path, task: TaskName | None, columns: Mapping[str, str]) -> Iterator[TextRecord | Malformed]:
     """A record for each line of a JSONL file; blank lines are none."""
     names: tuple[str, ...] | None = None
     for number, line in _numbered(path):
@@ -171,7 +172,7 @@ def _object(line: bytes) -> dict[str, Any] | str:
 
 
 def _columns(
-    where: str, there: Sequence[str], task: Task | None, named: Mapping[str, str]
+    where: str, there: Sequence[str], task: TaskName | None, named: Mapping[str, str]
 ) -> tuple[str, ...]:
     try:
         return columns_of(there, task, named)
@@ -179,11 +180,13 @@ def _columns(
         raise ValueError(f"data.columns: {where}: {error}") from error
 
 
-def _record(fields: Mapping[str, Any], names: tuple[str, ...], path: Path, number: int) -> Record | Malformed:
+def _record(
+    fields: Mapping[str, Any], names: tuple[str, ...], path: Path, number: int
+) -> TextRecord | Malformed:
     for name in names:
         if reason := _fault(fields, name):
             return Malformed(path, number, reason)
-    return Record(tuple(fields[name] for name in names), path, number)
+    return TextRecord(tuple(fields[name] for name in names), path, number)
 
 
 def _fault(fields: Mapping[str, Any], name: str) -> str | None:
@@ -204,7 +207,9 @@ def _fault(fields: Mapping[str, Any], name: str) -> str | None:
     return None
 
 
-def _dataset(path: Path, task: Task | None, columns: Mapping[str, str]) -> Iterator[Record | Malformed]:
+def _dataset(
+    path: Path, task: TaskName | None, columns: Mapping[str, str]
+) -> Iterator[TextRecord | Malformed]:
     """A record for each row of a dataset that Hugging Face `datasets` saved."""
     try:
         from datasets import load_from_disk

@@ -36,7 +36,7 @@ class Spans:
         return int((self.stops - self.starts).sum())
 
 
-class Pieces:
+class DocumentPieces:
     """Documents cut into consecutive pieces of at most `length` targets.
 
     Pieces overlap by a token, so that each token but a document's first is a target once. Positions

@@ -1,6 +1,7 @@
 """Which documents are trained on and which are held out."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -26,6 +27,15 @@ def everything(cache: TokenCache, seed: int) -> Split:
     """All documents, in an order of the seed's."""
     order = np.random.default_rng(seed).permutation(len(cache.documents))
     return Split(Spans(cache.starts[order], cache.stops[order]), order)
+
+
+def hold_out(whole: Split, share: float, counted_by: Literal["tokens", "documents"]) -> tuple[Split, Split]:
+    """The documents to train on, and the last share of the tokens or of the documents, to hold out.
+
+    Raises:
+      ValueError: the share is of documents, and there are not two.
+    """
+    return {"tokens": by_tokens, "documents": by_documents}[counted_by](whole, share)
 
 
 def by_tokens(whole: Split, held_out: float) -> tuple[Split, Split]:

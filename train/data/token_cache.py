@@ -14,9 +14,11 @@ from uuid import uuid4
 import numpy as np
 from jaxtyping import Int
 
-from train.config.run import Task
+from train.config.run import Run, TaskName
+from train.data.columns import check_columns
 from train.data.records import place, records
-from train.data.sources import Source, files
+from train.data.sources import Source, files, sources, standard_library
+from train.data.tasks import task_of
 from train.data.token_writer import DOCUMENT, DOCUMENTS, FACTS, TEXTS, TOKENS, encoded, write, writing
 from train.data.tokenizers import Tokenizer
 
@@ -103,9 +105,38 @@ class TokenCache:
         return self.texts[start:middle].tobytes().decode(), self.texts[middle:stop].tobytes().decode()
 
 
+def token_caches(run: Run, tokenizer: Tokenizer) -> list[TokenCache]:
+    """The tokens of data.paths; and, where there are data.held_out_paths, a second cache of theirs.
+
+    Raises:
+      FileNotFoundError: a path does not exist.
+      OSError, ValueError: see `token_cache`; data.columns names a column that the task does not read; a file
+        is in both paths; or the task needs paths and there are none.
+    """
+    data, needs = run.data, task_of(run).needs
+    check_columns(run.task, data.columns)
+    if needs and not data.paths:
+        raise ValueError(f"data.paths: {run.task} needs {needs}, and has no text of its own")
+    found = [sources(data.paths) if data.paths else standard_library()]
+    if data.held_out_paths:
+        found.append(sources(data.held_out_paths, "data.held_out_paths"))
+        _check_disjoint(*found)
+    folder = Path(data.cache or Path(run.folder) / "cache")
+    return [
+        token_cache(each, run.task, data.columns, tokenizer, folder, skip_malformed=data.skip_malformed)
+        for each in found
+    ]
+
+
+def _check_disjoint(train: list[Source], held_out: list[Source]):
+    """Refuses a file that is both trained on and held out."""
+    if both := {source.path.resolve() for source in train} & {source.path.resolve() for source in held_out}:
+        raise ValueError(f"data.held_out_paths: {min(both)} is in data.paths too")
+
+
 def token_cache(
     found: Sequence[Source],
-    task: Task,
+    task: TaskName,
     columns: Mapping[str, str],
     tokenizer: Tokenizer,
     folder: Path,
@@ -168,7 +199,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _key(
-    found: Sequence[Source], task: Task, columns: Mapping[str, str], tokenizer: Tokenizer, skip: bool
+    found: Sequence[Source], task: TaskName, columns: Mapping[str, str], tokenizer: Tokenizer, skip: bool
 ) -> str:
     """The name of a cache's folder."""
     seen = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.records import Malformed, Record, place
+from train.data.records import Malformed, TextRecord, place
 from train.data.sources import Source
 from train.data.tokenizers import Ids, Tokenizer
 
@@ -33,11 +33,11 @@ BATCH_RECORDS = 4096
 
 
 def encoded(
-    items: Iterable[Record | Malformed], tokenizer: Tokenizer
-) -> Iterator[tuple[Record, list[Ids]] | Malformed]:
+    items: Iterable[TextRecord | Malformed], tokenizer: Tokenizer
+) -> Iterator[tuple[TextRecord, list[Ids]] | Malformed]:
     """Each record with the tokens of its texts."""
     for batch in _batches(items):
-        texts = [item.texts for item in batch if isinstance(item, Record)]
+        texts = [item.texts for item in batch if isinstance(item, TextRecord)]
         ids = iter(tokenizer.encode(list(chain.from_iterable(texts))) if texts else [])
         for item in batch:
             if isinstance(item, Malformed):
@@ -55,11 +55,11 @@ def encoded(
                 yield item, own
 
 
-def _batches(items: Iterable[Record | Malformed]) -> Iterator[list[Record | Malformed]]:
+def _batches(items: Iterable[TextRecord | Malformed]) -> Iterator[list[TextRecord | Malformed]]:
     batch, letters = [], 0
     for item in items:
         batch.append(item)
-        letters += sum(map(len, item.texts)) if isinstance(item, Record) else 0
+        letters += sum(map(len, item.texts)) if isinstance(item, TextRecord) else 0
         if letters >= BATCH or len(batch) == BATCH_RECORDS:
             yield batch
             batch, letters = [], 0
@@ -68,7 +68,7 @@ def _batches(items: Iterable[Record | Malformed]) -> Iterator[list[Record | Malf
 
 
 def write(
-    documents: Iterable[tuple[Record, list[Ids]] | Malformed],
+    documents: Iterable[tuple[TextRecord, list[Ids]] | Malformed],
     found: Sequence[Source],
     tokenizer: Tokenizer,
     folder: Path,
@@ -138,7 +138,7 @@ class _Writer:
             with writing(self._folder):
                 file.close()
 
-    def add(self, record: Record, ids: list[Ids]):
+    def add(self, record: TextRecord, ids: list[Ids]):
         """A record, which may be a further part of the document before."""
         texts = [text.encode() for text in record.texts]
         if record.part == 0:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from train.config.run import Task
 from train.data.records import Malformed, records
 from train.data.sources import sources
 from train.disk import check_writable
@@ -94,7 +93,7 @@ class Subwords(Tokenizer):
         return self._library.decode([id for id in map(int, ids) if id != self.end], skip_special_tokens=True)
 
 
-class Pieces(Tokenizer):
+class SentencePiece(Tokenizer):
     """A sentencepiece model. It may change white space and letters that it holds to be the same."""
 
     def __init__(self, path: Path, end_token: str | None):
@@ -150,7 +149,7 @@ def load_tokenizer(name: str, end_token: str | None = None) -> Tokenizer:
             f"data.tokenizer: {name} does not exist: bytes, or the path of a tokenizer.json or of a "
             "sentencepiece model (….model)"
         )
-    return Pieces(path, end_token) if path.suffix == ".model" else Subwords(path, end_token)
+    return SentencePiece(path, end_token) if path.suffix == ".model" else Subwords(path, end_token)
 
 
 def train_bpe(
@@ -215,9 +214,8 @@ def _trained(texts: Iterator[str], vocabulary: int) -> Any:
 
 def _texts(paths: Sequence[str], columns: Mapping[str, str], skip_malformed: bool) -> Iterator[str]:
     """Every text at the paths, documents and summaries alike."""
-    task: Task | None = "lm" if "text" in columns else None
     some = False
-    for record in records(sources(paths), task, columns):
+    for record in records(sources(paths), None, columns):
         if not isinstance(record, Malformed):
             some = True
             yield from record.texts

@@ -20,6 +20,7 @@ from jax import lax
 from dynmask_jax import Mask, SameSegment, Tokens
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree
 from train.config.operation import Generation
+from train.data.tasks import task_of
 from train.evaluate.sampling import next_tokens
 from train.model.transformer import Cache, Transformer
 from train.step.program import Program
@@ -88,7 +89,7 @@ class Generator:
           end: `Tokenizer.end`.
         """
         run = program.run
-        boundary = run.data.length if run.task == "summarize" else None
+        boundary = task_of(run).boundary(run)
         return cls(program.graph, params, program.plans, program.full_mask, end, run.block, boundary)
 
     def generate(

@@ -21,6 +21,7 @@ from dynmask_jax import Tokens
 from train.config.run import Run
 from train.data.batch import Batch
 from train.data.corpus import Corpus
+from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer
 from train.step.program import Program
 
@@ -104,7 +105,7 @@ def riddle(tokenizer: Tokenizer, draw: random.Random) -> Riddle:
 def _rows(corpus: Corpus, run: Run) -> Iterator[Batch]:
     """Rows `[T]`: depth by depth, needle by needle, the right number and then the wrong one."""
     hay = np.concatenate([batch.inputs[batch.segments > 0] for batch in corpus.held_out])
-    ends = [corpus.tokenizer.end] if run.task == "summarize" else []
+    ends = [corpus.tokenizer.end] if task_of(run).has_boundary else []
     draw = random.Random(run.seed)
     for depth, _ in itertools.product(DEPTHS, range(run.evaluation.needles)):
         asked = riddle(corpus.tokenizer, draw)

@@ -15,6 +15,7 @@ import jax
 import dynmask_jax
 from train.config.command_line import command
 from train.config.run import Run, option_values
+from train.data.tasks import task_of
 from train.disk import write_atomically
 from train.metrics.mfu import Peak
 from train.metrics.writers import Record
@@ -90,7 +91,7 @@ def report(folder: Path, facts: Facts, summary: Summary, pictures: Sequence[str]
 
 def _opening(facts: Facts, summary: Summary) -> str:
     run, steps = facts.run, summary.steps
-    what = "model that summarises" if run.task == "summarize" else "language model"
+    what = task_of(run).model
     plural = "s" if run.model.layers > 1 else ""
     words = (
         f"A {what}, of {facts.parameters:,} weights in {run.model.layers} layer{plural} of width "
@@ -221,7 +222,7 @@ def _times(count: int) -> str:
 def _data(facts: Facts, summary: Summary) -> str:
     run, corpus = facts.run, facts.corpus
     paths = ", ".join(f"`{path}`" for path in run.data.paths) or "The Python standard library's source"
-    kind = "pairs of a document and its summary" if run.task == "summarize" else "documents"
+    kind = task_of(run).documents
     rows = [
         (kind, f"{corpus.documents:,}"),
         ("bytes", f"{corpus.size:,}"),
@@ -280,11 +281,8 @@ def _commands(folder: Path, run: Run) -> Iterator[str]:
     name = shlex.quote(str(folder))
     yield "The same run, from its beginning or from where it was stopped:"
     yield code(command(run))
-    if run.task == "summarize":
-        yield "A summary of a text file:"
-        yield code(f"python -m train summarize FILE --run {name}")
-    else:
-        yield "Text that goes on from a beginning:"
-        yield code(f'python -m train generate {name} --prompt "Once upon a time"')
+    task = task_of(run)
+    yield task.usage_title
+    yield code(f"python -m train {task.usage.format(folder=name)}")
     yield "The weights, as safetensors:"
     yield code(f"python -m train export {name} --to weights.safetensors")

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from dynmask_jax import Tokens
 from dynmask_jax.plot import draw_masks
 from train.config.run import Run
+from train.data.tasks import task_of
 from train.metrics.writers import Record
 from train.step.curriculum import Growth
 
@@ -73,15 +74,13 @@ def _window(run: Run, tokens: int) -> str:
 
 def _subject(run: Run) -> str:
     layers = "" if "local" not in run.model.pattern else ", in a global layer"
-    if run.task == "summarize":
-        return f"A document, up to position {run.data.length - 1:,}, and its summary{layers}"
-    return f"What each token sees{layers}"
+    return task_of(run).row.format(last=run.data.length - 1) + layers
 
 
 def _tokens(run: Run) -> Tokens:
     """What a row holds: one document, or three quarters of one and a quarter of summary."""
     length = run.data.length
-    if run.task == "summarize":
+    if task_of(run).has_boundary:
         return Tokens.sequence(length, start=length - 3 * length // 4)
     return Tokens.sequence(length)
 

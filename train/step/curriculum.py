@@ -27,6 +27,7 @@ from dynmask_jax import Curriculum as MaskCurriculum
 from dynmask_jax.schedules import Schedule
 from train.config import sections
 from train.config.run import Run
+from train.data.tasks import task_of
 
 SCHEDULES = {
     "linear": linear,
@@ -64,22 +65,22 @@ def growth(run: Run) -> Growth:
     window, full = _window(run.curriculum, run.data.length, steps), full_mask(run)
     if run.curriculum.kind == "full":
         return Growth(window, lambda clock: full, full, steps)
-    if run.task == "lm":
+    boundary = task_of(run).boundary(run)
+    if boundary is None:
         return Growth(window, _shown(run, window, full), full, steps)
-    boundary, shown = run.data.length, _shown(run, window, Everything())
+    shown = _shown(run, window, Everything())
 
     def revealed(clock) -> Mask:
-        # The summary's own keys are always shown; the document's, before the boundary, as they are revealed.
+        # Keys from the boundary on are always shown; those of the prefix as they are revealed.
         return full & (shown(clock) | ~Prefix(boundary))
 
     return Growth(window, revealed, full, steps)
 
 
 def full_mask(run: Run) -> Mask:
-    """All that the task shows: earlier tokens, and in `summarize` the whole document if so asked."""
-    mask = Causal()
-    if run.task == "summarize" and run.summarize.prefix == "bidirectional":
-        mask = Causal() | Prefix(run.data.length)
+    """All that the task shows: earlier tokens, and where the task reads ahead the whole prefix."""
+    ahead = task_of(run).visible_ahead(run)
+    mask = Causal() | Prefix(ahead) if ahead else Causal()
     return mask & SameSegment() if run.data.rows == "packed" else mask
 
 
@@ -108,7 +109,7 @@ def _shown(run: Run, window: Schedule, base: Mask) -> MaskCurriculum:
     if curriculum.kind == "reveal":
         amount = lambda clock: jnp.asarray(window(clock)).astype(jnp.float32) / length  # noqa: E731
         return reveal(curriculum.chunk, amount, curriculum.order, base=base, seed=run.seed)
-    if run.task == "summarize":
+    if task_of(run).has_boundary:
         return lambda clock: base & Predicate(_same_chunk_of_the_document, window(clock), length - 1)
     return growing_chunks(window, base=base)
 

@@ -6,6 +6,7 @@ from dynmask_jax.array_typing import Array, Float
 from train.config.run import Run
 from train.config.sections import Reach
 from train.data.batch import Batch
+from train.data.tasks import task_of
 
 
 def full_pairs(run: Run, batch: Batch) -> dict[Reach, Float[Array, ""]]:
@@ -20,9 +21,8 @@ def full_pairs(run: Run, batch: Batch) -> dict[Reach, Float[Array, ""]]:
         before, real = jnp.broadcast_to(jnp.arange(length), batch.inputs.shape), jnp.asarray(True)
     else:
         before, real = batch.context, batch.segments > 0
-    both_ways = jnp.asarray(False)
-    if run.task == "summarize" and run.summarize.prefix == "bidirectional":
-        both_ways = batch.positions < run.data.length
+    ahead = task_of(run).visible_ahead(run)
+    both_ways = batch.positions < ahead if ahead else jnp.asarray(False)
     windows: dict[Reach, int] = {"global": run.data.length, "local": run.model.local_window}
 
     def pairs(window: int):

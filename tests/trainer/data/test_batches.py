@@ -13,7 +13,7 @@ from train.config.operation import Evaluation
 from train.config.run import Run
 from train.config.sections import Curriculum, Data
 from train.data.batches import batches, held_out_batches
-from train.data.rows import Pairs, Pieces, Spans, Stream
+from train.data.rows import DocumentPieces, Pairs, Spans, Stream
 
 LENGTH = 12
 DOCUMENTS = (30, 3, 5, 2, 9, 14, 4, 7, 25, 6)
@@ -71,7 +71,7 @@ def segments(rows) -> list[np.ndarray]:
     seed=st.integers(0, 2**40),
 )
 def test_packed_rows_hold_every_token_equally_often(lengths, bins, seed):
-    source = cut(Pieces, lengths)
+    source = cut(DocumentPieces, lengths)
     packs = 3 + 2 * len(source) // bins  # rows of several epochs
     rows = first(packs * bins, source, run(seed=seed, data={"packing_bins": bins}))
     documents = np.repeat(np.arange(len(lengths)), lengths)
@@ -108,7 +108,7 @@ def test_a_stream_is_read_once_in_an_epoch_and_then_in_another_order():
 
 def test_the_seed_chooses_the_order_and_seeds_may_be_large():
     def order(seed):
-        return [s.tolist() for s in segments(first(12, cut(Pieces), run(seed=seed)))]
+        return [s.tolist() for s in segments(first(12, cut(DocumentPieces), run(seed=seed)))]
 
     assert order(3) == order(3)
     assert len({str(order(seed)) for seed in (0, 1, 2**32, 2**32 + 1, 2**70)}) == 5
@@ -116,7 +116,7 @@ def test_the_seed_chooses_the_order_and_seeds_may_be_large():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(Pieces, {"rows": "packed", "batch": 2}), (Pairs, {"batch": 2}), (Stream, {"rows": "chunked"})],
+    [(DocumentPieces, {"rows": "packed", "batch": 2}), (Pairs, {"batch": 2}), (Stream, {"rows": "chunked"})],
 )
 def test_a_run_resumed_at_any_batch_reads_the_same_batches(kind, options):
     source = cut(kind, (6, 5, 7, 5, 6, 8, 9) if kind is Pairs else DOCUMENTS)
@@ -138,7 +138,7 @@ def test_a_run_resumed_at_any_batch_reads_the_same_batches(kind, options):
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(1, 1), (5, 2), (5, 8), (99, 4)])
-@pytest.mark.parametrize("kind", [Pieces, Stream])
+@pytest.mark.parametrize("kind", [DocumentPieces, Stream])
 def test_held_out_batches_have_one_shape_and_the_last_is_filled_up(kind, rows, batch):
     source = cut(kind)
     asked = run(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from train.data.columns import PAIRS, TEXTS, check_columns, columns_of
+from train.data.columns import check_columns, columns_of
+from train.data.tasks import PAIRS, TEXTS
 
 
 @pytest.mark.parametrize("name", TEXTS)

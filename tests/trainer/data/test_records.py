@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from tests.train_texts import write_lines
 from train.data import records as module
-from train.data.records import Malformed, Record, records
+from train.data.records import Malformed, TextRecord, records
 from train.data.sources import sources
 
 
-def read(path, task="lm", columns=None) -> list[Record | Malformed]:
+def read(path, task="lm", columns=None) -> list[TextRecord | Malformed]:
     return list(records(sources([str(path)]), task, columns or {}))
 
 
@@ -26,15 +26,15 @@ def words(path, **options) -> list[str]:
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json.gz"])
 def test_a_line_is_a_record_with_its_number(tmp_path, name):
     path = write_lines(tmp_path / name, [{"id": 1, "text": "één"}, b"", b"  ", {"text": "two", "body": "no"}])
-    assert read(path) == [Record(("één",), path, 1), Record(("two",), path, 4)]
+    assert read(path) == [TextRecord(("één",), path, 1), TextRecord(("two",), path, 4)]
 
 
 def test_pairs_come_as_document_and_summary(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [{"highlights": "short", "article": "long"}])
-    assert read(path, task="summarize") == [Record(("long", "short"), path, 1)]
-    assert read(path, task=None) == [Record(("long", "short"), path, 1)]
-    assert read(path) == [Record(("long",), path, 1)]
-    assert read(path, columns={"text": "highlights"}) == [Record(("short",), path, 1)]
+    assert read(path, task="summarize") == [TextRecord(("long", "short"), path, 1)]
+    assert read(path, task=None) == [TextRecord(("long", "short"), path, 1)]
+    assert read(path) == [TextRecord(("long",), path, 1)]
+    assert read(path, columns={"text": "highlights"}) == [TextRecord(("short",), path, 1)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_pairs_come_as_document_and_summary(tmp_path):
 def test_a_malformed_line_is_named_and_the_others_are_read(tmp_path, line, reason):
     path = write_lines(tmp_path / "x.jsonl", [{"text": "one"}, line, {"text": "three"}])
     first, malformed, third = read(path)
-    assert (first, third) == (Record(("one",), path, 1), Record(("three",), path, 3))
+    assert (first, third) == (TextRecord(("one",), path, 1), TextRecord(("three",), path, 3))
     assert str(malformed).startswith(f"{path}, line 2: {reason}")
     with pytest.raises(ValueError, match=r"^data\.paths: .*x\.jsonl, line 2: .*--data\.skip-malformed"):
         raise malformed.error()
@@ -143,7 +143,7 @@ def test_parts_of_a_large_file_are_the_file_and_end_with_lines(tmp_path_factory,
 
 def test_a_small_file_is_one_record(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"one\r\ntwo")
-    assert read(tmp_path / "x.txt") == [Record(("one\r\ntwo",), tmp_path / "x.txt")]
+    assert read(tmp_path / "x.txt") == [TextRecord(("one\r\ntwo",), tmp_path / "x.txt")]
 
 
 def test_summaries_of_a_text_file_are_refused_with_what_is_needed(tmp_path):
@@ -163,7 +163,7 @@ def test_rows_of_a_saved_dataset_are_records(tmp_path):
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
     path = tmp_path / "set"
     first, second, empty = read(path, task="summarize")
-    assert (first, second) == (Record(("a", "x"), path, 1), Record(("b", "y"), path, 2))
+    assert (first, second) == (TextRecord(("a", "x"), path, 1), TextRecord(("b", "y"), path, 2))
     assert str(empty) == f"{path}, line 3: its column 'article' is empty"
     with pytest.raises(ValueError, match=r"data\.columns: .*set has no column story, only id, article, high"):
         read(path, columns={"text": "story"})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data.rows import CONTEXT, SEGMENTS, TOKENS, Pairs, Pieces, Spans, Stream, as_batch, fitting
+from train.data.rows import CONTEXT, SEGMENTS, TOKENS, DocumentPieces, Pairs, Spans, Stream, as_batch, fitting
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -26,7 +26,7 @@ def stream(lengths) -> np.ndarray:
 @given(LENGTHS, st.integers(1, 12), st.integers(0, 3))
 def test_each_token_but_a_documents_first_is_the_target_of_one_piece(lengths, length, seed):
     parts = spans(lengths, seed)
-    pieces = Pieces(stream(lengths), parts, length)
+    pieces = DocumentPieces(stream(lengths), parts, length)
     items = [pieces[i][TOKENS] for i in range(len(pieces))]
     targets = [int(t) for item in items for t in item[:, 1]]
     expected = [t for a, b in zip(parts.starts, parts.stops, strict=True) for t in range(a + 1, b)]
@@ -41,7 +41,7 @@ def test_each_token_but_a_documents_first_is_the_target_of_one_piece(lengths, le
 
 
 def test_all_pieces_of_a_document_but_the_last_fill_a_row():
-    pieces = Pieces(stream([11]), spans([11], 0), 4)
+    pieces = DocumentPieces(stream([11]), spans([11], 0), 4)
     assert [pieces[i][TOKENS][:, 0].tolist() for i in range(len(pieces))] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],

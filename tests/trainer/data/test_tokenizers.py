@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.train_texts import real_text, write_lines
-from train.data.records import Record, records
+from train.data.records import TextRecord, records
 from train.data.sources import sources
 from train.data.tokenizers import END, Tokenizer, load_tokenizer, train_bpe
 
@@ -215,7 +215,7 @@ def test_a_sentencepiece_model_without_the_library_names_the_extra(tmp_path, mon
 def test_long_meetings_fit_32k_tokens_of_a_bpe_made_for_them(tmp_path):
     path = real_text("qmsum_ami_icsi.jsonl.gz")
     tokenizer = train_bpe([path], 8_192, {}, tmp_path / "bpe.json")
-    pairs = [item.texts for item in records(sources([path]), "summarize", {}) if isinstance(item, Record)]
+    pairs = [item.texts for item in records(sources([path]), "summarize", {}) if isinstance(item, TextRecord)]
     assert len(pairs) == 196
     longest = max(pairs, key=lambda pair: sum(map(len, pair)))
     assert sum(map(len, tokenizer.encode(longest))) + 1 <= 32_768
