@@ -22,10 +22,10 @@ import grain
 import jax
 import numpy as np
 
-from train.__main__ import main as train_main
-from train.__main__ import parse
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.folder import RunFolder
+from train.cli import main as train_main
+from train.cli import parse
 from train.config.run import Run
 from train.data.corpus import corpus
 from train.metrics.log import read
@@ -33,7 +33,7 @@ from train.step.program import State, begin
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train.__main__"])  # imports take longer than the runs
+FORKS.set_forkserver_preload(["train.cli"])  # imports take longer than the runs
 AIMS = ("starting", "training", "saving", "just saved")
 TIMED = ("seconds", "input_seconds", "tokens_per_second", "mfu")
 

@@ -13,9 +13,9 @@ from signal import Signals
 import jax
 from kill_run import FORKS, ROOT, write_documents
 
-from train import __main__ as main
-from train.__main__ import parse
+from train import cli
 from train.checkpoint.folder import RunFolder
+from train.cli import parse
 from train.config.run import Run
 from train.loop import training
 from train.parallel.initialize import OURS, join
@@ -155,8 +155,8 @@ def _command(run: Together, index: int, where: Mapping[str, str]):
         os.chdir(odd.folder)
     if odd.at is not None:
         training._Training._step = _signalled(training._Training._step, odd)
-    main.join = partial(join, heartbeat=10)
-    main.main([*run.arguments, *odd.words])
+    cli.join = partial(join, heartbeat=10)
+    cli.main([*run.arguments, *odd.words])
 
 
 def _signalled(step: Callable, odd: Odd) -> Callable:

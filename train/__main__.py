@@ -1,154 +1,39 @@
-"""The command line: `python -m train PRESET --option value …`, and commands for what was trained."""
+"""`python -m train`: starts the command line, or says in one line what this machine lacks for it."""
 
-import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from inspect import cleandoc
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
-import tyro
-
-from train.commands.table import COMMANDS, run_command
-from train.config.presets import PRESETS
-from train.config.run import Run, option_values, to_json
-from train.loop.training import NotFinite, prepare, train
-from train.parallel.initialize import join
-from train.parallel.processes import Processes
-
-PROGRAM = "python -m train"
-ASKED = {"-h", "--help", "--print-config", "--print_config"}
-"""Options that train nothing, and need no other process."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """A run to train."""
-
-    run: Annotated[Run, tyro.conf.arg(name="")]
-    overwrite: bool = False
-    """Begin anew where the folder holds a run. Without it, the same command goes on with the run."""
-    print_config: bool = False
-    """Print the whole config as JSON, and train nothing."""
+OURS = ("train", "dynmask_jax")
 
 
 def main(arguments: Sequence[str] | None = None):
-    """Runs the command line; by default with the process's own arguments.
+    """Runs `train.cli.main`, which imports all that the trainer needs.
 
     Raises:
-      SystemExit: once the reason is on stderr. With status 2 where nothing was done: an option or a
-        preset that does not exist, a value that is refused, text that is missing, a folder or a checkpoint
-        that does not fit. With status 1 where a run stopped: a disk that is full, too many steps that
-        were not finite, another process that was quicker to train in the folder.
+      SystemExit: with status 2, on Windows or where a library is not installed; or as `train.cli.main`.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(overview())
-        return
-    try:
-        if is_command(arguments):
-            run_command(arguments[0], arguments[1:])
-            return
-        # Before the options are read, so that one process that refuses its own leaves none waiting.
-        processes = Processes() if ASKED & set(arguments) else join()
-    except (ValueError, OSError, ImportError) as error:
-        _stop(error, status=2)
-    with processes.end_together():
-        _train(arguments, processes)
-
-
-def is_command(arguments: Sequence[str]) -> bool:
-    """Whether the first word is a command. `summarize` is one before a file's name, else a preset."""
-    name, *rest = arguments
-    before_a_name = bool(rest) and not rest[0].startswith("-")
-    return name in COMMANDS and (name not in PRESETS or before_a_name)
-
-
-def parse(arguments: Sequence[str]) -> Training:
-    """The run that the arguments ask for: a preset's name (`run` where left out) and options.
-
-    Raises:
-      ValueError: an unknown preset or option; the message lists the valid ones. Or a config that
-        contradicts itself.
-      SystemExit: a value of the wrong type, which `tyro` explains, or --help.
-    """
-    preset, *words = arguments if not arguments[0].startswith("-") else ["run", *arguments]
-    if preset not in PRESETS:
-        raise ValueError(
-            f"unknown preset or command {preset!r}; the presets are {', '.join(PRESETS)}; the commands are "
-            f"{', '.join(COMMANDS)}"
+    if sys.platform == "win32":
+        _refuse(
+            "the trainer needs file locks and signals that Windows lacks (fcntl, SIGTERM); run it on Linux, "
+            "macOS or WSL. The library dynmask_jax works on Windows"
         )
-    command, unknown = tyro.cli(
-        Training,
-        prog=f"{PROGRAM} {preset}",
-        description=cleandoc(PRESETS[preset].__doc__ or ""),
-        default=Training(PRESETS[preset]()),
-        args=words,
-        return_unknown_args=True,
-    )
-    if unknown:
-        raise ValueError(_unknown(unknown))
-    return command
-
-
-def overview() -> str:
-    """What there is to run, for someone who does not know yet."""
-
-    def lines(table: dict[str, str | None]) -> list[str]:
-        return [
-            f"  {PROGRAM} {name:<9}  {cleandoc(doc or '').splitlines()[0]}" for name, doc in table.items()
-        ]
-
-    return "\n".join(
-        [
-            "Trains language models on long text under a mask that grows with the training step.",
-            "",
-            "Presets, each a run that options change:",
-            *lines({name: preset.__doc__ for name, preset in PRESETS.items()}),
-            "",
-            "Commands for what was trained, and before:",
-            *lines({name: record.__doc__ for name, (record, _) in COMMANDS.items()}),
-            "",
-            f"{PROGRAM} PRESET --help says what a preset needs and what to expect, and lists the options.",
-            f"Without a preset's name, options are those of run. {PROGRAM} summarize followed by a file's",
-            "name is the command, by options or nothing the preset.",
-        ]
-    )
-
-
-def _train(arguments: Sequence[str], processes: Processes):
     try:
-        command = parse(arguments)
-        if command.print_config:
-            print(to_json(command.run), end="")
-            return
-        session = prepare(command.run, overwrite=command.overwrite, processes=processes)
-    except (ValueError, OSError, ImportError) as error:
-        _stop(error, status=2)
-    if processes.first:
-        for fault in session.corpus.reports:
-            print(f"left out: {fault}", file=sys.stderr)
-        print(session.opening)
-    try:
-        result = train(session)
-    except (OSError, NotFinite) as error:
-        _stop(error, status=1)
-    if processes.first:
-        print(f"\n{result}\n\nAll of the run lies in {session.folder.path}")
+        from train import cli
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library in OURS or not library:
+            raise
+        _refuse(
+            f"the trainer needs the library {library}, which is not installed: "
+            'pip install -e ".[train]" in the checkout installs all that it needs'
+        )
+    cli.main(arguments)
 
 
-def _stop(error: Exception, *, status: int) -> NoReturn:
-    print(f"{PROGRAM}: {error}", file=sys.stderr)
-    raise SystemExit(status) from error
-
-
-def _unknown(arguments: Sequence[str]) -> str:
-    names = (*option_values(PRESETS["run"]()), "overwrite", "print_config")
-    valid = [f"--{name.replace('_', '-')}" for name in names]
-    named = [argument.split("=")[0] for argument in arguments if argument.startswith("-")] or [arguments[0]]
-    close = difflib.get_close_matches(named[0], valid, n=1)
-    meant = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown option {named[0]}{meant}; the options are {', '.join(valid)}"
+def _refuse(reason: str) -> NoReturn:
+    print(f"python -m train: {reason}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import pytest
 import tyro
 import yaml
 
-from train.__main__ import is_command, parse
-from train.commands.compile import Compile, with_preset
+from train.cli import is_command, parse
 from train.commands.table import COMMANDS
 from train.config.run import Run, option_values
 
@@ -47,11 +46,10 @@ def check(command: str):
     words = [word for word in shlex.split(command, comments=True)[3:] if word not in ("-h", "--help", "…")]
     if not words or (len(words) == 1 and words[0] in COMMANDS):
         return
-    if words[0] == "compile":
-        default, options = with_preset(words[1:])
-        tyro.cli(Compile, default=default, args=options)
-    elif is_command(words):
-        tyro.cli(COMMANDS[words[0]][0], args=words[1:])
+    if is_command(words):
+        row = COMMANDS[words[0]]
+        default, options = row.default(words[1:])
+        tyro.cli(row.options, default=default, args=options)
     else:
         parse(words)
 

@@ -1,11 +1,13 @@
 """The command line, from the words that are typed to the folder that is left."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from train_cases import write_text
 
-from train.__main__ import is_command, main, parse
+from train.cli import is_command, main, parse
 from train.commands.table import COMMANDS
 from train.config.presets import PRESETS, demo, lm_8k
 from train.config.run import Run, from_json
@@ -183,7 +185,7 @@ def test_of_two_that_begin_a_run_at_once_the_slower_says_why_it_stops(tmp_path, 
         with session.folder.claimed():  # by the quicker one
             training.train(session)
 
-    monkeypatch.setattr("train.__main__.train", train)
+    monkeypatch.setattr("train.cli.train", train)
     with pytest.raises(SystemExit) as stopped:
         main(command)
     assert stopped.value.code == 1
@@ -196,3 +198,35 @@ def test_a_run_that_stops_for_good_says_why_with_status_1(tmp_path, capsys):
         main([*command, "--steps=9", "--optimizer.learning-rate=1e38", "--optimizer.give-up=2"])
     assert stopped.value.code == 1
     assert "was not finite" in capsys.readouterr().err
+
+
+def started(lacking: str, *arguments: str, platform: str = sys.platform) -> tuple[int, str]:
+    """Status and stderr of `python -m train` on a machine that lacks a module."""
+    code = (
+        f"import runpy, sys; sys.modules[{lacking!r}] = None; sys.platform = {platform!r}; "
+        f"sys.argv = {['train', *arguments]!r}; runpy.run_module('train', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("lacking", "typed"), [("tyro", ["--help"]), ("jax", []), ("optax", ["demo", "--steps", "1"])]
+)
+def test_without_the_trainers_libraries_one_line_says_what_to_install(lacking, typed):
+    assert started(lacking, *typed) == (
+        2,
+        f"python -m train: the trainer needs the library {lacking}, which is not installed: "
+        'pip install -e ".[train]" in the checkout installs all that it needs\n',
+    )
+
+
+@pytest.mark.parametrize("typed", [["--help"], ["demo"]])
+def test_on_windows_one_line_says_what_the_trainer_lacks(typed):
+    status, said = started("fcntl", *typed, platform="win32")
+    assert status == 2
+    assert said.startswith(
+        "python -m train: the trainer needs file locks and signals that Windows lacks (fcntl"
+    )
+    assert said.count("\n") == 1

@@ -1,20 +1,22 @@
-"""The command line that a config stands for."""
+"""A config as a command line."""
 
 import shlex
 from typing import Any
 
 from train.config.run import Run, option_values
 
+PROGRAM = "python -m train"
+
 
 def command(run: Run) -> str:
-    """What to type for a run: the options that differ from their defaults.
+    """The command that trains a run, with the options that differ from their defaults.
 
     >>> from train.config.sections import Data
     >>> command(Run(steps=10, data=Data(paths=("a.txt", "b c.txt"), columns={"text": "body"})))
     "python -m train run --steps 10 --data.paths a.txt 'b c.txt' --data.columns text body"
     """
     defaults = option_values(Run())
-    words = ["python", "-m", "train", "run"]
+    words = [*PROGRAM.split(), "run"]
     for name, value in option_values(run).items():
         if value != defaults[name]:
             words += _words(name.replace("_", "-"), value)

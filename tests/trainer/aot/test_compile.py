@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from train.__main__ import main
 from train.aot import topology
 from train.aot.collectives import Transfer, transfers
 from train.aot.compiled import kinds
 from train.aot.hlo import bytes_of, parse
+from train.cli import main
 from train.commands.compile import with_preset
 from train.config.presets import PRESETS, TOPOLOGIES
 

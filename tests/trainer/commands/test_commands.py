@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from train_cases import small_run, write_text
 
-from train.__main__ import main
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.export import load_weights
 from train.checkpoint.folder import RunFolder
-from train.commands.table import COMMANDS, Drawing, run_command
+from train.cli import main
+from train.commands.inference import SamplingOptions
+from train.commands.table import COMMANDS, run_command
 from train.config.operation import Generation
 from train.config.run import Run, to_json
 from train.config.sections import Data, Optimizer
@@ -99,8 +100,8 @@ def test_what_only_drawing_heeds_is_refused_without_it_and_falls_with_the_runs_o
     said = refused(capsys, "generate", lm, "--prompt", "mask", "--top-p", "0.9")
     assert "generation.top_p needs a generation.temperature above 0" in said
     drawn = Generation(temperature=0.8, top_p=0.9)
-    assert Drawing(temperature=0.0).over(drawn) == Generation()
-    assert Drawing(temperature=0.5).over(drawn) == replace(drawn, temperature=0.5)
+    assert SamplingOptions(temperature=0.0).override(drawn) == Generation()
+    assert SamplingOptions(temperature=0.5).override(drawn) == replace(drawn, temperature=0.5)
 
 
 def test_the_newest_whole_checkpoint_is_taken(lm, tmp_path, capsys):

@@ -1,0 +1,60 @@
+"""The command `generate`: continues prompts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from train.checkpoint.load import load_model
+from train.commands.inference import SamplingOptions, Stopwatch, make_generator, read_text
+from train.config.command_line import PROGRAM
+from train.data.tasks import task_of
+
+SHOWN = 400
+"""Characters of a prompt that are printed, its last."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continues prompts with a trained model. Prints each prompt, quoted with `>`, and its continuation."""
+
+    model: tyro.conf.Positional[Path]
+    """A run's folder, whose newest checkpoint is used, or a file of `export`."""
+    prompt: tuple[str, ...] = ()
+    """Texts to continue, one or more."""
+    prompt_file: tuple[Path, ...] = ()
+    """UTF-8 files, each with one text to continue."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
+    tokenizer: str | None = None
+    """Path of the tokenizer. None: the path in the run's config."""
+
+
+def generate(command: Generate):
+    """Prints each prompt and its continuation.
+
+    Raises:
+      ValueError, OSError: with the reason why it cannot.
+    """
+    prompts = [*command.prompt, *map(read_text, command.prompt_file)]
+    if not prompts:
+        raise ValueError("generate needs a text to go on with: --prompt TEXT or --prompt-file FILE")
+    weights, tokenizer = load_model(command.model, command.tokenizer)
+    task = task_of(weights.run)
+    if task.command != "generate":
+        usage = task.usage.format(folder=command.model)
+        raise ValueError(f"{command.model} was trained {task.purpose}: {PROGRAM} {usage}")
+    options, generator = command.sampling.override(weights.run.generation), make_generator(weights, tokenizer)
+    tokens = tokenizer.encode(prompts)
+    with Stopwatch() as stopwatch:
+        texts = generator.generate(tokens, options, jax.random.key(command.sampling.seed))
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"{_quote(prompt)}\n{tokenizer.decode(text)}\n")
+    stopwatch.print_throughput(sum(map(len, texts)))
+
+
+def _quote(prompt: str) -> str:
+    """The last characters of a prompt, each line after `>`."""
+    shown = prompt if len(prompt) <= SHOWN else "… " + prompt[-SHOWN:]
+    return "\n".join(f"> {line}" for line in shown.splitlines())
