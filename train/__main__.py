@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None):
         processes = Processes() if ASKED & set(arguments) else join()
     except (ValueError, OSError, ImportError) as error:
         _stop(error, status=2)
-    with processes.ending_together():
+    with processes.end_together():
         _train(arguments, processes)
 
 

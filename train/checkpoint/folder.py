@@ -19,7 +19,7 @@ from train.disk import write_atomically
 BUCKET = "://"
 
 
-def rooted(folder: Path) -> Path:
+def resolve_folder(folder: Path) -> Path:
     """The folder by its whole path, as orbax asks for."""
     return folder if BUCKET in str(folder) else folder.absolute()
 

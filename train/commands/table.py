@@ -15,7 +15,7 @@ import jax
 import tyro
 
 from train.checkpoint.export import Weights, export_weights
-from train.checkpoint.load import trained
+from train.checkpoint.load import load_model
 from train.commands.compile import Compile, compile_for, with_preset
 from train.config.operation import Generation
 from train.data.tasks import task_of
@@ -122,7 +122,7 @@ def generate(command: Generate):
     prompts = [*command.prompt, *map(_read, command.prompt_file)]
     if not prompts:
         raise ValueError("generate needs a text to go on with: --prompt TEXT or --prompt-file FILE")
-    weights, tokenizer = trained(command.model, command.tokenizer)
+    weights, tokenizer = load_model(command.model, command.tokenizer)
     task = task_of(weights.run)
     if task.command != "generate":
         usage = task.usage.format(folder=command.model)
@@ -145,7 +145,7 @@ def summarize(command: Summarize):
     if not command.files:
         raise ValueError("summarize needs a file: summarize FILE --run FOLDER")
     documents = list(map(_read, command.files))
-    weights, tokenizer = trained(command.run, command.tokenizer)
+    weights, tokenizer = load_model(command.run, command.tokenizer)
     if task_of(weights.run).command != "summarize":
         raise ValueError(f"{command.run} was trained for the task {weights.run.task}, not summarize")
     truncate = weights.run.summarize.truncate if command.truncate is None else command.truncate
@@ -164,7 +164,7 @@ def export(command: Export):
     Raises:
       ValueError, OSError: what is asked for cannot be done, and why.
     """
-    weights, _ = trained(command.model, command.tokenizer)
+    weights, _ = load_model(command.model, command.tokenizer)
     export_weights(weights, command.to, overwrite=command.overwrite)
     count = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
     print(

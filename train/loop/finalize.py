@@ -59,11 +59,11 @@ class Finish:
         Raises:
           WriteError: the folder cannot be written to.
         """
-        if self.processes.first_says(self._lacks_summaries):
+        if self.processes.call_on_first(self._lacks_summaries):
             weights = self.program.placement.alone((self.program.weights(state), state.key))
-            self.processes.first_says(lambda: self._summarise(*weights))
+            self.processes.call_on_first(lambda: self._summarise(*weights))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        self.processes.first_says(lambda: self._report(parameters, compilations))
+        self.processes.call_on_first(lambda: self._report(parameters, compilations))
         return self._summary(compilations) if self.processes.first else Summary([], compilations)
 
     def _summary(self, compilations: int) -> Summary:

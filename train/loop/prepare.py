@@ -56,7 +56,7 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
       run: the config.
       overwrite: begin anew where the folder holds a run, which is removed.
       processes: those of the run, where there are several; by default as JAX knows them. What one of them
-        refuses, it alone raises: see `Processes.ending_together`.
+        refuses, it alone raises: see `Processes.end_together`.
 
     Raises:
       OSError: texts are missing; or the folder cannot be written to, lies on a disk with too little
@@ -65,10 +65,10 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
         texts, or without a checkpoint that is whole; or the processes were started with different ones.
       ImportError: a library is missing that the config asks for.
     """
-    processes = processes or Processes.here()
+    processes = processes or Processes.current()
     processes.check_same(run, overwrite=overwrite)
     folder = RunFolder.of(run)
-    processes.first_says(lambda: _check_folder(folder, run, overwrite))
+    processes.call_on_first(lambda: _check_folder(folder, run, overwrite))
     check_shared((folder.elsewhere or folder.path).parent, processes)
     placement = Placement.of(run.mesh)
     texts = read_corpus(run)
@@ -76,10 +76,10 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
     program, state = begin(run, texts.tokenizer.vocabulary, placement)
     batches = texts.batches()
     with ExitStack() as claim:
-        goes_on = processes.first_says(lambda: _claim(claim, folder, run, state, overwrite))
+        goes_on = processes.call_on_first(lambda: _claim(claim, folder, run, state, overwrite))
         restored = _restored(folder, run, texts, state, batches, processes) if goes_on else None
         done = None if restored is None else int(restored.step)
-        processes.first_says(lambda: _begin(folder, run, done))
+        processes.call_on_first(lambda: _begin(folder, run, done))
     # Bound to its devices, as a restored one is: the very same program is compiled for both.
     state = restored or jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
     return Session(run, folder, texts, program, state, batches, processes)

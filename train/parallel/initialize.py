@@ -40,11 +40,11 @@ def join(
       ValueError: the variables are incomplete or no numbers; or JAX does not find the rest.
     """
     if jax.distributed.is_initialized():
-        return Processes.here()
+        return Processes.current()
     if (where := expected(environment)) is None:
         return Processes()
     _initialize(where | {"heartbeat_timeout_seconds": heartbeat}, timeout)
-    return Processes.here()
+    return Processes.current()
 
 
 def expected(environment: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Several processes, one run: how they find each other, agree, and end together."""
+"""The processes of a run: how they exchange words, check that they agree, and end together."""
 
 import itertools
 import json
@@ -8,102 +8,100 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import jax
-from jax._src import distributed
 
 from train.config.run import Run, option_values
 from train.disk import writing
+from train.parallel import coordination
 
 T = TypeVar("T")
 
-DAY = 24 * 3600 * 1000
-"""In ms; for others to come, who may be reading texts: those that died are found by their heartbeats."""
+DAY = 24 * 3600.0
+"""Seconds to wait for other processes, which may be reading texts; dead ones are found by heartbeat."""
 PATIENCE = 60.0
-"""Seconds of waiting for others after which it is said whom for."""
-TOLD = itertools.count()
-"""Numbers what this process has told the others: a place for words is taken once in its life."""
+"""Seconds to wait before logging which processes are missing."""
+EXCHANGES = itertools.count()
+"""Numbers the exchanges of this process: a key of the coordination service serves once."""
 FAILED = "dynmask/failed"
 GRACE = 10.0
-"""Seconds that those who fail at the same time have for words of their own."""
+"""Seconds in which processes that fail at the same time may print reasons of their own."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them; made by `join` or `here`.
+    """The processes of a run, as one of them sees them; made by `join` or `current`.
 
-    What they tell each other goes through JAX's coordination service and not through devices, so that
-    it may take as long as it likes.
+    All processes call the methods together, in the same order.
 
     Attributes:
-      index: which this is, from 0, as JAX counts.
-      count: how many there are.
+      index: of this process, from 0, as JAX counts.
+      count: of all processes.
     """
 
     index: int = 0
     count: int = 1
 
     @classmethod
-    def here(cls) -> "Processes":
-        """Those that JAX knows of; asks for its devices."""
+    def current(cls) -> "Processes":
+        """The processes that JAX has joined; initializes its devices."""
         return cls(jax.process_index(), jax.process_count())
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the process that writes."""
         return self.index == 0
 
-    def gathered(self, word: str) -> list[str]:
-        """What each process says here, by its number; all must come, and who is late is named on stderr."""
+    def all_gather(self, word: str) -> list[str]:
+        """The words of all processes, by index. Waits for all; missing ones are named on stderr."""
         if self.count == 1:
             return [word]
-        place = f"dynmask/{next(TOLD)}/"
-        client: Any = distributed.global_state.client  # JAX has no public way to it; orbax takes this too
-        client.key_value_set(f"{place}{self.index}", word)
-        clock = threading.Timer(PATIENCE, self._name_the_late, [place])
+        exchange = f"dynmask/{next(EXCHANGES)}"
+        coordination.put(exchange, self.index, word)
+        clock = threading.Timer(PATIENCE, self._name_missing, [exchange])
         clock.daemon = True
         clock.start()
         try:
-            client.wait_at_barrier(place, DAY)
+            coordination.wait_for_all(exchange, DAY)
         finally:
             clock.cancel()
-        words = _told(place)
+        words = coordination.read(exchange)
         return [words[process] for process in range(self.count)]
 
-    def first_says(self, function: Callable[[], T]) -> T:
-        """What the function returns in the first process, which alone calls it; JSON must hold it.
+    def call_on_first(self, function: Callable[[], T]) -> T:
+        """Calls the function in the first process only; all return its result, which JSON must hold.
 
-        Where it fails, the others wait until `ending_together` ends them.
+        Where the function raises, the other processes wait until `end_together` ends them.
         """
         if self.count == 1:
             return function()
-        word = json.dumps(function()) if self.first else ""
-        return json.loads(self.gathered(word)[0])
+        return json.loads(self.all_gather(json.dumps(function()) if self.first else "")[0])
 
     def check_same(self, run: Run, **more: Any):
-        """Refuses processes that were started with other options, in all of them.
+        """Refuses, in every process, that processes were started with different options.
 
         Args:
-          run: the config of this one.
-          more: what else must be the same, by its name.
+          run: the config of this process.
+          more: other values that must be the same, by name.
 
         Raises:
-          ValueError: with each option that differs, and who has what; or processes have not joined.
+          ValueError: with each option that differs, and two processes' values; or JAX has several
+            processes that have not joined.
         """
         if jax.process_count() != self.count or (self.count > 1 and not jax.distributed.is_initialized()):
             raise ValueError(
                 f"the devices belong to {jax.process_count()} processes that have not joined: call "
                 "jax.distributed.initialize() first, or train by the command line, which does"
             )
-        told = [json.loads(word) for word in self.gathered(json.dumps(option_values(run) | more))]
+        options = [json.loads(word) for word in self.all_gather(json.dumps(option_values(run) | more))]
         differing = []
-        for name in dict.fromkeys(name for each in told for name in each):
-            values = [each.get(name, "nothing") for each in told]
+        for name in dict.fromkeys(name for each in options for name in each):
+            values = [each.get(name, "nothing") for each in options]
             other = next((process for process, value in enumerate(values) if value != values[0]), None)
             if other is not None:
                 differing.append(f"{name}: {values[0]!r} in process 0, {values[other]!r} in process {other}")
@@ -111,21 +109,22 @@ class Processes:
             raise ValueError(f"the processes disagree on the config: {'; '.join(differing)}")
 
     def check_equal(self, word: str, what: str):
-        """Refuses processes that hold different things, in all of them.
+        """Refuses, in every process, that the word differs between processes.
 
         Raises:
-          ValueError: `word` is not the same in all; `what` names it.
+          ValueError: it does; `what`, a plural, names it.
         """
-        words = self.gathered(word)
+        words = self.all_gather(word)
         if others := [process for process, each in enumerate(words) if each != words[0]]:
             raise ValueError(f"{what} of process {others[0]} are not those of process 0")
 
     @contextmanager
-    def ending_together(self) -> Iterator[None]:
-        """Where one process fails within, all end with its exit status, each in its own words or in those.
+    def end_together(self) -> Iterator[None]:
+        """Where one process raises inside, all processes exit with its status, and print a reason.
 
-        Not even a process that waits for devices is left behind. One that is killed has no words: JAX
-        ends the others once its heartbeats have been missed (100 s), or their next exchange fails.
+        That includes processes that wait for a device, for which JAX has no public way. A process that is
+        killed leaves no reason: JAX ends the others once its heartbeats are missing (100 s), or their next
+        exchange fails.
         """
         if self.count == 1:
             yield
@@ -135,72 +134,56 @@ class Processes:
         watch.start()
         try:
             yield
-            self.gathered("done")  # JAX would wait for the others at the exit too, but not for long
+            self.all_gather("done")  # jax.distributed.shutdown waits too, but only for some minutes
         except BaseException as error:
+            over.set()
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
-            self._fail(error, over)
+            status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+            cause = str(error.__cause__ or error) or type(error).__name__
+            coordination.put(FAILED, self.index, json.dumps([status, cause]))
+            self._exit(status)
         over.set()
         watch.join()
         jax.distributed.shutdown()
 
-    def _name_the_late(self, place: str):
-        """Prints which processes have not told their word yet; the first of those that have does."""
-        there = _told(place)
+    def _name_missing(self, exchange: str):
+        """Prints which processes have not come yet, in the first of those that have."""
+        there = coordination.read(exchange)
         late = [str(process) for process in range(self.count) if process not in there]
         if late and self.index == min(there):
             several = f"processes {', '.join(late[:9])}{' …' * (len(late) > 9)}"
             print(f"waiting for {several if late[1:] else f'process {late[0]}'}", file=sys.stderr, flush=True)
 
-    def _fail(self, error: BaseException, over: threading.Event):
-        """Tells the others, and ends this process."""
-        over.set()
-        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        words = str(error.__cause__ or error) or type(error).__name__
-        client: Any = distributed.global_state.client
-        client.key_value_set(f"{FAILED}/{self.index}", json.dumps([status, words]), allow_overwrite=True)
-        self._end(status)
-
     def _watch(self, over: threading.Event):
         """Ends this process once another one has failed."""
-        client: Any = distributed.global_state.client
         while not over.wait(0.5):
             try:
-                failed = client.key_value_dir_get(FAILED)
-            except jax.errors.JaxRuntimeError:  # the service is gone, and JAX will say so
+                failed = coordination.read(FAILED)
+            except jax.errors.JaxRuntimeError:  # the service is gone, and JAX ends this process
                 return
-            if failed and not over.wait(1.0):  # if this one is failing too it has words of its own
-                key, word = min(failed)
-                status, words = json.loads(word)
-                print(f"process {key.rpartition('/')[2]} failed: {words}", file=sys.stderr)
-                self._end(status)
+            if failed and not over.wait(1.0):  # else this process is failing too, and prints its reason
+                process = min(failed)
+                status, cause = json.loads(failed[process])
+                print(f"process {process} failed: {cause}", file=sys.stderr)
+                self._exit(status)
 
-    def _end(self, status: int):
-        # At once, for JAX would wait at its exit for processes that may be waiting for this one; but
-        # not before all know why, of which the first, who keeps the words, is the last to go.
-        try:
-            client: Any = distributed.global_state.client
-            client.wait_at_barrier(FAILED, int(GRACE * 1000))
-        except jax.errors.JaxRuntimeError:
-            pass  # one is dead, or hangs: what it has heard is all it will
-        if self.first:
+    def _exit(self, status: int):
+        """Exits at once, whatever the main thread waits for, when all processes have seen the reason."""
+        with suppress(jax.errors.JaxRuntimeError):  # a process is dead or hangs
+            coordination.wait_for_all(FAILED, GRACE)
+        if self.first:  # it serves the reasons to the others
             time.sleep(1.0)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(status)
-
-
-def _told(place: str) -> dict[int, str]:
-    """What processes have told there so far, by their numbers."""
-    client: Any = distributed.global_state.client
-    return {int(key.rpartition("/")[2]): word for key, word in client.key_value_dir_get(place)}
+        os._exit(status)  # sys.exit would wait for processes that may wait for this one
 
 
 def check_shared(folder: Path, processes: Processes):
-    """Refuses a folder for checkpoints that some of the processes do not see; several write to it together.
+    """Refuses a folder of checkpoints that is not visible to all processes, which write to it together.
 
     Args:
-      folder: made if need be. May be in a bucket.
+      folder: created where missing. May be in a bucket.
       processes: of the run.
 
     Raises:
@@ -208,10 +191,10 @@ def check_shared(folder: Path, processes: Processes):
     """
     if processes.count == 1:
         return
-    probe = folder / processes.first_says(lambda: f".seen-by-all-{uuid4().hex}")
-    processes.first_says(lambda: _touch(probe))
-    seen = processes.gathered("seen" if probe.exists() else "")
-    processes.first_says(probe.unlink)
+    probe = folder / processes.call_on_first(lambda: f".seen-by-all-{uuid4().hex}")
+    processes.call_on_first(lambda: _touch(probe))
+    seen = processes.all_gather("seen" if probe.exists() else "")
+    processes.call_on_first(probe.unlink)
     if "" in seen:
         raise ValueError(
             f"checkpoints.folder: process {seen.index('')} does not see what process 0 writes to {folder}; "

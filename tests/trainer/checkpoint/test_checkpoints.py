@@ -181,7 +181,7 @@ def test_where_all_are_damaged_that_is_said_and_nothing_is_deleted(tmp_path):
         with (
             opened(tmp_path) as checkpoints,
             pytest.raises(
-                ValueError, match=r"none of the checkpoints in .* is whole \(2: .*; 1: .*\)\. Begin"
+                ValueError, match=r"none of the checkpoints in .* is intact \(2: .*; 1: .*\)\. Begin"
             ),
         ):
             checkpoints.restore_newest(toy(0), rows())

@@ -114,7 +114,7 @@ def test_the_newest_whole_checkpoint_is_taken(lm, tmp_path, capsys):
     whole = {file: file.read_bytes() for file in (lm / "checkpoint" / "2" / "state").rglob("d/*")}
     for file, content in whole.items():
         file.write_bytes(content[: len(content) // 2])
-    with pytest.warns(UserWarning, match=r"checkpoint/2 is damaged .*: passed over"):
+    with pytest.warns(UserWarning, match=r"checkpoint/2 is damaged \(.+\); an older one is taken"):
         np.testing.assert_array_equal(kernel(), randomised(state, 0).params["logits"]["kernel"])
     assert (lm / "checkpoint" / "2").exists()
     for file, content in whole.items():
@@ -184,7 +184,7 @@ def test_runs_that_hold_no_model(capsys, tmp_path):
     folder.config.write_text(to_json(replace(run, model=replace(run.model, hidden=24))))
     said = refused(capsys, "generate", path, "--prompt", "a")
     assert "is of another model: params.groups" in said
-    assert "Has the config or the tokenizer changed since?" in said
+    assert "Has the config, the tokenizer or the trainer's version changed since?" in said
 
 
 def test_what_summarize_refuses(lm, summaries, capsys, tmp_path):

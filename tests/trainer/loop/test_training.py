@@ -16,7 +16,7 @@ import pytest
 from train_cases import small_run
 
 from train.checkpoint.folder import RunFolder
-from train.checkpoint.load import trained
+from train.checkpoint.load import load_model
 from train.config.operation import Checkpoints, Evaluation, Watch
 from train.config.sections import Curriculum, Optimizer
 from train.data.corpus import read_corpus
@@ -167,7 +167,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_checkpoints_elsewhere(finished
     there, whole = (read(folder_of(each).metrics) for each in (run, finished[0]))
     assert [record["step"] for record in there] == [4, 5, 6, 7, 8]
     assert [r["loss"] for r in there[:4]] == [r["loss"] for r in whole if "loss" in r][4:]
-    assert trained(folder_of(run).path)[0].run == run
+    assert load_model(folder_of(run).path)[0].run == run
     assert prepare(run, overwrite=True).opening.startswith("A run of 8 steps begins")
     assert not (tmp_path / "elsewhere" / "small").exists()
 

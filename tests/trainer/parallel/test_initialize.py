@@ -99,8 +99,8 @@ def test_once_the_devices_are_in_use_it_is_too_late_and_that_is_said():
 
 def test_who_is_alone_agrees_with_itself(tmp_path):
     alone = Processes()
-    assert alone.gathered("a") == ["a"]
-    assert alone.first_says(lambda: tmp_path) == tmp_path
+    assert alone.all_gather("a") == ["a"]
+    assert alone.call_on_first(lambda: tmp_path) == tmp_path
     alone.check_equal("a", "texts")
-    with pytest.raises(SystemExit), alone.ending_together():
+    with pytest.raises(SystemExit), alone.end_together():
         raise SystemExit(2)

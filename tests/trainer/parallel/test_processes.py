@@ -114,7 +114,7 @@ def test_what_one_refuses_ends_both_before_anything_is_written(alone, odd, optio
 def _fails_or_waits(index: int, folder: Path, where: Mapping[str, str]):
     began(folder / f"fails-{index}.out", where, devices=1)
     processes = join()
-    with processes.ending_together():
+    with processes.end_together():
         if index == 1:
             raise SystemExit(3) from OSError("the disk of this test is full")
         multihost_utils.process_allgather(np.zeros(1))  # waits for the other as a train step does
@@ -128,11 +128,11 @@ def test_one_that_fails_while_others_wait_for_its_devices_ends_them_with_its_wor
 def _tells_late(index: int, folder: Path, where: Mapping[str, str]):
     began(folder / f"late-{index}.out", where, devices=1)
     processes.PATIENCE = 0.2
-    with join().ending_together():
+    with join().end_together():
         if index == 1:
             time.sleep(2)
-        assert Processes.here().gathered(f"word {index}") == ["word 0", "word 1"]
-        assert Processes.here().gathered("again") == ["again", "again"]
+        assert Processes.current().all_gather(f"word {index}") == ["word 0", "word 1"]
+        assert Processes.current().all_gather("again") == ["again", "again"]
 
 
 def test_those_who_wait_for_another_say_for_whom(tmp_path):
