@@ -27,7 +27,7 @@ from train.checkpoint.folder import RunFolder
 from train.cli import main as train_main
 from train.cli import parse
 from train.config.run import Run
-from train.data.corpus import corpus
+from train.data.corpus import read_corpus
 from train.metrics.log import read
 from train.step.program import State, begin
 
@@ -166,7 +166,7 @@ def _reached(case: Case, aim: str, before: set[str]) -> bool:
 
 def ended(run: Run) -> tuple[State, grain.DatasetIterator]:
     """The state that a run ended with, and its data from there on."""
-    texts = corpus(run)
+    texts = read_corpus(run)
     _, like = begin(run, texts.tokenizer.vocabulary)
     batches, where = texts.batches(), RunFolder(Path(run.folder) / run.name)
     with Checkpoints(where.checkpoints, run, texts.fingerprint) as checkpoints:

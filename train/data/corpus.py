@@ -78,7 +78,7 @@ class Corpus:
         return iter(self.rows)
 
 
-def corpus(run: Run) -> Corpus:
+def read_corpus(run: Run) -> Corpus:
     """Reads the text, or finds its tokens in the cache, and cuts it into rows.
 
     Args:

@@ -43,7 +43,8 @@ class Task:
       usage: its words, with a place for the folder.
       purpose: why a model of this task was trained, in words.
       model, documents, row, usage_title: words of the report and its picture: what the model is, what
-        the text consists of, what a row holds (with a place for the prefix's last position), what `usage` prints.
+        the text consists of, what a row holds (with a place for the prefix's last position), what `usage`
+        prints.
     """
 
     name: TaskName

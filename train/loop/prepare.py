@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.folder import RunFolder
 from train.config.run import Run
-from train.data.corpus import Corpus, corpus
+from train.data.corpus import Corpus, read_corpus
 from train.disk import check_space, check_writable
 from train.metrics import log, writers
 from train.parallel.processes import Processes, check_shared
@@ -71,7 +71,7 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
     processes.call_on_first(lambda: _check_folder(folder, run, overwrite))
     check_shared((folder.elsewhere or folder.path).parent, processes)
     placement = Placement.of(run.mesh)
-    texts = corpus(run)
+    texts = read_corpus(run)
     processes.check_equal(texts.fingerprint, "data.paths: the texts")
     program, state = begin(run, texts.tokenizer.vocabulary, placement)
     batches = texts.batches()

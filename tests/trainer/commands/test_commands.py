@@ -18,7 +18,7 @@ from train.commands.table import COMMANDS, run_command
 from train.config.operation import Generation
 from train.config.run import Run, to_json
 from train.config.sections import Data, Optimizer
-from train.data.corpus import corpus
+from train.data.corpus import read_corpus
 from train.data.tokenizers import load_tokenizer
 from train.step.program import begin
 
@@ -28,7 +28,7 @@ def saved_run(run: Run, steps=(0,)) -> Path:
     folder = RunFolder(Path(run.folder) / run.name)
     folder.begin(run)
     _, state = begin(run, load_tokenizer(run.data.tokenizer).vocabulary)
-    text = corpus(run)
+    text = read_corpus(run)
     batches = text.batches()
     with Checkpoints(folder.checkpoints, run, text.fingerprint) as checkpoints:
         for step in steps:

@@ -11,7 +11,7 @@ from tests.train_texts import real_text, write_lines
 from train.config.operation import Evaluation
 from train.config.run import Run
 from train.config.sections import Curriculum, Data, Summarize
-from train.data.corpus import Corpus, corpus
+from train.data.corpus import Corpus, read_corpus
 from train.data.tokenizers import train_bpe
 
 
@@ -53,7 +53,7 @@ def pairs(tmp_path) -> Path:
 
 
 def test_texts_are_trained_on_or_held_out(tmp_path, lines):
-    text = corpus(run(tmp_path, lines, evaluation=Evaluation(rows=99)))
+    text = read_corpus(run(tmp_path, lines, evaluation=Evaluation(rows=99)))
     train, held_out = words(first(text, 60)), words(text.held_out)
     assert {word[0] for word in train} | {word[0] for word in held_out} == set("abcdefghijklmnopqrst")
     assert not train & held_out
@@ -64,21 +64,21 @@ def test_texts_are_trained_on_or_held_out(tmp_path, lines):
 
 def test_one_large_file_is_divided(tmp_path):
     (tmp_path / "x.txt").write_bytes(bytes(range(1, 101)))
-    text = corpus(run(tmp_path, tmp_path / "x.txt", rows="chunked", evaluation=Evaluation(rows=1)))
+    text = read_corpus(run(tmp_path, tmp_path / "x.txt", rows="chunked", evaluation=Evaluation(rows=1)))
     assert sorted(batch.inputs[0, 0] for batch in first(text, 5)) == [1, 17, 33, 49, 65]
     assert [held.inputs[0].tolist() for held in text.held_out] == [list(range(82, 98))]
 
 
 def test_held_out_files_are_held_out(tmp_path, lines):
     (tmp_path / "held.txt").write_text("HELD")
-    text = corpus(run(tmp_path, lines, held_out_paths=(str(tmp_path / "held.txt"),)))
+    text = read_corpus(run(tmp_path, lines, held_out_paths=(str(tmp_path / "held.txt"),)))
     assert words(text.held_out) == {"HELD"}
     assert len(words(first(text, 60))) == 20
     assert (text.size, text.documents) == (204, 21)
 
 
 def test_summaries_are_read_with_their_documents(tmp_path, pairs):
-    text = corpus(run(tmp_path, pairs, task="summarize", length=32, evaluation=Evaluation(rows=99)))
+    text = read_corpus(run(tmp_path, pairs, task="summarize", length=32, evaluation=Evaluation(rows=99)))
     examples = [(chr(97 + i) * 8, " ".join([chr(97 + i)] * (i + 1))) for i in range(10)]
     assert len(text.examples) == 2
     assert set(text.examples) < set(examples)
@@ -92,7 +92,7 @@ def test_summaries_are_read_with_their_documents(tmp_path, pairs):
 def test_lead_words_are_those_of_training_summaries(tmp_path, pairs):
     found = set()
     for seed in range(8):
-        text = corpus(run(tmp_path, pairs, task="summarize", length=32, held_out=0.4, seed=seed))
+        text = read_corpus(run(tmp_path, pairs, task="summarize", length=32, held_out=0.4, seed=seed))
         held_out = {len(summary.split()) for _, summary in text.examples}
         assert text.lead_words == int(np.median(sorted({*range(1, 11)} - held_out)))
         found.add(text.lead_words)
@@ -103,9 +103,9 @@ def test_bytes_per_token_are_those_of_what_is_predicted(tmp_path, pairs):
     (tmp_path / "x.txt").write_text("a a a a a a a a a a " * 50 + "xyz")
     train_bpe([str(tmp_path / "x.txt")], 260, {}, tmp_path / "bpe.json")
     named = {"tokenizer": str(tmp_path / "bpe.json")}
-    text = corpus(run(tmp_path, tmp_path / "x.txt", **named))
+    text = read_corpus(run(tmp_path, tmp_path / "x.txt", **named))
     assert text.bytes_per_token == text.size / (text.tokens - 1) > 1.5
-    text = corpus(run(tmp_path, pairs, task="summarize", length=64, **named))
+    text = read_corpus(run(tmp_path, pairs, task="summarize", length=64, **named))
     summaries = [" ".join([chr(97 + i)] * (i + 1)) for i in range(10)]
     tokens = sum(len(ids) for ids in text.tokenizer.encode(summaries))
     assert text.bytes_per_token == sum(map(len, summaries)) / tokens
@@ -116,8 +116,8 @@ def test_long_documents_are_refused_or_cut_and_counted(tmp_path, pairs):
     with pytest.raises(
         ValueError, match=r"data\.length: 2 of 10 examples .*p\.jsonl, line 9: a document of 8 "
     ):
-        corpus(asked)
-    text = corpus(replace(asked, summarize=Summarize(truncate=True)))
+        read_corpus(asked)
+    text = read_corpus(replace(asked, summarize=Summarize(truncate=True)))
     assert text.truncated == 2
     assert "jjjj\0" + " ".join("j" * 10) in words([*first(text, 40), *text.held_out])
 
@@ -125,34 +125,34 @@ def test_long_documents_are_refused_or_cut_and_counted(tmp_path, pairs):
 def test_malformed_lines_are_counted(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [{"text": "a" * 20}, b"{", {"text": "b" * 20}])
     with pytest.raises(ValueError, match=r"x\.jsonl, line 2"):
-        corpus(run(tmp_path, path))
-    text = corpus(run(tmp_path, path, skip_malformed=True))
+        read_corpus(run(tmp_path, path))
+    text = read_corpus(run(tmp_path, path, skip_malformed=True))
     assert (text.malformed, text.documents, len(text.reports)) == (1, 2, 1)
 
 
 def test_the_fingerprint_changes_with_the_text_and_with_its_order(tmp_path, lines):
     asked = run(tmp_path, lines)
-    one = corpus(asked).fingerprint
-    assert corpus(replace(asked, folder="elsewhere", steps=7)).fingerprint == one
+    one = read_corpus(asked).fingerprint
+    assert read_corpus(replace(asked, folder="elsewhere", steps=7)).fingerprint == one
     lines.touch()
-    assert corpus(asked).fingerprint == one
+    assert read_corpus(asked).fingerprint == one
     others = {
-        corpus(replace(asked, seed=1)).fingerprint,
-        corpus(replace(asked, data=replace(asked.data, length=17))).fingerprint,
-        corpus(replace(asked, data=replace(asked.data, held_out=0.3))).fingerprint,
+        read_corpus(replace(asked, seed=1)).fingerprint,
+        read_corpus(replace(asked, data=replace(asked.data, length=17))).fingerprint,
+        read_corpus(replace(asked, data=replace(asked.data, held_out=0.3))).fingerprint,
     }
     write_lines(lines, [{"text": chr(97 + i) * 10} for i in reversed(range(20))])
-    assert len(others | {corpus(asked).fingerprint, one}) == 5
+    assert len(others | {read_corpus(asked).fingerprint, one}) == 5
 
 
 def test_the_cache_lies_beside_the_run_folders(tmp_path, lines):
     asked = run(tmp_path, lines)
-    corpus(replace(asked, folder=str(tmp_path / "runs"), data=replace(asked.data, cache=None)))
+    read_corpus(replace(asked, folder=str(tmp_path / "runs"), data=replace(asked.data, cache=None)))
     assert len(list((tmp_path / "runs" / "cache").iterdir())) == 1
 
 
 def test_the_default_text_is_the_standard_library(tmp_path):
-    text = corpus(run(tmp_path, length=512))
+    text = read_corpus(run(tmp_path, length=512))
     assert text.size > 5_000_000
     assert "def " in "".join(words(text.held_out))
 
@@ -168,12 +168,12 @@ def test_the_default_text_is_the_standard_library(tmp_path):
 )
 def test_what_cannot_be_read_is_refused(tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
-        corpus(run(tmp_path, **({"batch": 2} | options)))
+        read_corpus(run(tmp_path, **({"batch": 2} | options)))
 
 
 def test_text_that_is_trained_on_is_not_held_out(tmp_path, lines):
     with pytest.raises(ValueError, match=r"data\.held_out_paths: .*x\.jsonl is in data\.paths too"):
-        corpus(run(tmp_path, tmp_path, held_out_paths=(str(lines),)))
+        read_corpus(run(tmp_path, tmp_path, held_out_paths=(str(lines),)))
 
 
 @pytest.mark.parametrize(
@@ -204,12 +204,12 @@ def test_text_that_is_trained_on_is_not_held_out(tmp_path, lines):
 def test_too_little_text_is_refused_with_what_is_needed(tmp_path, size, options, message):
     (tmp_path / "x.txt").write_text("x" * size)
     with pytest.raises(ValueError, match=message):
-        corpus(run(tmp_path, tmp_path / "x.txt", **({"held_out": 0.05} | options)))
+        read_corpus(run(tmp_path, tmp_path / "x.txt", **({"held_out": 0.05} | options)))
 
 
 def test_rows_of_real_text_are_filled(tmp_path):
     path = real_text("peps.jsonl.gz")
-    text = corpus(run(tmp_path, path, length=8_192, batch=4, columns={"text": "document"}))
+    text = read_corpus(run(tmp_path, path, length=8_192, batch=4, columns={"text": "document"}))
     real = np.mean([(batch.segments > 0).mean() for batch in first(text, 64)])
     assert text.documents == 539
     assert real >= 0.95
@@ -219,7 +219,7 @@ def test_long_meetings_need_no_cutting_at_32k(tmp_path):
     path = real_text("qmsum_ami_icsi.jsonl.gz")
     train_bpe([path], 8_192, {}, tmp_path / "bpe.json")
     named = {"tokenizer": str(tmp_path / "bpe.json"), "length": 32_768, "held_out": 0.15}
-    text = corpus(run(tmp_path, path, task="summarize", **named))
+    text = read_corpus(run(tmp_path, path, task="summarize", **named))
     assert (text.documents, len(text.examples), text.truncated) == (196, 29, 0)
     assert text.lead_words is not None
     assert 80 < text.lead_words < 140

@@ -10,7 +10,7 @@ from train_cases import small_run
 
 from train.config.operation import Evaluation
 from train.config.sections import Curriculum
-from train.data import corpus
+from train.data.corpus import read_corpus
 from train.evaluate.validation import Validator, total
 from train.step.program import Evaluated, begin
 
@@ -30,7 +30,7 @@ def random_weights(state):
 
 
 def validated(run):
-    text = corpus(run)
+    text = read_corpus(run)
     program, state = begin(run, text.tokenizer.vocabulary)
     return program, random_weights(state), text
 

@@ -16,8 +16,8 @@ from dynmask_jax.context.layouts import layout_order
 from train.config.operation import Evaluation, Mesh
 from train.config.run import Run
 from train.config.sections import Curriculum, Data, Loss, Model, Optimizer
-from train.data import corpus
 from train.data.batch import Batch
+from train.data.corpus import read_corpus
 from train.evaluate.validation import Validator
 from train.parallel.sharding import Placement
 from train.step.layouts import Layouts
@@ -223,7 +223,7 @@ def test_validation_and_needles_on_a_mesh_find_what_one_device_does(tmp_path):
     evaluation = Evaluation(rows=3, needles=1)
     data = Data(paths=(str(write_text(tmp_path)),), length=128, batch=2)
     run = small_run(tmp_path, evaluation=evaluation, data=data, model=ALIKE, block=32)
-    text = corpus(run)
+    text = read_corpus(run)
     program, state = first_state(run, text.tokenizer.vocabulary)
     alone = Validator(program, text, run)(state)
     run = replace(run, mesh=Mesh(data=2, context=4))
