@@ -15,7 +15,7 @@ from dynmask_jax.backends.dense import DENSE
 from dynmask_jax.backends.tpu import TPU
 from dynmask_jax.backends.xla import XLA
 from dynmask_jax.backends.xla_wide import XLA_WIDE
-from dynmask_jax.masks import Mask, head_count
+from dynmask_jax.mask_algebra import Mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.platforms import present_platform

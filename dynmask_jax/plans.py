@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
-from dynmask_jax.masks import Mask, by_head, check_mask, head_count, look, visible_pairs
+from dynmask_jax.mask_algebra import Mask, by_head, check_mask, evaluate, head_count, visible_pairs
 from dynmask_jax.platforms import present_platform
 from dynmask_jax.spans import Span
 from dynmask_jax.tokens import Tokens, check_tokens
@@ -176,7 +176,7 @@ def _codes(mask: Mask, q: Tokens, k: Tokens) -> Int[Array, "R Tb Sb"]:
     shape = (*q.shape, k.shape[1])
 
     def verdict(one_head):
-        seen = look(one_head, q[:, :, None], k[:, None, :])
+        seen = evaluate(one_head, q[:, :, None], k[:, None, :])
         return jnp.broadcast_to(seen.some, shape), jnp.broadcast_to(seen.every, shape)
 
     some, every = by_head(verdict, mask)

@@ -18,7 +18,7 @@ from dynmask_jax.context.sequence_axis import Along
 from dynmask_jax.context.ulysses import attend_by_heads
 from dynmask_jax.dispatch import BACKENDS, as_plan, attend, attention, checked, with_sinks
 from dynmask_jax.finite import bad_rows
-from dynmask_jax.masks import head_count
+from dynmask_jax.mask_algebra import head_count
 from dynmask_jax.nonfinite import marked, sees
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dynmask_jax.array_typing import Array
-from dynmask_jax.masks import Mask
+from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.tokens import Tokens
 

@@ -20,7 +20,7 @@ from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Int, sum_dtype
 from dynmask_jax.context.sequence_axis import Along, with_gradients
-from dynmask_jax.online_softmax import Partial, finish, merge
+from dynmask_jax.online_softmax import Partial, merge, normalize
 from dynmask_jax.plans import SKIP, Plan, plan
 from dynmask_jax.vma import agreed, vary_like
 
@@ -49,7 +49,7 @@ def _forward(along: Along, q, k, v, local: Plan):
     last_ahead, partial = lax.fori_loop(0, ahead, go_ahead, ((k, v), nothing))
     start = (k, v), (ahead, last_ahead), partial
     last_behind, (distance, keys), partial = lax.fori_loop(0, behind, go_behind, start)
-    out, lse = finish(merge(partial, visit(distance, keys)))
+    out, lse = normalize(merge(partial, visit(distance, keys)))
     return (out.astype(q.dtype), lse), (last_ahead, last_behind)
 
 
