@@ -44,6 +44,7 @@ from dynmask_jax.masks import Window as Window
 from dynmask_jax.online_softmax import merge as merge
 from dynmask_jax.plans import Plan as Plan
 from dynmask_jax.plans import plan as plan
+from dynmask_jax.schedules import SCHEDULES as SCHEDULES
 from dynmask_jax.schedules import Schedule as Schedule
 from dynmask_jax.schedules import constant as constant
 from dynmask_jax.schedules import cubic as cubic

@@ -197,8 +197,9 @@ def _attend(q, k, v, sinks, plan: Plan, *, spread: Spread, backend: str, scores:
         return marked(q, out, lse, _sees_bad(along, q, bad_rows(k) | bad_rows(v), own))
 
     arrays = spread.arrays
-    # JAX's interpreter of Pallas kernels cannot tell what varies over an axis, where the list of blocks does.
-    out, lse = spread.over_devices(on_device, plan, (q, k, v), (arrays, arrays), check_vma=backend != "tpu")
+    out, lse = spread.over_devices(
+        on_device, plan, (q, k, v), (arrays, arrays), check_vma=BACKENDS[backend].check_vma
+    )
     return with_sinks(out, lse, sinks)
 
 

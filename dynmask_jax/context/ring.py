@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dynmask_jax.array_typing import Array, Bool, Int, sum_dtype
+from dynmask_jax.array_typing import Array, Int, sum_dtype
+from dynmask_jax.context.arcs import shortest_arcs
 from dynmask_jax.context.sequence_axis import Along, with_gradients
 from dynmask_jax.online_softmax import Partial, merge, normalize
 from dynmask_jax.plans import SKIP, Plan, plan
@@ -118,23 +119,4 @@ def arcs(
     distances = jnp.arange(devices, dtype=jnp.int32)
     owners = (lax.axis_index(axis) - distances) % devices
     sees = jax.vmap(lambda owner: (part(local, owner, devices).codes != SKIP).any())(owners)
-    return least_arcs(agreed(sees.astype(jnp.int32), mesh_axes) > 0)
-
-
-def least_arcs(needed: Bool[Array, " devices"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Steps forward and backward, the fewest together, that bring every device what it needs.
-
-    Args:
-      needed: whether any device needs the shard of the device so many steps before it.
-
-    >>> [int(steps) for steps in least_arcs(jnp.array([True, True, False, False, False, True]))]
-    [1, 1]
-    """
-    n = needed.shape[0]
-    distance = jnp.arange(n, dtype=jnp.int32)
-    # behind[a]: the steps backward that are left to do after a steps forward.
-    farther = jnp.where(needed[None, :] & (distance[None, :] > distance[:, None]), n - distance[None, :], 0)
-    behind = farther.max(axis=1)
-    total = distance + behind
-    ahead = jnp.max(jnp.where(total == total.min(), distance, 0))
-    return ahead, behind[ahead]
+    return shortest_arcs(agreed(sees.astype(jnp.int32), mesh_axes) > 0)
