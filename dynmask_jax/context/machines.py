@@ -24,8 +24,8 @@ class Machine:
       switched: any device reaches any other over one port (NVLink); else devices form a torus, and
         each has a link of its own to the next and to the previous one of a ring.
       share: of `flops` that attention reaches.
-      float32: operations a second of float32 products, where these are slower (TF32 on GPUs). None: as `flops`;
-        a TPU multiplies float32 in one bfloat16 pass, unless a higher precision is asked for.
+      float32: operations a second of float32 products, where these are slower (TF32 on GPUs). None: as
+        `flops`; a TPU multiplies float32 in one bfloat16 pass, unless a higher precision is asked for.
       cores: TensorCores of a TPU chip, which some runtimes show as devices of their own.
     """
 
@@ -74,9 +74,9 @@ MACHINES: dict[str, Machine] = {
 }
 """JAX's `device_kind` -> the machine.
 
-Sources: Google Cloud's page on each TPU's architecture (docs.cloud.google.com/tpu/docs/v5p and the like; links are
-the chip's bandwidth both ways, halved, over its 4 or 6 links), and NVIDIA's data sheets of the A100, H100 and H200
-(dense figures, half of those with sparsity; NVLink both ways, halved).
+Sources: Google Cloud's page on each TPU's architecture (docs.cloud.google.com/tpu/docs/v5p and the like;
+a link has half of the chip's bandwidth both ways, over its 4 or 6 links), and NVIDIA's data sheets of the
+A100, H100 and H200 (dense figures, half of those with sparsity; half of NVLink's bandwidth both ways).
 """
 
 
