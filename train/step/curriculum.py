@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from dynmask_jax import (
+    SCHEDULES,
     Causal,
     Everything,
     Mask,
@@ -12,30 +13,16 @@ from dynmask_jax import (
     Prefix,
     SameSegment,
     constant,
-    cubic,
-    exponential,
     growing_chunks,
     growing_window,
-    linear,
     maximum,
     reveal,
-    root,
-    sine,
-    staircase,
 )
 from dynmask_jax import Curriculum as MaskCurriculum
 from dynmask_jax.schedules import Schedule
 from train.config import sections
 from train.config.run import Run
 from train.data.tasks import task_of
-
-SCHEDULES = {
-    "linear": linear,
-    "exponential": exponential,
-    "sine": sine,
-    "root": root,
-    "cubic": cubic,
-}
 
 
 @dataclass(frozen=True)
@@ -96,9 +83,9 @@ def _window(curriculum: sections.Curriculum, length: int, steps: int) -> Schedul
             raise ValueError(
                 f"curriculum.{name} must be a multiple of curriculum.multiple_of ({multiple_of}), got {value}"
             )
-    if curriculum.schedule == "staircase":
-        return staircase(curriculum.start, end, steps, stairs=curriculum.stairs, multiple_of=multiple_of)
-    return SCHEDULES[curriculum.schedule](curriculum.start, end, steps, multiple_of=multiple_of)
+    options = {"stairs": curriculum.stairs} if curriculum.schedule == "staircase" else {}
+    schedule = SCHEDULES[curriculum.schedule]
+    return schedule(curriculum.start, end, steps, multiple_of=multiple_of, **options)
 
 
 def _shown(run: Run, window: Schedule, base: Mask) -> MaskCurriculum:
