@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from dynmask_jax.array_typing import Bool, is_boolean, pytree
+from dynmask_jax.array_typing import Array, Bool, is_boolean, pytree
 
 
 @pytree
