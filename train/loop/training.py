@@ -19,6 +19,7 @@ from train.loop.signals import StopSignals
 from train.metrics import log, mfu
 from train.metrics.log import Log
 from train.metrics.profile import Profile
+from train.parallel.feed import place_batch
 from train.report.outcome import Summary
 from train.step.layouts import Layouts
 from train.step.pace import advance
@@ -99,7 +100,8 @@ class _Training:
         self._log: Log = stack.enter_context(_opened_log(session, peak))
         watch = run.watch if processes.first else replace(run.watch, profile=None)
         self._profile = stack.enter_context(Profile(session.folder.profile, watch))
-        self._place, self._layouts = program.placement.place, Layouts.of(program, text.held_out[0])
+        self._place = partial(place_batch, program.placement.mesh)
+        self._layouts = Layouts.of(program, text.held_out[0])
         processes.check_equal(" ".join(self._layouts.names), "mesh.layout: the layouts")
         self._stage = int(self.state.pace.stage)
         self._validator = Validator(program, text, run, self._layouts.full)

@@ -13,6 +13,8 @@ from dynmask_jax.array_typing import Array, Float, Int, pytree
 from dynmask_jax.nnx import Attention
 from train.config import sections
 from train.config.sections import Reach
+from train.parallel.activations import constrain_activations, constrain_features, embed_tokens
+from train.parallel.gather_weights import gather_layer
 from train.parallel.sharding import Placement
 
 Plans = dict[Reach, Plan]
@@ -57,7 +59,8 @@ class FeedForward(nnx.Module):
         self.down = linear(shape.hidden, shape.width)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(self.placement.features(nnx.silu(self.gate(x)) * self.up(x)))
+        hidden = nnx.silu(self.gate(x)) * self.up(x)
+        return self.down(constrain_features(self.placement.mesh, hidden))
 
 
 class Block(nnx.Module):
@@ -87,9 +90,10 @@ class Block(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, slot, k, v)
             k, v = cache.keys[layer], cache.values[layer]
-        settle = self.placement.activations
-        x = settle(x + self.attention.attend(normed, k, v, plan))
-        return settle(x + self.feed_forward(_normed(self.feed_forward_norm, x))), cache
+        mesh = self.placement.mesh
+        x = constrain_activations(mesh, x + self.attention.attend(normed, k, v, plan))
+        fed = self.feed_forward(_normed(self.feed_forward_norm, x))
+        return constrain_activations(mesh, x + fed), cache
 
 
 class Transformer(nnx.Module):
@@ -101,8 +105,8 @@ class Transformer(nnx.Module):
 
     Args:
       shape: its sizes.
-      vocabulary: how many different tokens there are.
-      placement: the devices that it computes on.
+      vocabulary: the number of different tokens.
+      placement: the devices that it computes on; None: one device.
       rngs: with a `params` stream.
     """
 
@@ -110,12 +114,13 @@ class Transformer(nnx.Module):
         self,
         shape: sections.Model,
         vocabulary: int,
-        placement: Placement = Placement(),
+        placement: Placement | None = None,
         *,
         rngs: nnx.Rngs,
     ):
         # As large as what a layer adds: tokens that are drowned in the first layers' noise learn slowly.
         unit = nnx.initializers.normal(1.0)
+        placement = placement or Placement()
         self.shape, self.placement, dtype = shape, placement, jnp.dtype(shape.dtype)
         self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=unit, dtype=dtype, rngs=rngs)
 
@@ -175,7 +180,7 @@ class Transformer(nnx.Module):
 
         numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)
         with jax.named_scope("embedding"):
-            start = self.placement.embedded(self.embed, tokens)
+            start = embed_tokens(self.placement.mesh, self.embed, tokens)
         unroll = 1 if self._looped else len(numbers)
         (x, cache), _ = jax.lax.scan(group, (start, cache), (numbers, weights), unroll=unroll)
         return _normed(self.norm, x), cache
@@ -197,7 +202,7 @@ class Transformer(nnx.Module):
         graph, state = nnx.split(block)
 
         def call(weights, *arguments):
-            whole = self.placement.gathered(weights, jnp.dtype(self.shape.dtype))
+            whole = gather_layer(self.placement.mesh, weights, jnp.dtype(self.shape.dtype))
             return nnx.merge(graph, whole)(*arguments)
 
         if self.shape.remat != "none":

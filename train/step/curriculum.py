@@ -1,4 +1,7 @@
-"""The curriculum that a config asks for, as functions of a clock: the global step, or a stage's step."""
+"""What a run shows: the full mask, its count of pairs, and the curriculum's masks as functions of a clock.
+
+The clock is the global step, or the first step of a stage.
+"""
 
 from dataclasses import dataclass
 
@@ -24,9 +27,12 @@ from dynmask_jax import (
     staircase,
 )
 from dynmask_jax import Curriculum as MaskCurriculum
+from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.schedules import Schedule
 from train.config import sections
 from train.config.run import Run
+from train.config.sections import Reach
+from train.data.batch import Batch
 from train.data.tasks import task_of
 
 SCHEDULES = {
@@ -82,6 +88,29 @@ def full_mask(run: Run) -> Mask:
     ahead = task_of(run).visible_ahead(run)
     mask = Causal() | Prefix(ahead) if ahead else Causal()
     return mask & SameSegment() if run.data.rows == "packed" else mask
+
+
+def full_pairs(run: Run, batch: Batch) -> dict[Reach, Float[Array, ""]]:
+    """Visible pairs of one layer of each reach in the pattern, at the full mask, over all rows.
+
+    Counted from positions, without looking at a pair: each token sees itself and those before it in its
+    document, at most `local_window` in a local layer. Where the task reads ahead, tokens of the prefix see
+    each other both ways: each of these pairs counts twice, except a token with itself.
+    """
+    if run.data.rows == "chunked":
+        length = batch.inputs.shape[1]
+        before, real = jnp.broadcast_to(jnp.arange(length), batch.inputs.shape), jnp.asarray(True)
+    else:
+        before, real = batch.context, batch.segments > 0
+    ahead = task_of(run).visible_ahead(run)
+    both_ways = batch.positions < ahead if ahead else jnp.asarray(False)
+    windows: dict[Reach, int] = {"global": run.data.length, "local": run.model.local_window}
+
+    def pairs(window: int):
+        seen = jnp.minimum(before + 1, window).astype(jnp.float32)
+        return jnp.where(real, jnp.where(both_ways, 2 * seen - 1, seen), 0.0).sum()
+
+    return {reach: pairs(windows[reach]) for reach in set(run.model.pattern)}
 
 
 def _window(curriculum: sections.Curriculum, length: int, steps: int) -> Schedule:

@@ -57,16 +57,16 @@ class Layouts:
           program: of the run.
           example: NumPy rows like those of training: the first held-out ones.
         """
-        run, steps = program.run, program.growth.steps
+        run, steps = program.run, program.masks.growth.steps
         if run.mesh.context == 1 or run.mesh.layout == "contiguous":
             return cls(run, steps, (0,), ("contiguous",), (None,), None)
         if run.mesh.layout != "auto":
             order = layout_order(run.mesh.layout, run.data.length, run.mesh.context)
             return cls(run, steps, (0,), (run.mesh.layout,), (order,), order)
         starts = _starts(run, steps)
-        picks = [_pick(program, example, program.growth.mask(at)) for at in _typical(run, starts)]
+        picks = [_pick(program, example, program.masks.growth.mask(at)) for at in _typical(run, starts)]
         names, orders = zip(*picks, strict=True)
-        return cls(run, steps, starts, names, orders, _pick(program, example, program.full_mask)[1])
+        return cls(run, steps, starts, names, orders, _pick(program, example, program.masks.full)[1])
 
     def order(self, step: int, stage: int = 0) -> Order | None:
         """The order of the rows of a step.
@@ -105,7 +105,7 @@ def _typical(run: Run, starts: tuple[int, ...]) -> list[int]:
 def _pick(program: Program, example: Batch, mask: Mask) -> tuple[str, Order | None]:
     """The simulator's layout for a mask, of the layers that see most."""
     run, shape = program.run, program.run.model
-    masks = program.masks(mask)
+    masks = program.masks.by_reach(mask)
     found = balance(
         masks.get("global", masks[shape.pattern[0]]),
         _tokens(run, example),

@@ -64,7 +64,7 @@ class Metrics:
 
 @pytree
 class Evaluated:
-    """Losses of a batch, by how many tokens of its document come before each: `Program.bucket_starts`.
+    """Losses of a batch, by how many tokens of its document come before each: `Masks.bucket_starts`.
 
     Attributes:
       loss_sum: weighted, in nats. weight: what it is to be divided by. Both `[buckets]`.

@@ -12,7 +12,8 @@ from train.config.operation import Evaluation
 from train.config.sections import Curriculum
 from train.data.corpus import read_corpus
 from train.evaluate.validation import Validator, total
-from train.step.program import Evaluated, begin
+from train.step.program import begin
+from train.step.state import Evaluated
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def validated(run):
 def test_the_loss_is_the_mean_of_all_held_out_tokens_and_of_its_buckets(run):
     program, state, text = validated(run)
     validation = Validator(program, text, run)(state)
-    parts = [program.evaluate(state.params, batch, program.full_mask) for batch in text.held_out]
+    parts = [program.evaluate(state.params, batch, program.masks.full) for batch in text.held_out]
     losses, weights = (np.sum([getattr(p, name) for p in parts], axis=0) for name in ("loss_sum", "weight"))
     assert validation.loss == pytest.approx(losses.sum() / weights.sum(), rel=1e-6)
     assert list(validation.positions) == ["0", "64"]
