@@ -24,8 +24,8 @@ from train.parallel.mesh import (
 def embed_tokens(mesh: Mesh, embed: Callable, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """`embed(tokens)`, constrained as by `constrain_activations`.
 
-    Each device looks up all tokens in its columns of the embedding. The result is then sent to the devices of
-    the tokens, one axis of the mesh at a time (the compiler can move two at once only by gathering all of it).
+    Each device looks up all tokens in its columns of the embedding. The result is then sent to the devices
+    of the tokens, one axis of the mesh at a time: the compiler can move two at once only by gathering all.
     So a part of the activations is sent, not the whole embedding.
     """
     x = embed(_constrain(mesh, tokens, "data"))

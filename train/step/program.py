@@ -127,7 +127,7 @@ class Program:
 def begin(run: Run, vocabulary: int, placement: Placement | None = None) -> tuple[Program, State]:
     """The program of a run, and its state before the first step.
 
-    The state is the same on every mesh up to rounding. An array that is partitioned is never whole on a device.
+    The state is the same on every mesh up to rounding. No partitioned array is ever whole on a device.
 
     Args:
       run: the config.
