@@ -51,7 +51,8 @@ class Probe:
       ValueError: a row is too short for a needle and its question.
     """
 
-    def __init__(self, program: Program, corpus: Corpus, run: Run):
+    def __init__(self, program: Program, corpus: Corpus):
+        run = program.run
         self._shape = (len(DEPTHS), run.evaluation.needles, 2)  # depths, needles, right and wrong number
         rows = list(_rows(corpus, run))
         self._answer = int(max(row.weights.sum() for row in rows))

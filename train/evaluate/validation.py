@@ -8,7 +8,6 @@ import numpy as np
 
 from dynmask_jax import Mask
 from dynmask_jax.array_typing import Int
-from train.config.run import Run
 from train.data.batch import Batch
 from train.data.corpus import Corpus
 from train.evaluate.needle import Needles, Probe
@@ -41,17 +40,15 @@ class Validator:
     Args:
       program: of the run.
       corpus: whose held-out rows are read.
-      run: the config.
       order: of the tokens of a row over the devices of a mesh, `Layouts.full`; any is right.
     """
 
-    def __init__(
-        self, program: Program, corpus: Corpus, run: Run, order: Int[np.ndarray, " T"] | None = None
-    ):
+    def __init__(self, program: Program, corpus: Corpus, order: Int[np.ndarray, " T"] | None = None):
+        run = program.run
         self._program, self._rows, self._order = program, corpus.held_out, order
         self._evaluate = jax.jit(program.evaluate)
         self._by_loss = run.curriculum.pace == "loss"
-        self._probe = Probe(program, corpus, run) if run.evaluation.needles else None
+        self._probe = Probe(program, corpus) if run.evaluation.needles else None
 
     def __call__(self, state: State) -> Validation:
         """The validation of a state's weights, or of their running mean where there is one."""

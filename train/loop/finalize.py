@@ -35,7 +35,6 @@ class Finish:
     """The end of a run.
 
     Attributes:
-      run: its config.
       folder: where its records lie, and the rest goes to.
       corpus: its texts.
       program: its model and curriculum.
@@ -43,12 +42,16 @@ class Finish:
       processes: of which the first writes, and the others wait for it.
     """
 
-    run: Run
     folder: RunFolder
     corpus: Corpus
     program: Program
     peak: Peak
     processes: Processes
+
+    @property
+    def run(self) -> Run:
+        """The config."""
+        return self.program.run
 
     def __call__(self, state: State, compilations: int) -> Summary:
         """The summary of the whole run; in other processes than the first it has no records.

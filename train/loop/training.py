@@ -72,7 +72,7 @@ def train(session: Session) -> Summary | Interrupted:
             if interrupted is not None:
                 return interrupted
             state, compilations = training.state, training.compilations
-    finish = Finish(session.run, session.folder, session.corpus, session.program, peak, session.processes)
+    finish = Finish(session.folder, session.corpus, session.program, peak, session.processes)
     return finish(state, compilations)
 
 
@@ -104,7 +104,7 @@ class _Training:
         self._layouts = Layouts.of(program, text.held_out[0])
         processes.check_equal(" ".join(self._layouts.names), "mesh.layout: the layouts")
         self._stage = int(self.state.pace.stage)
-        self._validator = Validator(program, text, run, self._layouts.full)
+        self._validator = Validator(program, text, self._layouts.full)
         self._train_step = jax.jit(program.train_step, donate_argnums=0)
         self._advance = jax.jit(partial(advance, options=run.curriculum))
 

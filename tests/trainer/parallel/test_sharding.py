@@ -228,11 +228,11 @@ def test_validation_and_needles_on_a_mesh_find_what_one_device_does(tmp_path):
     run = small_run(tmp_path, evaluation=evaluation, data=data, model=ALIKE, block=32)
     text = read_corpus(run)
     program, state = first_state(run, text.tokenizer.vocabulary)
-    alone = Validator(program, text, run)(state)
+    alone = Validator(program, text)(state)
     run = replace(run, mesh=Mesh(data=2, context=4))
     program = program_of(run, text.tokenizer.vocabulary, Placement.of(run.mesh))
     state = jax.device_put(state, shardings_of(program.placement.mesh, state))
-    spread = Validator(program, text, run, layout_order("zigzag", 128, 4))(state)
+    spread = Validator(program, text, layout_order("zigzag", 128, 4))(state)
     assert spread.loss == pytest.approx(alone.loss, rel=1e-5)
     assert spread.positions == pytest.approx(alone.positions, rel=1e-5)
     assert spread.needle["found"] == alone.needle["found"]
