@@ -18,19 +18,19 @@ from train.parallel.gather_weights import gather_layer
 from train.parallel.sharding import Placement
 
 Plans = dict[Reach, Plan]
-"""The plan of each reach that the model's pattern has, "global" and "local"."""
+"""The plan of each reach in the model's pattern, "global" and "local"."""
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What a layer keeps for the backward pass, by the names of `model.remat`; "none" has no policy."""
+"""What a layer saves for the backward pass, by the names of `model.remat`; "none" has no policy."""
 
 
 @pytree
 class Cache:
-    """Keys and values of the tokens so far, at the same slots in all layers. Made by `begin_cache`.
+    """Keys and values of the tokens so far, in the same slots in all layers. Made by `begin_cache`.
 
     Attributes:
       keys, values: `[layers, B, S, K, H]`, S slots.
@@ -40,7 +40,7 @@ class Cache:
     values: Float[Array, "layers B S K H"]
 
     def write(self, layer, slot, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "Cache":
-        """The cache with a layer's keys and values from `slot` on."""
+        """The cache with a layer's keys and values written from `slot` on."""
         at = (layer, 0, slot, 0, 0)
         return Cache(
             jax.lax.dynamic_update_slice(self.keys, k[None], at),
@@ -84,7 +84,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], plan: Plan, cache: Cache | None = None, layer=0, slot=0
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The block's output; with a cache, x's keys go there first, and all it holds are attended to."""
+        """The block's output. With a cache, x's keys are written there first, and x attends to all keys."""
         normed = _normed(self.attention_norm, x)
         k, v = self.attention.keys_values(normed, plan.q_tokens)
         if cache is not None:
@@ -99,9 +99,9 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """The language model. Its first predictions are uniform: the last projection starts at zero.
 
-    Layers are kept in groups, one of each reach in the pattern, stacked: weights are
-    `[layers / len(pattern), …]`. From 5 layers on, one loop runs over the groups, so that a program's
-    size does not depend on how many there are.
+    A group of layers is one repetition of the pattern. The weights of groups are stacked:
+    `[layers / len(pattern), …]`. From 5 layers on, one loop runs over the groups, so that the size of the
+    program does not depend on the number of layers.
 
     Args:
       shape: its sizes.
@@ -118,7 +118,7 @@ class Transformer(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        # As large as what a layer adds: tokens that are drowned in the first layers' noise learn slowly.
+        # As large as what a layer adds: an embedding that is small beside it is learnt slowly.
         unit = nnx.initializers.normal(1.0)
         placement = placement or Placement()
         self.shape, self.placement, dtype = shape, placement, jnp.dtype(shape.dtype)
@@ -143,7 +143,7 @@ class Transformer(nnx.Module):
         """hidden `[..., D]` -> logits `[..., vocabulary]`, in float32 whatever the dtype."""
 
     def __call__(self, tokens: Int[Array, "B T"], plans: Plans) -> Float[Array, "B T D"]:
-        """What `logits` makes the predictions of each next token from."""
+        """The features from which `logits` predicts each next token."""
         return self._layers(tokens, plans)[0]
 
     def begin_cache(self, batch: int, slots: int) -> Cache:
@@ -158,11 +158,11 @@ class Transformer(nnx.Module):
         """The same for tokens that follow those in the cache, and the cache with theirs added.
 
         Args:
-          tokens: put at slots slot … slot + T − 1, which must be there.
-          plans: whose queries are these tokens and whose keys are all slots, with segment 0 where
-            nothing is yet, hidden by `SameSegment`.
-          cache: of the tokens before them.
-          slot: of the first; it may be traced.
+          tokens: written to the slots slot … slot + T − 1, which the cache must have.
+          plans: their queries are these tokens, their keys are all slots. Empty slots have segment 0, which
+            `SameSegment` hides.
+          cache: of the tokens before.
+          slot: of the first token; it may be traced.
         """
         return self._layers(tokens, plans, cache, slot)
 
@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
 
     @property
     def _looped(self) -> bool:
-        """Whether the program has a loop: not for few layers, as what each keeps is copied in and out of it.
+        """Whether groups run in a loop. Few do not: a loop copies what each saves in and out.
 
         Measured on two CPU cores, 4,096 bytes, width 64: a train step of 2 layers takes 209 ms without
         the loop and 233 ms with it at the start of a curriculum, and 424 and 455 ms at its end.
@@ -195,9 +195,9 @@ class Transformer(nnx.Module):
         return self.shape.layers > 4
 
     def _remat(self, block: Any) -> Callable:
-        """The block, which keeps for the backward pass what `model.remat` says.
+        """The block, which saves for the backward pass what `model.remat` says.
 
-        On a mesh its weights are gathered within: full rematerialisation keeps each device's part alone.
+        On a mesh its weights are gathered inside, so that full rematerialisation saves only the shards.
         """
         graph, state = nnx.split(block)
 
@@ -206,12 +206,12 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, whole)(*arguments)
 
         if self.shape.remat != "none":
-            # In a loop's body XLA sees no backward pass whose work it might take for the same.
+            # XLA cannot merge a loop's body with the backward pass, so nothing has to prevent it there.
             policy = POLICIES[self.shape.remat]
             call = jax.checkpoint(call, policy=policy, prevent_cse=not self._looped)
         return partial(call, nnx.to_pure_dict(state))
 
 
 def _normed(norm: nnx.RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Computed in float32 whatever dtype comes and goes."""
+    """The norm, computed in float32; the result has the dtype of x."""
     return norm(x.astype(jnp.float32)).astype(x.dtype)

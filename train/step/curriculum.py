@@ -46,13 +46,13 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Growth:
-    """What a run shows, at each step of a clock.
+    """What a run shows at each step of a clock.
 
     Attributes:
-      window: `clock -> tokens`, what is logged: the tokens of the window or chunk.
-      mask: `clock -> Mask`, which the window drives.
-      full: the mask that shows all that the task does: where the growth ends, and evaluation takes place.
-      steps: of the clock, that the growth takes.
+      window: `clock -> tokens` of the window or chunk, which is logged.
+      mask: `clock -> Mask`, by the window.
+      full: the full mask, all that the task shows: the end of the growth, and the mask of evaluation.
+      steps: the number of clock steps that the growth takes.
     """
 
     window: Schedule
@@ -62,7 +62,7 @@ class Growth:
 
 
 def growth(run: Run) -> Growth:
-    """The growth of a run's curriculum, over its own share of the run's steps.
+    """The growth of a run's curriculum, over `curriculum.share` of the run's steps.
 
     Raises:
       ValueError: `multiple_of` does not divide the start or the end.
@@ -131,7 +131,7 @@ def _window(curriculum: sections.Curriculum, length: int, steps: int) -> Schedul
 
 
 def _shown(run: Run, window: Schedule, base: Mask) -> MaskCurriculum:
-    """What the window shows of the base."""
+    """The part of the base mask that the window shows."""
     curriculum, length = run.curriculum, run.data.length
     if curriculum.kind == "window":
         return growing_window(window, base=base)
@@ -139,10 +139,10 @@ def _shown(run: Run, window: Schedule, base: Mask) -> MaskCurriculum:
         amount = lambda clock: jnp.asarray(window(clock)).astype(jnp.float32) / length  # noqa: E731
         return reveal(curriculum.chunk, amount, curriculum.order, base=base, seed=run.seed)
     if task_of(run).has_boundary:
-        return lambda clock: base & Predicate(_same_chunk_of_the_document, window(clock), length - 1)
+        return lambda clock: base & Predicate(_same_chunk_of_the_prefix, window(clock), length - 1)
     return growing_chunks(window, base=base)
 
 
-def _same_chunk_of_the_document(q, k, chunk, last):
-    """Chunks counted back from the document's last position; the summary belongs to the nearest."""
+def _same_chunk_of_the_prefix(q, k, chunk, last):
+    """Chunks counted back from the prefix's last position; the rest belongs to the nearest."""
     return maximum(last - q.position, 0) // chunk == (last - k.position) // chunk

@@ -1,4 +1,4 @@
-"""What the layers and the devices of a run see of its masks: all that a step has to know of them."""
+"""The masks of a run as its layers and devices see them."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from train.step.curriculum import Growth, full_pairs
 from train.step.pace import clock
 from train.step.state import State
 
-FIRST_BUCKET = 64  # tokens of context in the first bucket of validation losses; the next have twice as many
+SECOND_BUCKET = 64  # tokens of context at which the second bucket of validation losses begins
 
 OfReach = dict[Reach, Float[Array, ""]]
 """A number of one layer of each reach in the model's pattern."""
@@ -52,7 +52,7 @@ class Masks:
 
     def by_reach(self, mask: Mask) -> dict[Reach, Mask]:
         """What layers of each reach in the model's pattern see of a mask."""
-        # As many later keys, where the mask shows those: of a document that its tokens see on both sides.
+        # As many keys ahead, where the mask shows those: in a prefix whose tokens see each other both ways.
         window = self.run.model.local_window
         masks: dict[Reach, Mask] = {"global": mask, "local": mask & Window(window, ahead=window - 1)}
         return {reach: masks[reach] for reach in sorted(set(self.run.model.pattern))}
@@ -104,7 +104,7 @@ class Masks:
     @property
     def bucket_starts(self) -> tuple[int, ...]:
         """The least tokens of context in each bucket: 0, 64, 128, 256, … below data.length."""
-        starts = [0, FIRST_BUCKET]
+        starts = [0, SECOND_BUCKET]
         while starts[-1] < self.run.data.length:
             starts.append(2 * starts[-1])
         return tuple(start for start in starts if start < self.run.data.length)

@@ -10,14 +10,14 @@ import optax
 from train.config import sections
 
 DECAYED = ("kernel", "embedding")
-"""The names of weights that are matrices; the scales of norms are stacked over layers, but vectors."""
+"""The names of weights that are matrices. The scales of norms are vectors, though stacked over layers."""
 
 
 def adamw(options: sections.Optimizer, steps: int) -> optax.GradientTransformation:
     """AdamW with clipping, warm-up and cosine decay over a run of `steps`.
 
-    An update with a gradient that is not finite changes nothing, its own state's counts of such
-    updates apart (`optax.ApplyIfFiniteState`): not even the learning rate's count moves on.
+    An update whose gradient is not finite changes nothing but the counts of such updates in the state
+    (`optax.ApplyIfFiniteState`); the learning rate's count stays too.
     """
     matrices = lambda params: jax.tree.map_with_path(lambda path, _: _name(path) in DECAYED, params)  # noqa: E731
     rate = learning_rate(options, steps)
@@ -30,7 +30,7 @@ def adamw(options: sections.Optimizer, steps: int) -> optax.GradientTransformati
 
 
 def learning_rate(options: sections.Optimizer, steps: int) -> optax.Schedule:
-    """The rate of an update, by how many there were before it: up from 0, then down a cosine."""
+    """The rate of an update, by the number of updates before it: up from 0, then down a cosine."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=options.learning_rate,

@@ -51,10 +51,10 @@ class Program:
         mask, weight = masks.at(state), batch.weights.sum()
         (gradients, loss, pairs), travel = self._over_parts(state.params, batch, mask)
         norm = optax.tree.norm(gradients)
-        # optax skips a gradient that is not finite; it is made so where the loss alone shows that.
+        # optax skips a gradient that is not finite. Where only the loss is not, it is made so.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         gradients = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)
-        # optax raises floats to whole-number counts, which strict promotion, if a caller set it, refuses.
+        # optax raises floats to integer counts, which strict promotion refuses, if a caller has set it.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
             done = state.step - skips(state.optimizer).total_notfinite
@@ -91,14 +91,14 @@ class Program:
         return replicate(self.placement.mesh, Evaluated(by_bucket(weights * losses.nats), by_bucket(weights)))
 
     def weights(self, state: State) -> optax.Params:
-        """The weights that validation and export take: the running mean, where there is one."""
+        """The weights for validation and export: the running mean, where the run has one."""
         return state.params if state.ema is None else state.ema
 
     def _over_parts(self, params, batch: Batch, mask: Mask):
         """Gradient and mean loss of the batch, and its visible pairs, summed over parts of its rows.
 
-        Beside these sums, what each part's keys travel. A part's loss is divided by the weight of the
-        whole batch, so that parts may differ in theirs.
+        Beside these sums, what each part sends of its keys. A part's loss is divided by the weight of the
+        whole batch, so that parts may differ in weight.
         """
         mesh, masks, pattern = self.placement.mesh, self.masks, self.run.model.pattern
         weight = batch.weights.sum()
@@ -163,7 +163,7 @@ def _first(program: Program, vocabulary: int) -> State:
         step=jnp.zeros((), jnp.int32),
         params=params,
         optimizer=program.optimizer.init(params),
-        # A copy: the train step is given both to overwrite.
+        # A copy: both are donated to the train step.
         ema=None if run.optimizer.ema is None else jax.tree.map(jnp.copy, params),
         pace=first_stage(),
         key=jax.random.key_data(jax.random.fold_in(jax.random.key(run.seed), 1)),
