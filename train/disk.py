@@ -1,4 +1,4 @@
-"""Disks that are full, or may not be written to: found at the start, and named when it happens later."""
+"""Writes files atomically, and names the file and the reason where a disk is full or read-only."""
 
 import os
 import re
@@ -11,18 +11,18 @@ from textwrap import shorten
 
 
 class WriteError(OSError):
-    """Something of a run could not be written; says what, why, and what is left to go on from."""
+    """A file of a run could not be written; the message says which, why, and what the run can resume from."""
 
 
 def check_writable(folder: Path, option: str = "folder"):
-    """Refuses a folder in which no file can be made. Makes none that stays, nor the folder itself.
+    """Refuses a folder in which no file can be created. Leaves no file, and does not create the folder.
 
     Args:
-      folder: where.
-      option: that says so.
+      folder: need not exist; its nearest existing parent is then tested.
+      option: of the command line, named in the error.
 
     Raises:
-      OSError: with the folder and the reason.
+      OSError: with the option, the folder and the reason.
     """
     there = folder.absolute()
     while not there.exists():
@@ -39,10 +39,10 @@ def check_writable(folder: Path, option: str = "folder"):
 
 
 def check_space(folder: Path, needed: int, purpose: str, option: str = "folder"):
-    """Refuses a folder whose disk has less than `needed` bytes left; the folder exists.
+    """Refuses a folder, which exists, whose disk has less than `needed` bytes free.
 
     Raises:
-      OSError: with both numbers.
+      OSError: with both sizes, `purpose` (a plural) and the option.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -54,10 +54,10 @@ def check_space(folder: Path, needed: int, purpose: str, option: str = "folder")
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Names what could not be written where that fails.
+    """Turns an `OSError` inside into a `WriteError` that names `what`.
 
     Raises:
-      WriteError: in place of any OSError within.
+      WriteError: in place of any OSError.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def writing(what: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str):
-    """Replaces a file as a whole: whoever reads it, whenever, finds the old text or the new one."""
+    """Replaces a file atomically: a reader finds the old text or the new one at any moment."""
     with writing(path):
         fresh = path.with_name(path.name + ".writing")
         with fresh.open("w") as file:
@@ -79,7 +79,7 @@ def write_atomically(path: Path, text: str):
 
 
 def reason(error: BaseException) -> str:
-    """The system's words for an error of the disk, out of whatever the storage layers made of it."""
+    """The system's message for an error of the disk, also from inside a storage layer's own error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if number := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -88,7 +88,7 @@ def reason(error: BaseException) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits: `1.5 GB`.
+    """A number of bytes with a unit, `1.5 GB`.
 
     >>> size(1_500), size(20), size(3e12)
     ('1.5 kB', '20.0 B', '3.0 TB')

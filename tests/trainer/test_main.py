@@ -182,7 +182,7 @@ def test_of_two_that_begin_a_run_at_once_the_slower_says_why_it_stops(tmp_path, 
     command = ["run", *TINY, "--folder", str(tmp_path), "--data.paths", str(write_text(tmp_path))]
 
     def train(session):
-        with session.folder.claimed():  # by the quicker one
+        with session.folder.lock():  # by the quicker one
             training.train(session)
 
     monkeypatch.setattr("train.cli.train", train)

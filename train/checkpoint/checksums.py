@@ -1,6 +1,6 @@
-"""What a state consists of, leaf by leaf, and a checksum of each: so that no flipped bit goes unseen.
+"""Dtype, shape and checksum of each array of a state, so that a flipped bit in a checkpoint is found.
 
-The storage below a checkpoint checks its index, but not the numbers themselves.
+The storage layers below a checkpoint verify their index, but not the arrays.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from dynmask_jax.array_typing import Array, Int
 
 Leaves = dict[str, list[Any]]
-"""Dotted path of a leaf -> [dtype, shape, checksum], as JSON holds it."""
+"""Dotted path of a leaf -> [dtype, shape, checksum], as in JSON."""
 
 
 def leaves(tree: Any) -> Leaves:
     """Dtype, shape and checksum of each array of a tree; waits for the arrays.
 
-    The checksum is the sum of the leaf's bits in words, each times an odd number of its own, modulo
-    2³²: it differs for sure where one word does. Each device sums what it holds.
+    The checksum is the sum modulo 2³² of the leaf's bits in words of at most 32 bits, each times another odd
+    number; so a change of one word always changes it. Each device sums its shard.
 
     >>> leaves({"w": jnp.arange(3), "b": {"c": jnp.float32(0)}})
     {'b.c': ['float32', [], 0], 'w': ['int32', [3], 13]}
@@ -39,7 +39,7 @@ def shapes(tree: Any) -> dict[str, list[Any]]:
 
 @jax.jit
 def finite(tree: Any) -> Array:
-    """Whether every number of a tree is finite."""
+    """Whether all elements of a tree are finite."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
@@ -53,11 +53,11 @@ def _checksum(leaf: Array) -> Int[Array, ""]:
         leaf = leaf.astype(jnp.uint8)
     width = min(leaf.dtype.itemsize, 4)  # 8 bytes become two words
     words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * width}").astype(jnp.uint32)
-    # Words are numbered without a reshape, which would bring a leaf that is spread over devices together.
+    # Words are numbered without a reshape, which would gather a sharded leaf.
     number, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        number += along * jnp.uint32(stride % 2**32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        number += index * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
     return (words * (2 * number + 1)).sum(dtype=jnp.uint32)
 

@@ -1,4 +1,4 @@
-"""A model's weights in one safetensors file, which says of which run they are, and back."""
+"""Writes a model's weights to a safetensors file with the run's config, and loads them back."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,13 @@ FORMAT = "dynmask_jax train 1"
 
 @dataclass(frozen=True)
 class Weights:
-    """A trained model: what makes text together with its tokenizer.
+    """A trained model.
 
     Attributes:
-      run: of which it is the outcome; run.data.tokenizer names the tokenizer.
+      run: the config of its training; run.data.tokenizer names the tokenizer.
       params: the weights, nested dictionaries of arrays, as `State.params`.
-      vocabulary: how many different tokens there are.
-      fingerprint: of the tokenizer, so that another one under the same name is noticed.
+      vocabulary: size of the vocabulary.
+      fingerprint: of the tokenizer, to detect another tokenizer under the same name.
     """
 
     run: Run
@@ -34,17 +34,15 @@ class Weights:
 
 
 def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
-    """Writes a safetensors file: a tensor for each array, bit for bit.
+    """Writes a safetensors file with a tensor for each array, bit for bit. The write is atomic.
 
-    A tensor's name is its place: `groups.layers.0.attention.query.kernel` is of the first layer in every
-    group, stacked.
-
-    Its metadata hold the config as JSON, the tokenizer's name and fingerprint, and the vocabulary's
-    size. The file is there in full or not at all.
+    A tensor's name is its path: `groups.layers.0.attention.query.kernel` is of the first layer of each group,
+    stacked over groups. The metadata have the config as JSON, the tokenizer's name and fingerprint, and the
+    vocabulary's size.
 
     Raises:
-      FileExistsError: there is such a file, and `overwrite` is false.
-      OSError: it cannot be written.
+      FileExistsError: the file exists, and `overwrite` is false.
+      OSError: the file cannot be written.
     """
     if path.is_file() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another file, or --overwrite it")
@@ -60,19 +58,19 @@ def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
     fresh = path.with_name(path.name + ".writing")
     with writing(path):
         try:
-            fresh.write_bytes(save(_named(jax.device_get(weights.params)), metadata))
+            fresh.write_bytes(save(_by_name(jax.device_get(weights.params)), metadata))
             fresh.replace(path)
         finally:
             fresh.unlink(missing_ok=True)
 
 
 def load_weights(path: Path) -> Weights:
-    """What `export_weights` wrote.
+    """Loads a file of `export_weights`.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no safetensors file, or not one of ours, or its tensors are not those of its
-        config: each that is missing, unknown or of another shape is named.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not a safetensors file of `export_weights`; or its tensors do not fit its
+        config, and the message names each that is missing, unknown or of another shape.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -92,27 +90,27 @@ def load_weights(path: Path) -> Weights:
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} holds a config that cannot be read: {error}") from error
     like = params_like(run, vocabulary)
-    if wrong := _differences(tensors, _named(like)):
+    if wrong := _differences(tensors, _by_name(like)):
         raise ValueError(f"{path} does not hold the weights of its config: {'; '.join(wrong)}")
-    params = jax.tree_util.tree_map_with_path(lambda place, _: tensors[_name(place)], like)
+    params = jax.tree_util.tree_map_with_path(lambda path, _: tensors[_name(path)], like)
     return Weights(run, params, vocabulary, metadata.get("tokenizer_fingerprint", ""))
 
 
 def params_like(run: Run, vocabulary: int) -> Any:
-    """The shapes and types of a run's weights, `jax.ShapeDtypeStruct`s in place of arrays."""
+    """The weights of a run as `jax.ShapeDtypeStruct`s."""
     return state_like(program_of(run, vocabulary), vocabulary).params
 
 
-def _named(params: Any) -> dict[str, Any]:
-    return {_name(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(params)}
+def _by_name(params: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def _name(place) -> str:
-    return jax.tree_util.keystr(place, simple=True, separator=".")
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _differences(tensors: dict[str, Any], like: dict[str, Any]) -> list[str]:
-    """What keeps tensors from being weights, a sentence for each."""
+    """Why tensors are not the weights `like`, a clause for each reason."""
     missing = [f"{name} is missing" for name in sorted(like.keys() - tensors.keys())]
     unknown = [f"{name} is unknown" for name in sorted(tensors.keys() - like.keys())]
     shapes = [

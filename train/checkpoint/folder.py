@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, and whether a run may begin in it or go on."""
+"""A run's folder: the paths of its files, and whether a run may start or resume in it."""
 
 import fcntl
 import json
@@ -20,12 +20,12 @@ BUCKET = "://"
 
 
 def resolve_folder(folder: Path) -> Path:
-    """The folder by its whole path, as orbax asks for."""
+    """The absolute path of a folder, which orbax needs; an address in a bucket stays as it is."""
     return folder if BUCKET in str(folder) else folder.absolute()
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """The steps that a folder of checkpoints holds whole ones of, by their names, ascending."""
+    """The steps of the complete checkpoints in a folder, by their names, ascending."""
     return sorted(ocp.utils.checkpoint_steps(checkpoints)) if checkpoints.is_dir() else []
 
 
@@ -33,12 +33,12 @@ def saved_steps(checkpoints: Path) -> list[int]:
 class RunFolder:
     """The files of one run.
 
-    It holds a run once it holds a config.json, which comes first and in one piece. So a run that is
-    killed leaves a folder that holds none, or one to go on from.
+    A folder has a run once it has a config.json, which is written first and atomically. So a run that is
+    killed at any moment leaves a folder without a run, or with one that can be resumed.
 
     Attributes:
       path: the folder; need not exist yet.
-      elsewhere: the folder of the checkpoints, where they do not lie in `path`; may be in a bucket.
+      elsewhere: the folder of the checkpoints, if not in `path`; may be in a bucket.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, run: Run, path: Path | None = None) -> "RunFolder":
-        """The folder that a config names; or another one, where it was moved to."""
+        """The folder that a config names, or `path` if the folder was moved there."""
         path = path or Path(run.folder) / run.name
         if run.checkpoints.folder is None:
             return cls(path)
@@ -59,22 +59,22 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON record a line, see `train.metrics.log`."""
+        """One JSON record per line, see `train.metrics.log`."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """A folder, with one folder for each saved step."""
+        """A folder with one folder for each saved step."""
         return self.elsewhere or self.path / "checkpoint"
 
     @property
     def in_bucket(self) -> bool:
-        """Whether the checkpoints lie in one, and not on a disk."""
+        """Whether the checkpoints are in a bucket instead of on a disk."""
         return BUCKET in str(self.checkpoints)
 
     @property
     def saved_steps(self) -> list[int]:
-        """The steps there are checkpoints of at this moment, ascending."""
+        """The steps of the complete checkpoints at this moment, ascending."""
         return saved_steps(self.checkpoints)
 
     @property
@@ -84,12 +84,12 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The last to be written, of what training leaves."""
+        """The report, the last file that training writes."""
         return self.path / "report.md"
 
     @property
     def summaries(self) -> Path:
-        """Held-out documents and their summaries, one JSON record a line."""
+        """Held-out documents and their summaries, one JSON record per line."""
         return self.path / "summaries.jsonl"
 
     @property
@@ -98,7 +98,7 @@ class RunFolder:
 
     @property
     def _others(self) -> tuple[Path, ...]:
-        """All else that a run leaves."""
+        """The files of a run beside config and checkpoints."""
         names = ("tensorboard", "wandb", "wandb.id", "curriculum.png", "positions.png")
         return (
             self.metrics,
@@ -109,20 +109,19 @@ class RunFolder:
         )
 
     def holds(self, run: Run) -> bool:
-        """Whether the folder holds this run, to go on with; it may be without a checkpoint yet.
+        """Whether the folder has this run, to be resumed; the run may be without a checkpoint yet.
 
-        Of a run whose checkpoints lie elsewhere they are enough: the rest may be lost with a machine. They
-        know what they are of.
+        For a run with checkpoints elsewhere they are enough, since each has the config: the other files may
+        be lost with a machine.
 
         Raises:
-          ValueError: it holds a run of another config, each difference is named with both values; or
-            one whose checkpoints lie elsewhere than the config says now; or a config that cannot be read.
-          FileExistsError: it holds files of a run, which beginning would remove, and no config that
-            says of which.
+          ValueError: the folder has a run of another config, and the message names each difference with both
+            values; or a run with checkpoints elsewhere than `run` says; or a config that cannot be read.
+          FileExistsError: the folder has files of a run, which starting would remove, without a config.
         """
         if not self.config.exists():
-            own = () if self.elsewhere else (self.checkpoints,)
-            if there := [path.name for path in (*own, *self._others) if path.exists()]:
+            checkpoints = () if self.elsewhere else (self.checkpoints,)
+            if there := [path.name for path in (*checkpoints, *self._others) if path.exists()]:
                 raise FileExistsError(
                     f"{self.path} holds {', '.join(there)}, but no {self.config.name} that says what of; "
                     "begin anew with --overwrite, which removes that, or choose another --name"
@@ -143,7 +142,7 @@ class RunFolder:
         return True
 
     def _check_checkpoints(self, saved: dict[str, Any]):
-        """Refuses to begin anew because the run's checkpoints are looked for elsewhere than they lie."""
+        """Refuses a run whose checkpoints are in another folder than `checkpoints.folder` says now."""
         place = saved.get("checkpoints", {}).get("folder")
         before = RunFolder(self.path, None if place is None else _place(place) / saved["name"])
         if not self.saved_steps and before.checkpoints != self.checkpoints and before.saved_steps:
@@ -154,15 +153,15 @@ class RunFolder:
             )
 
     def begin(self, run: Run):
-        """Makes the folder, with the config. An old run's files go, and nothing else.
+        """Creates the folder with the config; removes the files of an old run, and no others.
 
-        Killed at any moment, it leaves the old run's config, with its checkpoints or without any, or
-        the new one's.
+        Killed at any moment, it leaves the config of the old run, with all or none of its checkpoints, or the
+        config of the new one.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._discard()
         if self.checkpoints.exists():
-            if self.in_bucket:  # where to rename is to copy
+            if self.in_bucket:  # a rename there is a copy
                 _remove(self.checkpoints)
             else:
                 self.checkpoints.rename(self._discarded)
@@ -172,15 +171,15 @@ class RunFolder:
         self._discard()
 
     def write_config(self, run: Run):
-        """Writes the config, in place of one that differs only in what may change."""
+        """Replaces the config by one that differs only in options that may change (`MAY_CHANGE`)."""
         write_atomically(self.config, to_json(run))
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keeps other processes from training in the folder, which exists.
+    def lock(self) -> Iterator[None]:
+        """Locks the folder, which exists, against training by other processes.
 
-        The system releases it when the process ends, however it ends. Where the file system knows no
-        locks, nothing is kept.
+        The system releases the lock when the process ends, however it ends. A file system without locks is
+        not locked.
 
         Raises:
           FileExistsError: another process trains in it.
@@ -205,14 +204,14 @@ class RunFolder:
 
 
 def _place(folder: str) -> Path:
-    """A folder's path, which may be in a bucket.
+    """The path of a folder, which may be in a bucket.
 
     Raises:
-      ImportError: it is, and the library for that is not installed.
+      ImportError: the folder is in a bucket whose library is not installed.
     """
     if BUCKET not in folder:
         return Path(folder)
-    place: Any = epath.Path(folder)  # has all that a Path has
+    place: Any = epath.Path(folder)  # has the methods of a Path
     try:
         place.exists()
     except ImportError as error:

@@ -1,18 +1,18 @@
-"""What the records of a config refuse, each by the option's name."""
+"""Checks of the fields of a config's records; an error names the option."""
 
 from typing import Any, get_args
 
 
 def at_least(section: str, record: Any, **least: float):
-    """Refuses a field below its minimum; one that is None is left alone."""
+    """Refuses fields below their minimum, or NaN; None is accepted."""
     for name, minimum in least.items():
         value = getattr(record, name)
-        if value is not None and not value >= minimum:  # NaN is refused too
+        if value is not None and not value >= minimum:
             raise ValueError(f"{section}{name} must be at least {minimum}, got {value}")
 
 
 def above_zero(section: str, record: Any, *names: str):
-    """Refuses a field that is zero or less; one that is None is left alone."""
+    """Refuses fields that are not above zero; None is accepted."""
     for name in names:
         value = getattr(record, name)
         if value is not None and not value > 0:
@@ -20,7 +20,7 @@ def above_zero(section: str, record: Any, *names: str):
 
 
 def one_of(section: str, record: Any, **choices: Any):
-    """Refuses a field that is none of a `Literal`'s words."""
+    """Refuses fields whose value is not in a `Literal`."""
     for name, literal in choices.items():
         if (value := getattr(record, name)) not in get_args(literal):
             listed = ", ".join(map(repr, get_args(literal)))

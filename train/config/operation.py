@@ -1,8 +1,7 @@
-"""The sections of a config that define how a run is operated: validation, generation, checkpoints, devices,
-and what is logged.
+"""The sections of a config for operating a run: validation, generation, checkpoints, devices, logging.
 
-Frozen records like those of `train/config/sections.py`. No weight depends on them, except that validations
-move a curriculum with pace "loss".
+Frozen records like those of `train/config/sections.py`. Weights do not depend on them, except that
+validations advance a curriculum of pace "loss".
 """
 
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ class Evaluation:
     """Validation on held-out rows, at the full mask."""
 
     every: int = 0
-    """Steps between validations; 0 for one before training and one after."""
+    """Steps between validations. 0: one before training and one after."""
     rows: int = 16
-    """Held-out rows that a validation reads; all, where there are fewer."""
+    """Held-out rows of a validation; all if there are fewer."""
     needles: int = 0
-    """Needles hidden at each of 5 depths of a row, to see whether they are found; 0: no probe."""
+    """Needle probe: needles hidden at each of 5 depths of a row. 0: no probe."""
     summaries: int = 0
-    """Held-out documents summarised after training, for ROUGE beside the lead baseline (summarize)."""
+    """Held-out documents summarised after training, for ROUGE beside the lead baseline (task summarize)."""
 
     def __post_init__(self):
         at_least("evaluation.", self, every=0, rows=1, needles=0, summaries=0)
@@ -33,41 +32,41 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Generation:
-    """How tokens are drawn from the model's predictions."""
+    """How tokens are sampled from the model's predictions."""
 
     tokens: int = 256
-    """At most so many are generated; the end token ends a text before."""
+    """Most tokens to generate; a text ends before at the end token."""
     temperature: float = 0.0
-    """0: always the likeliest token; 1: as the model predicts; between: surer of the likely ones."""
+    """0: always the most likely token; 1: as the model predicts; between: likely tokens more often."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
+    """Sample from the k most likely tokens only."""
     top_p: float | None = None
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the fewest most likely tokens that together have this probability."""
     batch: int = 8
-    """Texts that are generated at once."""
+    """Texts generated at once."""
 
     def __post_init__(self):
         at_least("generation.", self, tokens=1, temperature=0, top_k=1, batch=1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"generation.top_p must lie in 0…1 (0 excluded), got {self.top_p}")
-        drawing = [name for name in ("top_k", "top_p") if getattr(self, name) is not None]
-        if drawing and self.temperature == 0:
-            raise ValueError(f"generation.{drawing[0]} needs a generation.temperature above 0, got 0")
+        sampling = [name for name in ("top_k", "top_p") if getattr(self, name) is not None]
+        if sampling and self.temperature == 0:
+            raise ValueError(f"generation.{sampling[0]} needs a generation.temperature above 0, got 0")
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Which states of training are kept."""
+    """When checkpoints are saved, which are kept, and where."""
 
     every: int = 0
-    """Steps between checkpoints; 0 for one at the end. One is written on SIGTERM too."""
+    """Steps between checkpoints. 0: one at the end. SIGTERM saves one too."""
     keep: int = 2
-    """The latest so many are kept."""
+    """Number of latest checkpoints that are kept."""
     keep_every: int | None = None
-    """Those at multiples of so many steps are kept as well."""
+    """Checkpoints at multiples of so many steps are kept as well."""
     folder: str | None = None
-    """Where they lie: in folder / name of this one, which may be a bucket's, gs://bucket/runs, and which all
-    processes must see. None: in the run's folder."""
+    """Checkpoints are in folder / name of this folder, which all processes must see and which may be in a
+    bucket: gs://bucket/runs. None: in the run's folder."""
 
     def __post_init__(self):
         at_least("checkpoints.", self, every=0, keep=1, keep_every=1)
@@ -75,21 +74,21 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The devices of a run, as a grid of four axes, and how a sequence lies on them."""
+    """The devices of a run, a mesh of four axes, and how a sequence is sharded over them."""
 
     data: int = 1
-    """Devices that rows are spread over, each with all weights of its own."""
+    """Devices that rows are sharded over, with weights replicated."""
     fsdp: int = 1
-    """Devices that rows are spread over, and the weights and the optimizer's state too."""
+    """Devices that rows are sharded over, together with weights and optimizer state."""
     context: int = 1
-    """Devices that the tokens of a row are spread over, and the weights and the optimizer's state too."""
+    """Devices that the tokens of a row are sharded over, together with weights and optimizer state."""
     tensor: int = 1
-    """Devices that the heads of attention and the features of the feed-forward layer are spread over."""
+    """Devices that attention heads and the hidden features of the feed-forward layer are sharded over."""
     strategy: Strategy = "ring"
-    """How attention goes over context devices. ring: keys travel as far as the mask shows them;
-    all_gather: every device gets all keys; ulysses: heads are spread instead of tokens."""
+    """Context parallelism. ring: keys are passed on as far as the mask shows them; all_gather: every device
+    gets all keys; ulysses: during attention heads are sharded instead of tokens."""
     layout: LayoutChoice = "auto"
-    """Which tokens of a row a context device holds; auto: what balances the mask of the step best."""
+    """Which tokens of a row a context device has. auto: the best balance for the mask of the step."""
 
     def __post_init__(self):
         at_least("mesh.", self, data=1, fsdp=1, context=1, tensor=1)
@@ -97,21 +96,21 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return self.data * self.fsdp * self.context * self.tensor
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What is shown of a run while it goes on, beside metrics.jsonl and TensorBoard."""
+    """What is logged of a run in training, beside metrics.jsonl and TensorBoard."""
 
     log_every: int = 1
     """Steps between records of the metrics."""
     wandb: str | None = None
-    """Project of Weights & Biases to log to."""
+    """Weights & Biases project to log to."""
     peak_flops: float | None = None
-    """Operations a second of one device at its best, for the model FLOP utilisation. None: the
-    device's data sheet, or what a large matrix product reaches here."""
+    """Peak FLOP/s of one device, for the model FLOP utilisation. None: from the device's data sheet, or
+    measured with a large matrix product."""
     profile: int | None = None
     """First step of a profiler trace, from 0."""
     profile_steps: int = 3

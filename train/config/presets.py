@@ -1,4 +1,4 @@
-"""Runs by name. A preset is its parent plus a difference."""
+"""Configs by name. A preset is its parent plus a difference."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ def base() -> Run:
 
     Needs: text files, or JSONL with a column `text`; without paths it reads the Python standard
     library's source. Runs anywhere; on a laptop's CPU a step takes seconds.
-    Expect: 3 million weights and rows of 4,096 bytes; every option is yours to set.
+    Expect: 3 million weights and rows of 4,096 bytes, until you change options.
     """
     return Run()
 
@@ -44,8 +44,8 @@ def lm_8k() -> Run:
     Needs: text (--data.paths) and a tokenizer (--data.tokenizer; the weights are counted with 32,768
     tokens, and are 76 million with bytes). State and temporaries take 3.2 GiB as compiled for a TPU v5e of
     16 GiB, so there is room for a larger data.batch / optimizer.accumulate.
-    Expect: 1.3 billion tokens and 1.4e18 operations: 5 hours at 40% of a v5e's 197e12 a second, which
-    nobody has measured yet.
+    Expect: 1.3 billion tokens and 1.4e18 operations: an estimated 5 hours at 40% of a v5e's 197e12 FLOP/s,
+    which has not been measured.
     """
     return replace(
         base(),
@@ -71,7 +71,7 @@ def lm_8k() -> Run:
 
 
 def lm_32k() -> Run:
-    """The same on rows of 32,768 tokens, with five local layers to each global one.
+    """lm-8k on rows of 32,768 tokens, with five local layers to each global one.
 
     Needs: long texts (a row of short ones teaches no more than lm-8k's), a tokenizer, and 6.5 GiB as
     compiled for a TPU v5e.
@@ -110,8 +110,8 @@ def summarize() -> Run:
         data=replace(parent.data, length=32_768, batch=4, held_out=0.1),
         model=replace(parent.model, layers=8, width=512, heads=8, kv_heads=4, hidden=1_408),
         optimizer=replace(parent.optimizer, learning_rate=5e-4, warmup=0.05),
-        # Chunks of several blocks: a packed row's documents begin anywhere, and a block that lies across two
-        # chunks is skipped only where neither is shown.
+        # Chunks of several blocks: a packed row's documents start anywhere, and a block across two chunks is
+        # skipped only if neither is shown.
         curriculum=Curriculum(kind="reveal", order="strided", schedule="linear", start=512, chunk=2_048),
         evaluation=Evaluation(every=500, rows=16, summaries=32),
         generation=Generation(tokens=400),
@@ -175,7 +175,7 @@ def lm_1m_v5p() -> Run:
 
 
 def lm_1m_v6e() -> Run:
-    """The same for 256 TPU v6e (v6e:16x16), whose memory is a third of a v5p's.
+    """lm-1m-v5p for 256 TPU v6e (v6e:16x16), whose memory is a third of a v5p's.
 
     Needs: texts as long as books, and a tokenizer; the weights are counted with 32,768 tokens. 7.4 of each
     device's 31.25 GiB as compiled (docs/devices.md).
@@ -201,7 +201,7 @@ PRESETS = {
     "lm-1m-v6e": lm_1m_v6e,
     "summarize": summarize,
 }
-"""name -> the `Run` that the command line starts from."""
+"""Name -> function that makes the `Run`."""
 
 TOPOLOGIES = {"v5e:4x4": "lm-128k", "v5p:8x8x4": "lm-1m-v5p", "v6e:16x16": "lm-1m-v6e"}
-"""The preset that is made for a topology."""
+"""Topology -> the preset made for it."""

@@ -1,4 +1,4 @@
-"""What a run is, as one frozen record: everything that training depends on, checked when built.
+"""The config of a run, one frozen record that is checked when built.
 
 Its fields are the options of the command line, and `config.json` of a run folder. Its sections are in
 `train/config/sections.py` and `train/config/operation.py`, presets in `train/config/presets.py`.
@@ -24,20 +24,20 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. The same Run gives the same weights, on the same machine bit for bit."""
+    """One training run. The same Run gives the same weights bit for bit on the same machine."""
 
     name: str = "run"
-    """The run's folder is folder / name."""
+    """Name of the run; its folder is folder / name."""
     folder: str = "runs"
-    """Where run folders lie."""
+    """Folder of the run folders."""
     task: TaskName = "lm"
     """lm: each next token of the texts; summarize: the summary that follows a document."""
     steps: int = 1_000
-    """Training steps, of data.batch rows each."""
+    """Training steps, each of data.batch rows."""
     seed: int = 0
-    """Of the initial weights, and of the order of documents and rows."""
+    """Seed of the initial weights and of the order of documents and rows."""
     block: int = 256
-    """Tokens in a block of attention: what no query of a block sees of another is not computed."""
+    """Tokens in a block of attention; a block of keys that no query of a block sees is skipped."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     summarize: Summarize = field(default_factory=Summarize)
@@ -77,7 +77,7 @@ class Run:
 
 
 def _check_pace(run: Run):
-    """Refuses a pace by loss that could end before the full mask."""
+    """Refuses a run that could end before a curriculum with pace "loss" shows the full mask."""
     pace, every = run.curriculum, run.evaluation.every
     if not every:
         raise ValueError("curriculum.pace loss needs evaluation.every above 0: validations move it")
@@ -89,7 +89,7 @@ def _check_pace(run: Run):
 
 
 def _check_mesh(run: Run):
-    """Refuses a mesh whose axes cannot divide what is spread over them."""
+    """Refuses a mesh whose axes do not divide the dimensions sharded over them."""
     mesh, model, data = run.mesh, run.model, run.data
     rows = data.batch // run.optimizer.accumulate
     halves = 2 if mesh.layout == "zigzag" and mesh.context > 1 else 1
@@ -111,14 +111,14 @@ def _check_mesh(run: Run):
 
 
 def to_json(run: Run) -> str:
-    """The run as `config.json` holds it."""
+    """The run as JSON, as in `config.json`."""
     return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
 
 
 def differences(saved: dict[str, Any], run: Run) -> list[str]:
     """Where a saved config differs from `run`: `"data.length: 512 saved, 4096 asked for"`, sorted.
 
-    What is in `MAY_CHANGE` may differ.
+    Options in `MAY_CHANGE` are left out.
     """
     theirs, ours = _flat(saved), _flat(json.loads(to_json(run)))
     missing = "nothing"
@@ -130,10 +130,10 @@ def differences(saved: dict[str, Any], run: Run) -> list[str]:
 
 
 def from_json(text: str) -> Run:
-    """The run that `to_json` wrote.
+    """The run of a text of `to_json`.
 
     Raises:
-      ValueError: it is no such JSON, or holds options that do not exist or values that are refused.
+      ValueError: the text is not such JSON, or has options that do not exist or values that are refused.
     """
     saved = json.loads(text)
     if not isinstance(saved, dict):
@@ -142,22 +142,22 @@ def from_json(text: str) -> Run:
 
 
 def _record(default: Any, saved: dict[str, Any]) -> Any:
-    """`default` with the saved values in place of its own, sections within sections."""
+    """`default` with the saved values in place, in nested sections too."""
     values = {}
     for name, value in saved.items():
         if not hasattr(default, name):
             raise ValueError(f"{type(default).__name__} has no option {name!r}")
-        own = getattr(default, name)
-        if dataclasses.is_dataclass(own):
+        section = getattr(default, name)
+        if dataclasses.is_dataclass(section):
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must be an object, got {value!r}")
-            value = _record(own, value)
+            value = _record(section, value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(default, **values)
 
 
 def option_values(record: Any, prefix: str = "") -> dict[str, Any]:
-    """Every option's value by its dotted name, `model.layers`, in the order they are declared."""
+    """The value of every option by its dotted name, `model.layers`, in the order of declaration."""
     values = {}
     for each in dataclasses.fields(record):
         value = getattr(record, each.name)

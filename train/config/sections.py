@@ -26,29 +26,29 @@ class Model:
     """The decoder-only Transformer."""
 
     layers: int = 4
-    """Blocks of attention and feed-forward."""
+    """Number of layers, each attention and a feed-forward layer."""
     width: int = 256
-    """D, the features of a token between layers."""
+    """D, features of a token between layers."""
     heads: int = 4
     """N, query heads; the head dim is width / heads."""
     kv_heads: int = 2
-    """K, key heads, each shared by heads / kv_heads query heads."""
+    """K, key and value heads, each shared by heads / kv_heads query heads."""
     hidden: int = 704
-    """Features inside the feed-forward layer (SwiGLU)."""
+    """Hidden features of the feed-forward layer (SwiGLU)."""
     rope_theta: float = 10_000.0
-    """Base of the rotary positions; the longest wavelength is about 6 times as many tokens."""
+    """Base of the rotary position embedding; its longest wavelength is about 6 times as many tokens."""
     backend: str | None = None
-    """What computes attention: "xla", "xla_wide", "tpu" or "dense". None: what the platform takes."""
+    """Implementation of attention: "xla", "xla_wide", "tpu" or "dense". None: the platform's default."""
     dtype: Dtype = "float32"
-    """What activations are computed in. Weights, sums of attention and the loss stay float32."""
+    """Type of the activations. Weights, the accumulators of attention and the loss stay float32."""
     remat: Remat = "none"
-    """What a layer keeps for the backward pass: none: everything; full: its input alone, the rest is
-    computed again; dots: the results of matrix products; dots_no_batch: those with weights."""
+    """What a layer recomputes in the backward pass. none: nothing; full: everything from its input; dots:
+    all but matrix products; dots_no_batch: all but matrix products with weights."""
     pattern: tuple[Reach, ...] = ("global",)
-    """The reach of layers, repeated: local local local local local global, say. A local layer sees
-    local_window tokens of what the curriculum shows; a global one all of it."""
+    """Reach of the layers, repeated: local local local local local global, for example. A global layer sees
+    all that the curriculum shows, a local one at most local_window tokens of it."""
     local_window: int = 1024
-    """The most recent tokens that a local layer sees, the query's own included."""
+    """Most recent tokens that a local layer sees, with the query's token."""
 
     def __post_init__(self):
         at_least("model.", self, layers=1, width=1, heads=1, kv_heads=1, hidden=1, local_window=1)
@@ -74,35 +74,35 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """What is read, and how it is cut into rows."""
+    """The texts, and how they are cut into rows."""
 
     paths: tuple[str, ...] = ()
     """Text files, JSONL files (.jsonl, .jsonl.gz), folders of them, globs, or folders that Hugging
-    Face `datasets` saved. None: the Python standard library's source."""
+    Face `datasets` saved. Left out: the Python standard library's source."""
     held_out_paths: tuple[str, ...] = ()
-    """The same, for validation. None: the share held_out of the paths."""
+    """The same for validation. Left out: the share held_out of data.paths."""
     held_out: float = 0.05
-    """Share of the tokens (of the documents, for summarize) kept for validation."""
+    """Share of the tokens (of the documents for the task summarize) held out for validation."""
     columns: dict[str, str] = field(default_factory=dict)
-    """The columns of records, where they have other names than usual: text body, or document article
+    """The columns of records, where they do not have their usual names: text body, or document article
     summary highlights."""
     skip_malformed: bool = False
-    """Leave out lines that cannot be read, and count them, instead of stopping at the first."""
+    """Skip and count lines that cannot be read, instead of stopping at the first."""
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json or a sentencepiece model."""
     end_token: str | None = None
-    """The token between documents; None: the tokenizer's own, by its usual names."""
+    """The token between documents. None: found in the tokenizer by its usual names."""
     rows: RowKind = "packed"
-    """packed: whole documents first-fit into rows, none sees another, longer ones cut into pieces;
-    chunked: all documents end to end, cut into rows, which see across."""
+    """packed: documents are packed first-fit into rows and do not see each other; documents longer than a row
+    are cut. chunked: documents are concatenated and cut into rows; tokens see earlier documents of a row."""
     packing_bins: int = 64
-    """Rows that are open at once while packing; more fill rows better."""
+    """Rows that are open at once while packing; more of them leave less padding."""
     length: int = 4096
     """T, tokens in a row."""
     batch: int = 1
-    """B, rows in a step, over all processes."""
+    """B, rows in a step, of all processes together."""
     cache: str | None = None
-    """Folder that keeps texts as tokens between runs. None: cache, beside the run folders."""
+    """Folder where tokenized texts are cached between runs. None: cache, beside the run folders."""
 
     def __post_init__(self):
         at_least("data.", self, length=2, batch=1, packing_bins=1)
@@ -118,14 +118,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Summarize:
-    """The task `summarize`: documents and their summaries, one of each in a segment."""
+    """The task `summarize`: each segment is a document and its summary."""
 
     prefix: PrefixKind = "bidirectional"
-    """bidirectional: the document's tokens see those after them too; causal: they do not."""
+    """bidirectional: tokens of the document see later ones too; causal: they do not."""
     truncate: bool = False
-    """Cut documents that do not fit a row with their summary at their end, instead of stopping."""
+    """Cut off the end of documents that do not fit a row with their summary, instead of stopping."""
     lead: int | None = None
-    """Words in the lead baseline, the document's beginning; None: as in the median training summary."""
+    """Words of the lead baseline, the start of the document. None: as in the median training summary."""
 
     def __post_init__(self):
         one_of("summarize.", self, prefix=PrefixKind)
@@ -134,10 +134,10 @@ class Summarize:
 
 @dataclass(frozen=True)
 class Loss:
-    """The cross-entropy, computed over a few tokens' logits at a time."""
+    """The cross-entropy, computed from the logits of a few tokens at a time."""
 
     chunk: int | None = None
-    """Tokens whose logits exist at once. None: 1,024, or as many as have 16 MiB of logits."""
+    """Tokens whose logits are in memory at once. None: the larger of 1,024 and 16 MiB of logits."""
     z: float = 0.0
     """Weight of the squared log-normaliser (z-loss), which keeps logits from drifting; often 1e-4."""
 
@@ -150,24 +150,24 @@ class Optimizer:
     """AdamW, with a linear warm-up, a cosine decay and clipping by the global norm."""
 
     learning_rate: float = 2e-3
-    """At its peak, after the warm-up."""
+    """Peak learning rate, after the warm-up."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from 0."""
     final: float = 0.1
-    """Share of the peak that is left at the last step."""
+    """Learning rate at the last step, as a share of the peak."""
     weight_decay: float = 0.1
-    """Of matrices; vectors are not decayed."""
+    """Weight decay of matrices; vectors are not decayed."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients."""
+    """Decay of the moving average of squared gradients."""
     clip: float = 1.0
-    """The greatest norm a step's gradient may have."""
+    """Largest global norm of a gradient; larger ones are scaled down."""
     accumulate: int = 1
-    """Parts that a step's rows are computed in, one after the other: memory of one, gradient of all."""
+    """Gradient accumulation: parts of a step's rows that are computed one after the other, to save memory."""
     ema: float | None = None
-    """Decay of a running mean of the weights, 0.999 say, which validation and export take; None: none.
-    After n steps at most (1 + n) / (10 + n)."""
+    """Decay of a moving average of the weights, such as 0.999, which validation and export use. None: no
+    average. After n steps it is at most (1 + n) / (10 + n)."""
     give_up: int = 10
-    """Steps in a row with a loss or gradient that is not finite, all skipped, before training stops."""
+    """Training stops after so many consecutive skipped steps, whose loss or gradient is not finite."""
 
     def __post_init__(self):
         above_zero("optimizer.", self, "learning_rate", "clip")
@@ -184,39 +184,38 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What each query sees at each step. Evaluation sees all that the task shows, whatever is chosen here."""
+    """What each query sees at each step. Evaluation always uses the full mask of the task."""
 
     kind: Kind = "chunks"
-    """window: the nearest tokens; chunks: the rest of one's own chunk; reveal: one's own chunk and part
-    of the earlier ones; for comparison, full: everything from the start, and static: chunks that
-    never grow."""
+    """window: the nearest tokens; chunks: the query's chunk; reveal: the query's chunk and a growing part of
+    the earlier ones. For comparison, full: everything from the start; static: chunks that do not grow."""
     schedule: Shape = "exponential"
     """How the window grows from start to end (kinds window, chunks and reveal)."""
     start: int = 32
-    """Tokens in the window, or the chunk, at step 0. For reveal start / data.length of the earlier
+    """Tokens in the window or chunk at step 0; for reveal, start / data.length is the share of the earlier
     chunks."""
     end: int | None = None
-    """Tokens at the end of the growth; None for data.length, which shows everything."""
+    """Tokens at the end of the growth. None: data.length, which shows everything."""
     share: float = 0.6
     """Share of the steps over which it grows."""
     multiple_of: int = 1
-    """Round the window down to a multiple of this, which must divide start and end."""
+    """The window is rounded down to a multiple of this, which must divide start and end."""
     stairs: int = 8
-    """Jumps of the staircase schedule."""
+    """Stairs of the staircase schedule."""
     chunk: int = 256
     """Tokens in a chunk, for static and reveal."""
     order: Order = "nearest"
-    """In which reveal shows the earlier chunks. For summarize, whose documents end at
-    data.length, nearest and oldest take shares of data.length: short documents are shown soon, or last."""
+    """Order in which reveal shows the earlier chunks. In the task summarize, whose documents end at
+    data.length, nearest and oldest take shares of data.length: short documents are shown early or last."""
     pace: Pace = "steps"
-    """What moves the schedule: steps, or loss: it goes through `stages`, and enters the next one once the
-    validation loss, under the mask of the stage, has stopped falling."""
+    """What advances the schedule. steps: the training step; loss: it has `stages`, and enters the next one
+    when the validation loss under the mask of the stage stops falling."""
     stages: int = 8
-    """Stages of the pace by loss, evenly spaced on the schedule."""
+    """Stages of pace loss, evenly spaced on the schedule."""
     tolerance: float = 0.01
-    """A stage is over once a validation improves on the stage's best by less than this share of it."""
+    """A stage ends when a validation improves on the best of the stage by less than this share of it."""
     patience: int = 4
-    """Or after so many validations, so that the full mask is reached."""
+    """A stage ends after at most so many validations, so that the full mask is reached."""
 
     def __post_init__(self):
         one_of("curriculum.", self, kind=Kind, schedule=Shape, order=Order, pace=Pace)

@@ -102,7 +102,7 @@ def _check_folder(folder: RunFolder, run: Run, overwrite: bool):
 def _claim(stack: ExitStack, folder: RunFolder, run: Run, state: State, overwrite: bool) -> bool:
     """Whether the folder, which is claimed until the stack is left, holds the run to go on with."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(folder.claimed())
+    stack.enter_context(folder.lock())
     if folder.elsewhere and not folder.in_bucket:
         folder.elsewhere.parent.mkdir(parents=True, exist_ok=True)
     _check_space(folder, run, state)

@@ -92,7 +92,7 @@ class _Training:
         run, program, text = session.run, session.program, session.corpus
         self.state, self._run, self._batches = session.state, run, session.batches
         processes = session.processes
-        processes.call_on_first(lambda: stack.enter_context(session.folder.claimed()))
+        processes.call_on_first(lambda: stack.enter_context(session.folder.lock()))
         self._stop = stack.enter_context(StopSignals())
         self._checkpoints = stack.enter_context(
             Checkpoints(session.folder.checkpoints, run, text.fingerprint, processes)

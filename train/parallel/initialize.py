@@ -1,4 +1,4 @@
-"""Whether a run has several processes, and how this one joins the others: before any device is used."""
+"""Joins this process with the others of its run, if there are several, before any device is used."""
 
 import json
 import os
@@ -17,56 +17,58 @@ OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 TIMEOUT = 300
-"""Seconds that processes wait for each other to join."""
+"""Seconds that processes wait for each other in `join`."""
 HEARTBEAT = 100
-"""Seconds without a sign of life after which a process counts as dead, and JAX ends the others."""
+"""Seconds without a heartbeat after which JAX considers a process dead, and ends the others."""
 
 
 def join(
     environment: Mapping[str, str] = os.environ, timeout: int = TIMEOUT, heartbeat: int = HEARTBEAT
 ) -> Processes:
-    """This process among those of its run, which it joins if there are several.
+    """Joins the processes of the run, if there are several, and returns this one among them.
 
-    To be called before JAX's devices are used. Cloud TPU slices, GKE, SLURM and Open MPI are known by
-    their environment, and JAX finds the rest; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say it. One process alone joins nobody, and needs no network.
+    Call it before JAX's devices are used. JAX finds the processes of Cloud TPU slices, GKE, SLURM and Open
+    MPI; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single process does
+    not initialize `jax.distributed`, and needs no network.
 
     Args:
-      environment: variables.
-      timeout: seconds until processes that have not come are given up: this one ends, and says so.
-      heartbeat: seconds until one that gives no sign of life is.
+      environment: the variables.
+      timeout: seconds to wait for missing processes; this one then exits with status 2 and the reason.
+      heartbeat: seconds without a heartbeat after which a process is considered dead.
 
     Raises:
-      ValueError: the variables are incomplete or no numbers; or JAX does not find the rest.
+      ValueError: the variables are incomplete or not numbers; or JAX cannot join.
     """
     if jax.distributed.is_initialized():
         return Processes.current()
-    if (where := expected(environment)) is None:
+    if (arguments := find_arguments(environment)) is None:
         return Processes()
-    _initialize(where | {"heartbeat_timeout_seconds": heartbeat}, timeout)
+    _initialize(arguments | {"heartbeat_timeout_seconds": heartbeat}, timeout)
     return Processes.current()
 
 
-def expected(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be given; None where there is one process.
+def find_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """The arguments of `jax.distributed.initialize`; None for a single process.
 
-    >>> expected({"SLURM_NTASKS": "4"})  # a job script's own shell, which is one process
-    >>> where = expected({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
-    >>> where["coordinator_address"], where["num_processes"], where["process_id"]
-    ('a:1', 2, 0)
+    JAX is asked only if there are several processes: its `initialize()` raises where there is no cluster, and
+    on a single TPU host without a metadata service.
+
+    >>> find_arguments({"SLURM_NTASKS": "4"})  # the shell of a job script, which is one process
+    >>> find_arguments(dict(zip(OURS, ("a:1", "2", "0"))))["coordinator_address"]
+    'a:1'
 
     Raises:
-      ValueError: some of the variables for it are missing, or no numbers.
+      ValueError: variables are missing, or not numbers.
     """
     if any(name in environment for name in OURS):
-        return _named(environment)
+        return _read_variables(environment)
     tasks = [environment.get("OMPI_COMM_WORLD_SIZE", "1")]
     if all(name in environment for name in SLURM):
         tasks.append(environment["SLURM_NTASKS"])
     return {} if any(each != "1" for each in tasks) or _several_tpu_hosts(environment) else None
 
 
-def _named(environment: Mapping[str, str]) -> dict[str, Any]:
+def _read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
     if missing := [name for name in OURS if not environment.get(name)]:
         raise ValueError(f"{', '.join(missing)} must be set too, where one of {', '.join(OURS)} is")
     address, *numbers = (environment[name] for name in OURS)
@@ -78,7 +80,7 @@ def _named(environment: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError(f"JAX_PROCESS_ID must be below JAX_NUM_PROCESSES ({processes}), got {process}")
     if not address.rpartition(":")[2].isdecimal():
         raise ValueError(f"JAX_COORDINATOR_ADDRESS must be host:port, got {address!r}")
-    # Else JAX asks Google's metadata service for what it has been told.
+    # Without the last one JAX asks Google's metadata service for what these arguments say.
     return {
         "coordinator_address": address,
         "num_processes": processes,
@@ -88,8 +90,11 @@ def _named(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _several_tpu_hosts(environment: Mapping[str, str]) -> bool:
-    """Whether this machine is one of several hosts of a TPU slice, or of several slices."""
-    # JAX puts the TPU here when it is imported and finds one; asking for the devices would be too early.
+    """Whether this machine is one of several hosts of a TPU slice, or of several slices.
+
+    JAX has no public function that says so without joining.
+    """
+    # JAX sets this on import where it finds a TPU; jax.devices() would initialize them too early.
     if "tpu" not in (jax.config.jax_platforms or ""):  # pyright: ignore[reportAttributeAccessIssue]
         return False
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
@@ -102,7 +107,7 @@ def _several_tpu_hosts(environment: Mapping[str, str]) -> bool:
 
 
 def _metadata(key: str) -> str:
-    """What Google's metadata service, on the host itself, says of a virtual machine; nothing elsewhere."""
+    """An attribute of this virtual machine from Google's metadata service; empty without the service."""
     request = urllib.request.Request(METADATA + key, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
@@ -111,25 +116,25 @@ def _metadata(key: str) -> str:
         return ""
 
 
-def _initialize(where: Mapping[str, Any], timeout: int):
-    address = where.get("coordinator_address", "the address that the cluster gives")
+def _initialize(arguments: Mapping[str, Any], timeout: int):
+    address = arguments.get("coordinator_address", "the address that the cluster gives")
 
     def give_up():
         print(
             f"gave up after {timeout} s: not all processes of this run came to {address}. Is the command "
             "running on every host, and can all of them reach that address? "
-            f"({json.dumps(where)})",
+            f"({json.dumps(arguments)})",
             file=sys.stderr,
             flush=True,
         )
         os._exit(2)
 
-    # JAX itself would abort, with a stack trace instead of a reason; it is given longer.
+    # JAX aborts with a stack trace and no reason, so its own timeout is longer.
     clock = threading.Timer(timeout, give_up)
     clock.daemon = True
     clock.start()
     try:
-        jax.distributed.initialize(**where, initialization_timeout=timeout + 60)
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
     except RuntimeError as error:
         raise ValueError(f"the processes of this run cannot join at {address}: {error}") from error
     finally:

@@ -156,7 +156,7 @@ CLAIM = """
 import sys
 from pathlib import Path
 from train.checkpoint.folder import RunFolder
-with RunFolder(Path(sys.argv[1])).claimed():
+with RunFolder(Path(sys.argv[1])).lock():
     print("claimed", flush=True)
     sys.stdin.read()
 """
@@ -172,11 +172,11 @@ def test_one_process_at_a_time_and_a_killed_one_counts_no_more(folder, run):
         assert other.stdout is not None
         assert other.stdout.readline() == "claimed\n"
         with pytest.raises(FileExistsError, match="small is in use: another process trains in it"):
-            folder.claimed().__enter__()
+            folder.lock().__enter__()
         other.kill()
-    with folder.claimed():
+    with folder.lock():
         pass
-    with folder.claimed():
+    with folder.lock():
         pass
 
 

@@ -118,7 +118,7 @@ def test_overwriting_begins_anew_and_so_does_a_run_without_a_checkpoint(tmp_path
 def test_a_folder_in_use_is_refused(finished):
     run, _, _ = finished
     with (
-        folder_of(run).claimed(),
+        folder_of(run).lock(),
         pytest.raises(FileExistsError, match="small is in use: another process trains in it"),
     ):
         prepare(run)

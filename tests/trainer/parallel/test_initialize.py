@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from train.parallel import initialize
-from train.parallel.initialize import expected, join
+from train.parallel.initialize import find_arguments, join
 from train.parallel.processes import Processes
 
 OURS = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -39,12 +39,12 @@ def tpu(monkeypatch):
     ],
 )
 def test_one_process_joins_nobody(alone):
-    assert expected(alone) is None
+    assert find_arguments(alone) is None
     assert join(alone) == Processes()
 
 
 def test_what_the_variables_say_is_taken_whole():
-    assert expected(OURS | SLURM) == {
+    assert find_arguments(OURS | SLURM) == {
         "coordinator_address": "host:1234",
         "num_processes": 4,
         "process_id": 3,
@@ -54,7 +54,7 @@ def test_what_the_variables_say_is_taken_whole():
 
 @pytest.mark.parametrize("several", [SLURM, {"OMPI_COMM_WORLD_SIZE": "2"}])
 def test_clusters_that_jax_knows_are_left_to_it(several):
-    assert expected(several) == {}
+    assert find_arguments(several) == {}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_clusters_that_jax_knows_are_left_to_it(several):
 )
 def test_hosts_of_a_tpu_slice_are_counted(tpu, environment, told, several):
     tpu |= told
-    assert expected(environment) == ({} if several else None)
+    assert find_arguments(environment) == ({} if several else None)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_hosts_of_a_tpu_slice_are_counted(tpu, environment, told, several):
 )
 def test_variables_that_do_not_fit_are_refused_by_name(change, words):
     with pytest.raises(ValueError, match=words):
-        expected(OURS | change)
+        find_arguments(OURS | change)
 
 
 def test_once_the_devices_are_in_use_it_is_too_late_and_that_is_said():
