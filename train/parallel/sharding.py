@@ -77,5 +77,5 @@ class Placement:
             return self._over_mesh().travel(queries, keys, plan)
         return Travel(hops=jnp.zeros((), jnp.int32), bytes=jnp.zeros((), jnp.float32))
 
-    def _over_mesh(self, attend: Callable = attention) -> ContextParallel:
-        return context_parallel(attend, mesh=self.mesh, axis=TOKENS, strategy=self.strategy)
+    def _over_mesh(self, attend: Callable | None = None) -> ContextParallel:
+        return context_parallel(attend or attention, mesh=self.mesh, axis=TOKENS, strategy=self.strategy)
