@@ -28,10 +28,11 @@ from dynmask_jax.curricula import reveal as reveal
 from dynmask_jax.dispatch import attention as attention
 from dynmask_jax.dispatch import default_backend as default_backend
 from dynmask_jax.errors import Unsupported as Unsupported
+from dynmask_jax.mask_algebra import Mask as Mask
+from dynmask_jax.mask_algebra import mask_tensor as mask_tensor
 from dynmask_jax.masks import Causal as Causal
 from dynmask_jax.masks import Chunks as Chunks
 from dynmask_jax.masks import Everything as Everything
-from dynmask_jax.masks import Mask as Mask
 from dynmask_jax.masks import Predicate as Predicate
 from dynmask_jax.masks import Prefix as Prefix
 from dynmask_jax.masks import RandomChunks as RandomChunks
@@ -40,10 +41,10 @@ from dynmask_jax.masks import Select as Select
 from dynmask_jax.masks import Sinks as Sinks
 from dynmask_jax.masks import Strided as Strided
 from dynmask_jax.masks import Window as Window
-from dynmask_jax.masks import mask_tensor as mask_tensor
 from dynmask_jax.online_softmax import merge as merge
 from dynmask_jax.plans import Plan as Plan
 from dynmask_jax.plans import plan as plan
+from dynmask_jax.schedules import SCHEDULES as SCHEDULES
 from dynmask_jax.schedules import Schedule as Schedule
 from dynmask_jax.schedules import constant as constant
 from dynmask_jax.schedules import cubic as cubic

@@ -15,10 +15,10 @@ from dynmask_jax.backends.dense import DENSE
 from dynmask_jax.backends.tpu import TPU
 from dynmask_jax.backends.xla import XLA
 from dynmask_jax.backends.xla_wide import XLA_WIDE
-from dynmask_jax.masks import Mask, head_count
+from dynmask_jax.mask_algebra import Mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
-from dynmask_jax.platforms import present_platform
+from dynmask_jax.platforms import defaults_of
 from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.vma import vary_like
@@ -38,8 +38,7 @@ def default_backend(platform: str | None = None) -> str:
     Without a name, on the platform that JAX computes on now. A program compiled ahead of time for
     another platform must name its backend.
     """
-    platform = present_platform() if platform is None else platform
-    return {"tpu": "tpu", "gpu": "xla_wide"}.get(platform, "xla")
+    return defaults_of(platform).backend
 
 
 @overload

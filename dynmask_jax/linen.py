@@ -8,7 +8,7 @@ import flax.linen as nn
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.dispatch import as_plan, attention
 from dynmask_jax.flax_adapter import attend_for_flax, head_shape
-from dynmask_jax.masks import Mask
+from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.plans import Plan
 from dynmask_jax.rotary import rotary
 

@@ -10,7 +10,7 @@ from dynmask_jax.array_typing import Array, Float, is_traced
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.dispatch import as_plan, attention
 from dynmask_jax.flax_adapter import attend_for_flax, head_shape
-from dynmask_jax.masks import Mask
+from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.plans import Plan
 from dynmask_jax.rotary import rotary
 from dynmask_jax.schedules import Step as StepLike

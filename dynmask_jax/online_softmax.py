@@ -56,7 +56,7 @@ def merge(a, b):
       (lse −inf) changes nothing.
     """
     if isinstance(a, tuple):
-        out, lse = finish(merge(Partial.of(*a), Partial.of(*b)))
+        out, lse = normalize(merge(Partial.of(*a), Partial.of(*b)))
         return out.astype(a[0].dtype), lse
     peak = jnp.maximum(a.peak, b.peak)
     level = _finite(peak)
@@ -65,7 +65,7 @@ def merge(a, b):
     return Partial(weighted, peak, a.total * scale_a + b.total * scale_b)
 
 
-def finish(partial: Partial) -> Pair:
+def normalize(partial: Partial) -> Pair:
     """The weighted mean and the log-sum-exp of the logits: `(out, lse)`.
 
     A query that has seen nothing gives zeros and −inf.

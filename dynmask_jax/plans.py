@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
-from dynmask_jax.masks import Mask, by_head, check_mask, head_count, look, visible_pairs
-from dynmask_jax.platforms import present_platform
+from dynmask_jax.mask_algebra import Mask, by_head, check_mask, evaluate, head_count, visible_pairs
+from dynmask_jax.platforms import defaults_of
 from dynmask_jax.spans import Span
 from dynmask_jax.tokens import Tokens, check_tokens
 from dynmask_jax.vma import vary_like
@@ -33,8 +33,7 @@ def default_blocks(platform: str | None = None) -> tuple[int, int]:
 
     128 by 128 on a GPU, where all lines of blocks are in memory at once, each with a tile.
     """
-    platform = present_platform() if platform is None else platform
-    return (128, 128) if platform == "gpu" else (512, 512)
+    return defaults_of(platform).blocks
 
 
 @pytree
@@ -176,7 +175,7 @@ def _codes(mask: Mask, q: Tokens, k: Tokens) -> Int[Array, "R Tb Sb"]:
     shape = (*q.shape, k.shape[1])
 
     def verdict(one_head):
-        seen = look(one_head, q[:, :, None], k[:, None, :])
+        seen = evaluate(one_head, q[:, :, None], k[:, None, :])
         return jnp.broadcast_to(seen.some, shape), jnp.broadcast_to(seen.every, shape)
 
     some, every = by_head(verdict, mask)

@@ -9,7 +9,8 @@ advice: linear is the safe default, start at 8 to 32 tokens, grow over about 60%
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -18,6 +19,8 @@ from dynmask_jax.array_typing import Array, Float, Int, fits_int32
 Step = int | Int[Array, ""]
 Schedule = Callable[[Step], Array]
 Shape = Callable[[Float[Array, ""]], Float[Array, ""]]
+ScheduleName = Literal["linear", "exponential", "sine", "root", "cubic", "staircase"]
+"""The keys of `SCHEDULES`."""
 
 
 def constant(value: int | float) -> Schedule:
@@ -120,6 +123,17 @@ def staircase(
     """
     _check_count("stairs", stairs)
     return _between(lambda x: jnp.floor(x * stairs + 1e-5) / stairs, start, end, steps, multiple_of)
+
+
+SCHEDULES: Mapping[ScheduleName, Callable[..., Schedule]] = {
+    "linear": linear,
+    "exponential": exponential,
+    "sine": sine,
+    "root": root,
+    "cubic": cubic,
+    "staircase": staircase,
+}
+"""name -> `(start, end, steps, *, multiple_of=1) -> Schedule`; staircase needs `stairs` too."""
 
 
 def _between(shape: Shape, start, end, steps, multiple_of) -> Schedule:

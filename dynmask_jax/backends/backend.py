@@ -31,12 +31,15 @@ class Backend:
       prepared: of q, k and v before either of them: how the passes take rows.
       differentiable: whether JAX differentiates the forward pass as it is, and `gradients` is for parts
         alone. Else memory is O(T): what is kept is q, k, v, out and lse.
+      check_vma: whether `jax.shard_map` may check which mesh axes its arrays vary over. JAX's interpreter of
+        Pallas kernels loses track of it where the list of blocks varies.
     """
 
     forward: Callable
     gradients: Callable
     prepared: Callable[[Array], Array] = finite_rows
     differentiable: bool = False
+    check_vma: bool = True
 
     def attend(
         self,

@@ -6,8 +6,8 @@ from jax import lax
 
 from dynmask_jax.array_typing import Array, Float, sum_dtype
 from dynmask_jax.backends.backend import Backend
-from dynmask_jax.masks import mask_tensor
-from dynmask_jax.online_softmax import Partial, finish
+from dynmask_jax.mask_algebra import mask_tensor
+from dynmask_jax.online_softmax import Partial, normalize
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
@@ -18,7 +18,7 @@ def forward(scores: Scores, q, k, v, plan: Plan) -> tuple[Float[Array, "B T N H"
     peak = lax.stop_gradient(logits.max(axis=-1))
     level = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weights = jnp.exp(logits - level[..., None])
-    out, lse = finish(Partial(jnp.einsum("bnts,bsnh->bnth", weights, values), peak, weights.sum(axis=-1)))
+    out, lse = normalize(Partial(jnp.einsum("bnts,bsnh->bnth", weights, values), peak, weights.sum(axis=-1)))
     return out.swapaxes(1, 2).astype(q.dtype), lse.swapaxes(1, 2)
 
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from dynmask_jax.array_typing import Array, is_boolean
 from dynmask_jax.backends.tpu_grid import LANES
 from dynmask_jax.errors import Unsupported
-from dynmask_jax.masks import Mask, look, visible_pairs
+from dynmask_jax.mask_algebra import Mask, evaluate, visible_pairs
 from dynmask_jax.plans import FULL, TEST, Plan
 from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
@@ -78,7 +78,7 @@ class Tile:
 
     def _visible(self, mask, line: Tokens, strip):
         column = Tokens(strip[0:1], strip[1:2])
-        seen = look(mask, column, line) if self.keys_first else look(mask, line, column)
+        seen = evaluate(mask, column, line) if self.keys_first else evaluate(mask, line, column)
         seen = jnp.broadcast_to(seen, line.shape)
         return seen & (jnp.broadcast_to(strip[2:3], line.shape) != 0) if self.filled else seen
 

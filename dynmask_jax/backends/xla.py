@@ -14,7 +14,7 @@ from dynmask_jax.array_typing import sum_dtype
 from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
 from dynmask_jax.backends.xla_backward import gradients
-from dynmask_jax.online_softmax import Partial, finish, from_logits, merge
+from dynmask_jax.online_softmax import Partial, from_logits, merge, normalize
 from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
 
@@ -36,7 +36,7 @@ def forward(scores, q, k, v, plan, over_lines=lax.map):
             return merge(partial, _tile(scores, queries, keys, values, visible))
 
         empty = vary_like(Partial.empty(queries.shape, wide), queries)
-        out, lse = finish(over_active(plan.codes[row, i], add, empty))
+        out, lse = normalize(over_active(plan.codes[row, i], add, empty))
         return q_blocks.tokens(out).astype(q.dtype), q_blocks.tokens(lse)
 
     out, lse = over_lines(query_block, q_blocks.every())

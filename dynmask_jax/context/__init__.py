@@ -1,0 +1,1 @@
+"""Attention over a sequence that several devices hold; its public names are in `dynmask_jax`."""

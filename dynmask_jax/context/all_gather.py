@@ -7,27 +7,27 @@ computed, but travels. The keys are gathered again in the backward pass, so none
 import jax
 from jax import lax
 
-from dynmask_jax.context.sequence_axis import Along, with_gradients
+from dynmask_jax.context.sequence_axis import SequenceAxis, with_gradients
 from dynmask_jax.plans import Plan
 
 
-def _forward(along: Along, q, k, v, local: Plan):
-    return along.backend.forward(along.scores, q, *_gathered(along, (k, v)), local), ()
+def _forward(sequence: SequenceAxis, q, k, v, local: Plan):
+    return sequence.backend.forward(sequence.scores, q, *_gathered(sequence, (k, v)), local), ()
 
 
-def _gradients(along: Along, saved, kept, cotangents):
+def _gradients(sequence: SequenceAxis, saved, kept, cotangents):
     q, k, v, local, out, lse = saved
-    saved = q, *_gathered(along, (k, v)), local, out, lse
-    d_q, *d_keys = along.backend.gradients(along.scores, saved, cotangents)
+    saved = q, *_gathered(sequence, (k, v)), local, out, lse
+    d_q, *d_keys = sequence.backend.gradients(sequence.scores, saved, cotangents)
     # As many roundings as devices, were the sums not wide.
     wide = (x.astype(lse.dtype) for x in d_keys)
-    shares = (lax.psum_scatter(x, along.axis, scatter_dimension=1, tiled=True) for x in wide)
+    shares = (lax.psum_scatter(x, sequence.axis, scatter_dimension=1, tiled=True) for x in wide)
     return d_q, *(x.astype(k.dtype) for x in shares)
 
 
-def _gathered(along: Along, shards):
+def _gathered(sequence: SequenceAxis, shards):
     """Shards `[B, S / devices, …]` of all devices, in their order: `[B, S, …]`."""
-    return jax.tree.map(lambda x: lax.all_gather(x, along.axis, axis=1, tiled=True), shards)
+    return jax.tree.map(lambda x: lax.all_gather(x, sequence.axis, axis=1, tiled=True), shards)
 
 
 attend_to_gathered = with_gradients(_forward, _gradients)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 import numpy as np
 
+from dynmask_jax.context.arcs import shortest_arcs
 from dynmask_jax.context.machines import BACKWARD, FORWARD, Heads, Machine
 from dynmask_jax.context.partitioning import STRATEGIES
 
@@ -98,16 +99,13 @@ def arcs(needed: np.ndarray) -> tuple[int, int]:
 
     Args:
       needed: `[N, N]`, whether device i needs keys of device j: they are (i − j) mod N hops ahead.
-
-    Where several do, the one with most hops ahead.
     """
     n = needed.shape[0]
     query, key = np.nonzero(needed)
-    distances = np.union1d((query - key) % n, [0]).tolist()
-    ends = [*distances[1:], n]
-    # All up to one distance come from ahead, the next and all others from behind.
-    pairs = [(ahead, n - end) for ahead, end in zip(distances, ends, strict=True)]
-    return min(pairs, key=lambda pair: (sum(pair), -pair[0]))
+    by_distance = np.zeros(n, bool)
+    by_distance[(query - key) % n] = True
+    ahead, behind = shortest_arcs(by_distance)
+    return int(ahead), int(behind)
 
 
 def _ring(a: Attended) -> Cost:

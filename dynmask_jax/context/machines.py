@@ -24,10 +24,9 @@ class Machine:
       switched: any device reaches any other over one port (NVLink); else devices form a torus, and
         each has a link of its own to the next and to the previous one of a ring.
       share: of `flops` that attention reaches.
-
-    Sources: cloud.google.com/tpu/docs/v5e, /v5p and /v6e (197, 459, 918 TFLOP/s; 400, 1,200 and 800
-    GB/s both ways over 4, 6 and 4 links); nvidia.com/data-center/h100, SXM (989 TFLOP/s dense, NVLink 900
-    GB/s both ways).
+      float32: operations a second of float32 products, where these are slower (TF32 on GPUs). None: as
+        `flops`; a TPU multiplies float32 in one bfloat16 pass, unless a higher precision is asked for.
+      cores: TensorCores of a TPU chip, which some runtimes show as devices of their own.
     """
 
     name: str
@@ -35,12 +34,55 @@ class Machine:
     link: float
     switched: bool = False
     share: float = 0.5
+    float32: float | None = None
+    cores: int = 1
 
 
+V4 = Machine("TPU v4", flops=275e12, link=50e9, cores=2)
 V5E = Machine("TPU v5e", flops=197e12, link=50e9)
-V5P = Machine("TPU v5p", flops=459e12, link=100e9)
+V5P = Machine("TPU v5p", flops=459e12, link=100e9, cores=2)
 V6E = Machine("TPU v6e", flops=918e12, link=100e9)
-H100 = Machine("H100 SXM, NVLink", flops=989e12, link=450e9, switched=True)
+V7X = Machine("TPU7x", flops=2307e12, link=100e9, cores=2)
+
+
+def _nvlink(name: str, flops: float, float32: float, link: float) -> Machine:
+    return Machine(name, flops, link, switched=True, float32=float32)
+
+
+A100 = _nvlink("A100 SXM, NVLink", 312e12, 156e12, 300e9)
+H100 = _nvlink("H100 SXM, NVLink", 989.4e12, 494.7e12, 450e9)
+H200 = _nvlink("H200 SXM, NVLink", 989.4e12, 494.7e12, 450e9)
+
+MACHINES: dict[str, Machine] = {
+    "TPU v4": V4,
+    "TPU v5 lite": V5E,
+    "TPU v5e": V5E,
+    "TPU v5": V5P,
+    "TPU v5p": V5P,
+    "TPU v6 lite": V6E,
+    "TPU v6e": V6E,
+    "TPU7x": V7X,
+    "NVIDIA A100-SXM4-40GB": A100,
+    "NVIDIA A100-SXM4-80GB": A100,
+    "NVIDIA A100-PCIE-40GB": _nvlink("A100 PCIe, NVLink bridge", 312e12, 156e12, 300e9),
+    "NVIDIA A100 80GB PCIe": _nvlink("A100 PCIe, NVLink bridge", 312e12, 156e12, 300e9),
+    "NVIDIA H100 80GB HBM3": H100,
+    "NVIDIA H100 PCIe": _nvlink("H100 PCIe, NVLink bridge", 756e12, 378e12, 300e9),
+    "NVIDIA H100 NVL": _nvlink("H100 NVL, NVLink bridge", 835.5e12, 417.5e12, 300e9),
+    "NVIDIA H200": H200,
+    "NVIDIA H200 NVL": _nvlink("H200 NVL, NVLink bridge", 835.5e12, 417.5e12, 450e9),
+}
+"""JAX's `device_kind` -> the machine.
+
+Sources: Google Cloud's page on each TPU's architecture (docs.cloud.google.com/tpu/docs/v5p and the like;
+a link has half of the chip's bandwidth both ways, over its 4 or 6 links), and NVIDIA's data sheets of the
+A100, H100 and H200 (dense figures, half of those with sparsity; half of NVLink's bandwidth both ways).
+"""
+
+
+def machine_of(device: Any) -> Machine:
+    """The machine of a JAX device; of kinds that are not in `MACHINES` an H100 for a GPU, else a TPU v5p."""
+    return MACHINES.get(device.device_kind, H100 if device.platform == "gpu" else V5P)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Attention over sequences that are spread over devices, with the signature of `attention`."""
+"""Attention over sequences that are partitioned over devices, with the signature of `attention`."""
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,13 +12,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, sum_dtype
 from dynmask_jax.context.all_gather import attend_to_gathered
-from dynmask_jax.context.partitioning import STRATEGIES, Spread, Strategy
+from dynmask_jax.context.partitioning import STRATEGIES, Partitioning, Strategy
 from dynmask_jax.context.ring import arcs, attend_on_ring
-from dynmask_jax.context.sequence_axis import Along
+from dynmask_jax.context.sequence_axis import SequenceAxis
 from dynmask_jax.context.ulysses import attend_by_heads
 from dynmask_jax.dispatch import BACKENDS, as_plan, attend, attention, checked, with_sinks
 from dynmask_jax.finite import bad_rows
-from dynmask_jax.masks import head_count
+from dynmask_jax.mask_algebra import head_count
 from dynmask_jax.nonfinite import marked, sees
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
@@ -52,7 +52,7 @@ def context_parallel(
     batch_axes: str | tuple[str, ...] | None = None,
     head_axis: str | None = None,
 ) -> "ContextParallel":
-    """`attention` for sequences that are spread over the devices of a mesh's axis.
+    """`attention` for sequences that are partitioned over the devices of a mesh's axis.
 
     What it returns has the signature of `attention`, takes whole arrays, and gives what one device would,
     in values and gradients up to rounding. It works inside `jit`, and in any layout of the sequence:
@@ -62,15 +62,15 @@ def context_parallel(
       attention: `dynmask_jax.attention`, or a `functools.partial` of it with options.
       mesh: the devices, its axes Auto. All of them are used by hand in here (`jax.shard_map`), as kernels
         need it.
-      axis: of the mesh, that sequences lie along, queries and keys.
+      axis: the mesh axis that partitions sequences, of queries and of keys.
       strategy:
         "ring": keys go from device to device as far as the mask shows them, beside the computation.
         "all_gather": each device gets all keys. Simplest, and memory for all keys of a layer.
         "ulysses": each device gets the whole sequence of some heads. Least to move for long windows, but
         query heads and key heads must be multiples of the devices: with grouped queries (K < N) no
         more devices than key heads.
-      batch_axes: that rows lie along; by default those of "data" and "fsdp" that the mesh has.
-      head_axis: that heads lie along; by default "tensor", if the mesh has it.
+      batch_axes: the mesh axes that partition rows; by default those of "data" and "fsdp" that the mesh has.
+      head_axis: the mesh axis that partitions heads; by default "tensor", if the mesh has it.
 
     Raises:
       TypeError: the attention is another function, or the mesh no mesh.
@@ -104,8 +104,8 @@ def context_parallel(
             raise ValueError(f"the mesh has no axis {name!r}; its axes are {', '.join(mesh.axis_names)}")
         if named.count(name) > 1:
             raise ValueError(f"the mesh's axis {name!r} is named for two axes of the arrays")
-    spread = Spread(mesh, axis, strategy, tuple(batch_axes), head_axis)
-    return ContextParallel(spread, _options_of(attention))
+    partitioning = Partitioning(mesh, axis, strategy, tuple(batch_axes), head_axis)
+    return ContextParallel(partitioning, _options_of(attention))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +113,11 @@ class ContextParallel:
     """`attention` over a mesh. Made by `context_parallel`, which says what it takes.
 
     Attributes:
-      spread: how arrays lie on the mesh.
+      partitioning: of the arrays over the mesh.
       options: of `attention`, in every call.
     """
 
-    spread: Spread
+    partitioning: Partitioning
     options: Mapping[str, Any]
 
     def __call__(self, q, k, v, mask_or_plan, **options):
@@ -136,8 +136,8 @@ class ContextParallel:
             raise TypeError(f"attention has no option {min(unknown)!r}; it has {', '.join(sorted(OPTIONS))}")
         return_lse, sinks = options.pop("return_lse", False), options.get("sinks")
         call = checked(q, k, v, mask_or_plan, **options)
-        self.spread.check(q, k)
-        how = {"spread": self.spread, "backend": call.backend, "scores": call.scores}
+        self.partitioning.check(q, k)
+        how = {"partitioning": self.partitioning, "backend": call.backend, "scores": call.scores}
         out, lse = _attend(q, k, v, sinks, call.plan, **how)
         return (out, lse) if return_lse else out
 
@@ -147,12 +147,12 @@ class ContextParallel:
         Every device then holds the positions and segments of all keys, 8 bytes a token and row.
         """
         _check_plan(plan)
-        return self.spread.placed(plan)
+        return self.partitioning.placed(plan)
 
     def visible_pairs(self, plan: Plan) -> Float[Array, ""]:
         """`plan.visible_pairs()`, each device counting those of its own queries."""
         _check_plan(plan)
-        return _visible_pairs(plan, spread=self.spread)
+        return _visible_pairs(plan, partitioning=self.partitioning)
 
     def travel(self, q, k, plan: Plan) -> Travel:
         """What a call with such queries and keys (arrays, or their shapes and types) would move.
@@ -162,8 +162,8 @@ class ContextParallel:
         """
         _check_plan(plan)
         as_plan(plan, q.shape[0], q.shape[1], k.shape[1])
-        self.spread.check(q, k)
-        return _travel(q, k, plan, spread=self.spread)
+        self.partitioning.check(q, k)
+        return _travel(q, k, plan, partitioning=self.partitioning)
 
 
 def _check_plan(plan):
@@ -184,65 +184,67 @@ def _options_of(function: Callable) -> dict[str, Any]:
     return options
 
 
-@functools.partial(jax.jit, static_argnames=("spread", "backend", "scores"))
-def _attend(q, k, v, sinks, plan: Plan, *, spread: Spread, backend: str, scores: Scores):
+@functools.partial(jax.jit, static_argnames=("partitioning", "backend", "scores"))
+def _attend(q, k, v, sinks, plan: Plan, *, partitioning: Partitioning, backend: str, scores: Scores):
     def on_device(own: Plan, q, k, v):
         q, k, v = vary_like((q, k, v), q, k, v, own)
-        if spread.devices == 1:
+        if partitioning.devices == 1:
             return attend(q, k, v, None, own, backend=backend, scores=scores)
-        if spread.strategy == "ulysses":
-            return attend_by_heads(spread, backend, scores, own, (q, k, v))
-        along = Along(spread.axis, spread.devices, BACKENDS[backend], scores, spread.mesh.axis_names)
-        out, lse = WITH_OWN_QUERIES[spread.strategy](along, q, k, v, own)
-        return marked(q, out, lse, _sees_bad(along, q, bad_rows(k) | bad_rows(v), own))
+        if partitioning.strategy == "ulysses":
+            return attend_by_heads(partitioning, backend, scores, own, (q, k, v))
+        axis, mesh_axes = partitioning.axis, partitioning.mesh.axis_names
+        sequence = SequenceAxis(axis, partitioning.devices, BACKENDS[backend], scores, mesh_axes)
+        out, lse = WITH_OWN_QUERIES[partitioning.strategy](sequence, q, k, v, own)
+        return marked(q, out, lse, _sees_bad(sequence, q, bad_rows(k) | bad_rows(v), own))
 
-    arrays = spread.arrays
-    # JAX's interpreter of Pallas kernels cannot tell what varies over an axis, where the list of blocks does.
-    out, lse = spread.over_devices(on_device, plan, (q, k, v), (arrays, arrays), check_vma=backend != "tpu")
+    arrays = partitioning.arrays
+    out, lse = partitioning.over_devices(
+        on_device, plan, (q, k, v), (arrays, arrays), check_vma=BACKENDS[backend].check_vma
+    )
     return with_sinks(out, lse, sinks)
 
 
-def _sees_bad(along: Along, q, bad: Bool[Array, "B S K"], own: Plan) -> Bool[Array, "B T N"]:
+def _sees_bad(sequence: SequenceAxis, q, bad: Bool[Array, "B S K"], own: Plan) -> Bool[Array, "B T N"]:
     """Which of the device's queries see a key, of any device, that is not finite."""
     nobody = vary_like(jnp.zeros(q.shape[:3], dtype=bool), q, own)
 
     def somebody():
-        return sees(own, lax.all_gather(bad, along.axis, axis=1, tiled=True), q.shape[:3])
+        return sees(own, lax.all_gather(bad, sequence.axis, axis=1, tiled=True), q.shape[:3])
 
-    return lax.cond(agreed(bad.any().astype(jnp.int32), along.mesh_axes) > 0, somebody, lambda: nobody)
+    return lax.cond(agreed(bad.any().astype(jnp.int32), sequence.mesh_axes) > 0, somebody, lambda: nobody)
 
 
-@functools.partial(jax.jit, static_argnames="spread")
-def _visible_pairs(plan: Plan, *, spread: Spread):
-    by_heads = head_count(plan.mask) is not None and spread.head_axis is not None
+@functools.partial(jax.jit, static_argnames="partitioning")
+def _visible_pairs(plan: Plan, *, partitioning: Partitioning):
+    by_heads = head_count(plan.mask) is not None and partitioning.head_axis is not None
 
     def on_device(own: Plan):
         pairs = own.visible_pairs()
         if by_heads:
-            pairs = lax.pmean(pairs, spread.head_axis)
-        return lax.psum(pairs, (spread.axis, *(spread.batch_axes if plan.rows > 1 else ())))
+            pairs = lax.pmean(pairs, partitioning.head_axis)
+        return lax.psum(pairs, (partitioning.axis, *(partitioning.batch_axes if plan.rows > 1 else ())))
 
-    # Each its own queries, whatever attention does.
-    own_queries = Spread(spread.mesh, spread.axis, "ring", spread.batch_axes, spread.head_axis)
+    # Each device counts the pairs of its own queries, whatever the strategy of attention.
+    own_queries = replace(partitioning, strategy="ring")
     return own_queries.over_devices(on_device, plan, (), PartitionSpec())
 
 
-@functools.partial(jax.jit, static_argnames="spread")
-def _travel(q, k, plan: Plan, *, spread: Spread) -> Travel:
-    n = spread.devices
-    shards = n * spread.row_devices * spread.head_devices
+@functools.partial(jax.jit, static_argnames="partitioning")
+def _travel(q, k, plan: Plan, *, partitioning: Partitioning) -> Travel:
+    n = partitioning.devices
+    shards = n * partitioning.row_devices * partitioning.head_devices
     queries, keys = (x.size * x.dtype.itemsize / shards for x in (q, k))
     if n == 1:
         return Travel(jnp.int32(0), jnp.float32(0))
-    if spread.strategy == "all_gather":
+    if partitioning.strategy == "all_gather":
         return Travel(jnp.int32(n - 1), jnp.float32((n - 1) * 2 * keys))
-    if spread.strategy == "ulysses":
+    if partitioning.strategy == "ulysses":
         lse = sum_dtype(q.dtype).itemsize * q.size / q.shape[3] / shards
         return Travel(jnp.int32(2), jnp.float32((n - 1) / n * (2 * queries + 2 * keys + lse)))
 
     def on_device(own: Plan):
-        ahead, behind = arcs(own, spread.axis, spread.mesh.axis_names, n)
+        ahead, behind = arcs(own, partitioning.axis, partitioning.mesh.axis_names, n)
         return ahead + behind
 
-    hops = spread.over_devices(on_device, plan, (), PartitionSpec())
+    hops = partitioning.over_devices(on_device, plan, (), PartitionSpec())
     return Travel(hops, hops.astype(jnp.float32) * (2 * keys))

@@ -1,4 +1,4 @@
-"""How the arrays of an attention call lie on a mesh, and each device's part of it."""
+"""How the arrays of an attention call are partitioned over a mesh, and each device's part of the call."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dynmask_jax.array_typing import Array
-from dynmask_jax.masks import Mask
+from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.tokens import Tokens
 
@@ -19,15 +19,15 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Which axes of a mesh the axes of arrays lie along.
+class Partitioning:
+    """Which mesh axis partitions which axis of the arrays.
 
     Attributes:
       mesh: the devices.
-      axis: that a sequence lies along.
+      axis: the mesh axis that partitions sequences.
       strategy: how keys and queries meet.
-      batch_axes: that rows lie along.
-      head_axis: that heads lie along, or None.
+      batch_axes: the mesh axes that partition the batch.
+      head_axis: the mesh axis that partitions heads, or None.
     """
 
     mesh: Mesh | AbstractMesh
@@ -38,17 +38,17 @@ class Spread:
 
     @property
     def devices(self) -> int:
-        """That a sequence is spread over."""
+        """The number of devices along the sequence axis."""
         return self.mesh.shape[self.axis]
 
     @property
     def row_devices(self) -> int:
-        """That the rows of a batch are spread over."""
+        """The number of devices along the batch axes."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
     @property
     def head_devices(self) -> int:
-        """That heads are spread over."""
+        """The number of devices along the head axis; 1 without one."""
         return 1 if self.head_axis is None else self.mesh.shape[self.head_axis]
 
     @property
@@ -104,8 +104,8 @@ class Spread:
         by_head = jax.tree.map(lambda leaf: PartitionSpec(*[self.head_axis] * jnp.ndim(leaf)), of_plan.mask)
         specs = by_head, queries, keys, queries if fits else None, self.arrays
         codes = of_plan.codes if fits else None
-        spread = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=check_vma)
-        return spread(of_plan.mask, of_plan.q_tokens, of_plan.kv_tokens, codes, arrays)
+        sharded = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=check_vma)
+        return sharded(of_plan.mask, of_plan.q_tokens, of_plan.kv_tokens, codes, arrays)
 
     def placed(self, plan: Plan) -> Plan:
         """The plan as `over_devices` reads it."""

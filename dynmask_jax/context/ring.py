@@ -18,47 +18,48 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dynmask_jax.array_typing import Array, Bool, Int, sum_dtype
-from dynmask_jax.context.sequence_axis import Along, with_gradients
-from dynmask_jax.online_softmax import Partial, finish, merge
+from dynmask_jax.array_typing import Array, Int, sum_dtype
+from dynmask_jax.context.arcs import shortest_arcs
+from dynmask_jax.context.sequence_axis import SequenceAxis, with_gradients
+from dynmask_jax.online_softmax import Partial, merge, normalize
 from dynmask_jax.plans import SKIP, Plan, plan
 from dynmask_jax.vma import agreed, vary_like
 
 AHEAD, BEHIND = 1, -1
 
 
-def _forward(along: Along, q, k, v, local: Plan):
+def _forward(sequence: SequenceAxis, q, k, v, local: Plan):
     def visit(distance, keys) -> Partial:
-        seen = part(local, along.owner(distance), along.devices)
-        return Partial.of(*along.backend.forward(along.scores, q, *keys, seen))
+        seen = part(local, sequence.owner(distance), sequence.devices)
+        return Partial.of(*sequence.backend.forward(sequence.scores, q, *keys, seen))
 
     nothing = vary_like(Partial.empty(q.shape, sum_dtype(q.dtype)), q, k, local)
-    ahead, behind = arcs(local, along.axis, along.mesh_axes, along.devices)
+    ahead, behind = arcs(local, sequence.axis, sequence.mesh_axes, sequence.devices)
 
     def go_ahead(distance, carry):
         keys, partial = carry
-        coming, found = _meanwhile(along.shift(keys, AHEAD), visit(distance, keys))
+        coming, found = _meanwhile(sequence.shift(keys, AHEAD), visit(distance, keys))
         return coming, merge(partial, found)
 
     def go_behind(distance, carry):
         # The first turn visits the last shard of the other arc, which has come but was not yet seen.
         travelling, (waiting_distance, waiting), partial = carry
-        coming, found = _meanwhile(along.shift(travelling, BEHIND), visit(waiting_distance, waiting))
+        coming, found = _meanwhile(sequence.shift(travelling, BEHIND), visit(waiting_distance, waiting))
         return coming, (-(distance + 1), coming), merge(partial, found)
 
     last_ahead, partial = lax.fori_loop(0, ahead, go_ahead, ((k, v), nothing))
     start = (k, v), (ahead, last_ahead), partial
     last_behind, (distance, keys), partial = lax.fori_loop(0, behind, go_behind, start)
-    out, lse = finish(merge(partial, visit(distance, keys)))
+    out, lse = normalize(merge(partial, visit(distance, keys)))
     return (out.astype(q.dtype), lse), (last_ahead, last_behind)
 
 
-def _gradients(along: Along, saved, kept, cotangents):
+def _gradients(sequence: SequenceAxis, saved, kept, cotangents):
     q, k, v, local, out, lse = saved
 
     def visit(distance, keys):
-        seen = part(local, along.owner(distance), along.devices)
-        shares = along.backend.gradients(along.scores, (q, *keys, seen, out, lse), cotangents)
+        seen = part(local, sequence.owner(distance), sequence.devices)
+        shares = sequence.backend.gradients(sequence.scores, (q, *keys, seen, out, lse), cotangents)
         return tuple(x.astype(lse.dtype) for x in shares)
 
     def arc(direction: int, length, last, d_q):
@@ -68,15 +69,15 @@ def _gradients(along: Along, saved, kept, cotangents):
             keys, d_keys, d_q = carry
             share_q, *shares = visit(direction * (length - turn), keys)
             # The keys may set out at once, and their gradients while those of the queries are computed.
-            keys = along.shift(keys, -direction)
-            d_keys = along.shift(jax.tree.map(jnp.add, d_keys, tuple(shares)), -direction)
+            keys = sequence.shift(keys, -direction)
+            d_keys = sequence.shift(jax.tree.map(jnp.add, d_keys, tuple(shares)), -direction)
             return keys, d_keys, d_q + share_q
 
         nothing = vary_like((jnp.zeros(k.shape, lse.dtype),) * 2, q, k, local)
         _, d_keys, d_q = lax.fori_loop(0, length, step, (last, nothing, d_q))
         return d_keys, d_q
 
-    ahead, behind = arcs(local, along.axis, along.mesh_axes, along.devices)
+    ahead, behind = arcs(local, sequence.axis, sequence.mesh_axes, sequence.devices)
     d_q = vary_like(jnp.zeros(q.shape, lse.dtype), q, k, local)
     (k_ahead, v_ahead), d_q = arc(AHEAD, ahead, kept[0], d_q)
     (k_behind, v_behind), d_q = arc(BEHIND, behind, kept[1], d_q)
@@ -118,23 +119,4 @@ def arcs(
     distances = jnp.arange(devices, dtype=jnp.int32)
     owners = (lax.axis_index(axis) - distances) % devices
     sees = jax.vmap(lambda owner: (part(local, owner, devices).codes != SKIP).any())(owners)
-    return least_arcs(agreed(sees.astype(jnp.int32), mesh_axes) > 0)
-
-
-def least_arcs(needed: Bool[Array, " devices"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Steps forward and backward, the fewest together, that bring every device what it needs.
-
-    Args:
-      needed: whether any device needs the shard of the device so many steps before it.
-
-    >>> [int(steps) for steps in least_arcs(jnp.array([True, True, False, False, False, True]))]
-    [1, 1]
-    """
-    n = needed.shape[0]
-    distance = jnp.arange(n, dtype=jnp.int32)
-    # behind[a]: the steps backward that are left to do after a steps forward.
-    farther = jnp.where(needed[None, :] & (distance[None, :] > distance[:, None]), n - distance[None, :], 0)
-    behind = farther.max(axis=1)
-    total = distance + behind
-    ahead = jnp.max(jnp.where(total == total.min(), distance, 0))
-    return ahead, behind[ahead]
+    return shortest_arcs(agreed(sees.astype(jnp.int32), mesh_axes) > 0)

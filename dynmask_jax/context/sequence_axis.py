@@ -1,4 +1,4 @@
-"""Attention along an axis of devices on which each keeps its queries: what its ways of meeting keys share."""
+"""What the strategies share in which each device keeps its own queries: the axis, and their gradients."""
 
 import functools
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from dynmask_jax.scores import Scores
 
 
 @dataclass(frozen=True)
-class Along:
-    """What is fixed when compiled.
+class SequenceAxis:
+    """The mesh axis that partitions sequences, and what computes there; static under `jit`.
 
     Attributes:
-      axis: the mesh's axis that the sequence lies along.
+      axis: its name.
       devices: its size.
       backend: what computes on one device.
       scores: how products become logits.
@@ -42,28 +42,28 @@ class Along:
 
 
 def with_gradients(forward: Callable, gradients: Callable) -> Callable:
-    """`attend(along, q, k, v, local) -> (out, lse)` of a device's shards, which JAX differentiates.
+    """`attend(sequence, q, k, v, local) -> (out, lse)` of a device's shards, which JAX differentiates.
 
     Args:
-      forward: `(along, q, k, v, local) -> ((out, lse), kept)`, where local is the plan of the device's
+      forward: `(sequence, q, k, v, local) -> ((out, lse), kept)`, where local is the plan of the device's
         own queries for the keys of all devices, in the order of devices.
-      gradients: `(along, (q, k, v, local, out, lse), kept, (d_out, d_lse)) -> (d_q, d_k, d_v)`.
+      gradients: `(sequence, (q, k, v, local, out, lse), kept, (d_out, d_lse)) -> (d_q, d_k, d_v)`.
 
     Both take rows as the backend prepares them.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def attend(along: Along, q, k, v, local):
-        return forward(along, *map(along.backend.prepared, (q, k, v)), local)[0]
+    def attend(sequence: SequenceAxis, q, k, v, local):
+        return forward(sequence, *map(sequence.backend.prepared, (q, k, v)), local)[0]
 
-    def with_residuals(along: Along, q, k, v, local):
-        results, kept = forward(along, *map(along.backend.prepared, (q, k, v)), local)
+    def with_residuals(sequence: SequenceAxis, q, k, v, local):
+        results, kept = forward(sequence, *map(sequence.backend.prepared, (q, k, v)), local)
         return results, (q, k, v, local, results, kept)
 
-    def backward(along: Along, saved, cotangents):
+    def backward(sequence: SequenceAxis, saved, cotangents):
         *arrays, local, results, kept = saved
-        saved = *map(along.backend.prepared, arrays), local, *results
-        return *without_bad(gradients(along, saved, kept, cotangents), tuple(arrays)), None
+        saved = *map(sequence.backend.prepared, arrays), local, *results
+        return *without_bad(gradients(sequence, saved, kept, cotangents), tuple(arrays)), None
 
     attend.defvjp(with_residuals, backward)
     return attend

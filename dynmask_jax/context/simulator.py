@@ -19,7 +19,7 @@ from dynmask_jax.context.layouts import LAYOUTS, check_length, default_stripe, f
 from dynmask_jax.context.machines import V5P, Heads, Machine
 from dynmask_jax.context.partitioning import STRATEGIES
 from dynmask_jax.curricula import Curriculum
-from dynmask_jax.masks import Mask
+from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.plans import SKIP, blocks_of, plan
 from dynmask_jax.tokens import Tokens
 

@@ -11,15 +11,15 @@ import dataclasses
 import jax
 from jax import lax
 
-from dynmask_jax.context.partitioning import Spread
+from dynmask_jax.context.partitioning import Partitioning
 from dynmask_jax.dispatch import attend
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
 
-def attend_by_heads(spread: Spread, backend: str, scores: Scores, own: Plan, shards: tuple):
+def attend_by_heads(partitioning: Partitioning, backend: str, scores: Scores, own: Plan, shards: tuple):
     """`(out, lse)` of this device's shards of q, k and v; `own` is for the whole sequence."""
-    q, k, v = (lax.all_to_all(x, spread.axis, 2, 1, tiled=True) for x in shards)
-    own = dataclasses.replace(own, mask=spread.own_heads(own.mask))
+    q, k, v = (lax.all_to_all(x, partitioning.axis, 2, 1, tiled=True) for x in shards)
+    own = dataclasses.replace(own, mask=partitioning.own_heads(own.mask))
     results = attend(q, k, v, None, own, backend=backend, scores=scores)
-    return jax.tree.map(lambda x: lax.all_to_all(x, spread.axis, 1, 2, tiled=True), results)
+    return jax.tree.map(lambda x: lax.all_to_all(x, partitioning.axis, 1, 2, tiled=True), results)

@@ -26,7 +26,7 @@ from dynmask_jax import (
     Window,
     mask_tensor,
 )
-from dynmask_jax.masks import head_count, look, visible_pairs
+from dynmask_jax.mask_algebra import evaluate, head_count, visible_pairs
 
 
 def row(mask, query, length=8):
@@ -136,7 +136,7 @@ def test_random_chunks_show_their_fraction_anew_for_each_seed():
 def test_the_verdict_is_sound(mask, queries, keys):
     with jax.numpy_dtype_promotion("standard"):
         pairs = np.asarray(visible_pairs(mask, queries, keys))
-        verdict = look(mask, spans_of(queries), spans_of(keys))
+        verdict = evaluate(mask, spans_of(queries), spans_of(keys))
     assert not verdict.every or pairs.all()
     assert verdict.some or not pairs.any()
 
@@ -176,11 +176,13 @@ def test_a_predicate_may_use_what_spans_cannot_follow():
     mask = Predicate(lambda q, k: jnp.bitwise_and(q.position, k.position) == 0)
     block = Tokens(Span(jnp.array(0), jnp.array(3)), Span(jnp.array(1), jnp.array(1)))
     with pytest.warns(UserWarning, match="cannot be read over blocks .* it is right, but skips no block"):
-        verdict = look(Causal() & mask, block, block)
+        verdict = evaluate(Causal() & mask, block, block)
     assert verdict.some
     assert not verdict.every
     with pytest.warns(UserWarning, match="cannot be read over blocks"):
-        assert not look(~Causal() & mask, block, Tokens(Span(-9, -5), Span(1, 1))).some, "others still skip"
+        assert not evaluate(~Causal() & mask, block, Tokens(Span(-9, -5), Span(1, 1))).some, (
+            "others still skip"
+        )
 
 
 def test_a_verdict_is_not_a_number():
@@ -189,7 +191,7 @@ def test_a_verdict_is_not_a_number():
     block = Tokens(Span(jnp.array(4), jnp.array(7)), Span(jnp.array(1), jnp.array(1)))
     warns = pytest.warns(UserWarning, match="cannot be read over blocks")
     with jax.numpy_dtype_promotion("standard"), warns:
-        verdict = look(mask, block, block)
+        verdict = evaluate(mask, block, block)
     assert verdict.some
     assert not verdict.every
 
@@ -198,7 +200,7 @@ def test_a_predicate_that_is_wrong_raises_its_own_error():
     mask = Predicate(lambda q, k: q.place < k.place)
     block = Tokens(Span(0, 3), Span(1, 1))
     with pytest.raises(AttributeError, match="place"):
-        look(mask, block, block)
+        evaluate(mask, block, block)
 
 
 def test_a_new_mask_is_one_class():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmask_jax import merge
-from dynmask_jax.online_softmax import Partial, finish, from_logits
+from dynmask_jax.online_softmax import Partial, from_logits, normalize
 
 
 def partial(logits, values):
@@ -23,7 +23,7 @@ def pieces(hidden):
     for n, hide in enumerate(hidden):
         logits = logits.at[:, 4 * n : 4 * n + 4].add(-jnp.inf if hide else 0.0)
         parts.append(partial(logits[:, 4 * n : 4 * n + 4], values[4 * n : 4 * n + 4]))
-    return parts, finish(partial(logits, values))
+    return parts, normalize(partial(logits, values))
 
 
 def same(a, b):
@@ -34,9 +34,9 @@ def same(a, b):
 @given(st.tuples(st.booleans(), st.booleans(), st.booleans()))
 def test_merge_is_associative_commutative_and_right(hidden):
     (a, b, c), whole = pieces(hidden)
-    same(finish(merge(merge(a, b), c)), whole)
-    same(finish(merge(a, merge(b, c))), whole)
-    same(finish(merge(c, merge(b, a))), whole)
+    same(normalize(merge(merge(a, b), c)), whole)
+    same(normalize(merge(a, merge(b, c))), whole)
+    same(normalize(merge(c, merge(b, a))), whole)
 
 
 def test_nothing_is_neutral():
@@ -46,18 +46,18 @@ def test_nothing_is_neutral():
         assert (merged.weighted == a.weighted).all()
         assert (merged.total == a.total).all()
         assert (merged.peak == a.peak).all()
-    out, lse = finish(merge(nothing, nothing))
+    out, lse = normalize(merge(nothing, nothing))
     assert (out == 0).all()
     assert np.isneginf(np.asarray(lse)).all()
 
 
 def test_finished_pairs_merge_too():
     (a, b, c), whole = pieces((False, True, False))
-    same(merge(merge(finish(a), finish(b)), finish(c)), whole)
+    same(merge(merge(normalize(a), normalize(b)), normalize(c)), whole)
 
 
 def test_logits_far_apart_do_not_overflow():
     far = jnp.array([[3e4, -3e4]])
-    out, lse = finish(merge(partial(far[:, :1], jnp.ones((1, 1))), partial(far[:, 1:], jnp.zeros((1, 1)))))
+    out, lse = normalize(merge(partial(far[:, :1], jnp.ones((1, 1))), partial(far[:, 1:], jnp.zeros((1, 1)))))
     assert out == 1.0
     assert lse == 3e4

@@ -9,6 +9,7 @@ from typing import Literal
 
 from dynmask_jax.curricula import Order
 from dynmask_jax.dispatch import BACKENDS
+from dynmask_jax.schedules import ScheduleName
 from train.config.checks import above_zero, at_least, one_of
 
 Dtype = Literal["float32", "bfloat16"]
@@ -17,7 +18,6 @@ Reach = Literal["global", "local"]
 RowKind = Literal["packed", "chunked"]
 PrefixKind = Literal["bidirectional", "causal"]
 Kind = Literal["full", "static", "window", "chunks", "reveal"]
-Shape = Literal["linear", "exponential", "sine", "root", "cubic", "staircase"]
 Pace = Literal["steps", "loss"]
 
 
@@ -189,7 +189,7 @@ class Curriculum:
     kind: Kind = "chunks"
     """window: the nearest tokens; chunks: the query's chunk; reveal: the query's chunk and a growing part of
     the earlier ones. For comparison, full: everything from the start; static: chunks that do not grow."""
-    schedule: Shape = "exponential"
+    schedule: ScheduleName = "exponential"
     """How the window grows from start to end (kinds window, chunks and reveal)."""
     start: int = 32
     """Tokens in the window or chunk at step 0; for reveal, start / data.length is the share of the earlier
@@ -218,7 +218,7 @@ class Curriculum:
     """A stage ends after at most so many validations, so that the full mask is reached."""
 
     def __post_init__(self):
-        one_of("curriculum.", self, kind=Kind, schedule=Shape, order=Order, pace=Pace)
+        one_of("curriculum.", self, kind=Kind, schedule=ScheduleName, order=Order, pace=Pace)
         at_least("curriculum.", self, start=1, multiple_of=1, stairs=1, chunk=1)
         at_least("curriculum.", self, stages=1, patience=1, tolerance=0)
         if not 0 < self.share <= 1:

@@ -13,36 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dynmask_jax.context.machines import MACHINES
 from train.config.operation import Watch
 from train.config.sections import Dtype, Model, Reach
-
-TPU_CORE = {
-    "TPU v4": 275e12 / 2,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12 / 2,
-    "TPU v5p": 459e12 / 2,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-}
-"""bfloat16 operations a second of one TensorCore, by JAX's `device_kind`: a chip's, as Google Cloud's
-pages on each TPU's architecture state them, over its cores. Products of float32 arrays are bfloat16
-ones too, unless a higher precision is asked for."""
-
-GPU = {
-    "NVIDIA A100-SXM4-40GB": (312e12, 156e12),
-    "NVIDIA A100-SXM4-80GB": (312e12, 156e12),
-    "NVIDIA A100-PCIE-40GB": (312e12, 156e12),
-    "NVIDIA A100 80GB PCIe": (312e12, 156e12),
-    "NVIDIA H100 80GB HBM3": (989.4e12, 494.7e12),
-    "NVIDIA H100 PCIe": (756e12, 378e12),
-    "NVIDIA H100 NVL": (835.5e12, 417.5e12),
-    "NVIDIA H200": (989.4e12, 494.7e12),
-    "NVIDIA H200 NVL": (835.5e12, 417.5e12),
-}
-"""Operations a second in bfloat16 and in TF32, which float32 products take, from NVIDIA's data sheets
-of the A100, H100 and H200: the dense figures, half of those with sparsity."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +86,11 @@ def peak(watch: Watch, dtype: Dtype, devices: Collection[Any]) -> Peak:
     if watch.peak_flops is not None:
         return Peak(watch.peak_flops * len(devices), "watch.peak_flops")
     kind = device.device_kind
-    if kind in TPU_CORE:
-        # A device is a chip or one core of it: the runtime decides.
-        return Peak(TPU_CORE[kind] * device.num_cores * len(devices), f"the data sheet of {kind}")
-    if kind in GPU:
-        return Peak(GPU[kind][dtype != "bfloat16"] * len(devices), f"the data sheet of {kind}")
+    if (machine := MACHINES.get(kind)) is not None:
+        # A TPU device is a chip or one core of it: the runtime decides.
+        parts = getattr(device, "num_cores", machine.cores) / machine.cores
+        flops = machine.flops if dtype == "bfloat16" else machine.float32 or machine.flops
+        return Peak(flops * parts * len(devices), f"the data sheet of {kind}")
     size = 1024 if device.platform == "cpu" else 8192
     count = 1 if device.platform == "cpu" else len(devices)
     return Peak(measured(size, dtype, device) * count, f"measured: a {size} × {size} product in {dtype}")

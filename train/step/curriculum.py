@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from dynmask_jax import (
+    SCHEDULES,
     Causal,
     Everything,
     Mask,
@@ -15,16 +16,10 @@ from dynmask_jax import (
     Prefix,
     SameSegment,
     constant,
-    cubic,
-    exponential,
     growing_chunks,
     growing_window,
-    linear,
     maximum,
     reveal,
-    root,
-    sine,
-    staircase,
 )
 from dynmask_jax import Curriculum as MaskCurriculum
 from dynmask_jax.array_typing import Array, Float
@@ -34,14 +29,6 @@ from train.config.run import Run
 from train.config.sections import Reach
 from train.data.batch import Batch
 from train.data.tasks import task_of
-
-SCHEDULES = {
-    "linear": linear,
-    "exponential": exponential,
-    "sine": sine,
-    "root": root,
-    "cubic": cubic,
-}
 
 
 @dataclass(frozen=True)
@@ -125,9 +112,9 @@ def _window(curriculum: sections.Curriculum, length: int, steps: int) -> Schedul
             raise ValueError(
                 f"curriculum.{name} must be a multiple of curriculum.multiple_of ({multiple_of}), got {value}"
             )
-    if curriculum.schedule == "staircase":
-        return staircase(curriculum.start, end, steps, stairs=curriculum.stairs, multiple_of=multiple_of)
-    return SCHEDULES[curriculum.schedule](curriculum.start, end, steps, multiple_of=multiple_of)
+    options = {"stairs": curriculum.stairs} if curriculum.schedule == "staircase" else {}
+    schedule = SCHEDULES[curriculum.schedule]
+    return schedule(curriculum.start, end, steps, multiple_of=multiple_of, **options)
 
 
 def _shown(run: Run, window: Schedule, base: Mask) -> MaskCurriculum:

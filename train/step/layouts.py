@@ -8,7 +8,7 @@ import numpy as np
 from dynmask_jax import Mask, Tokens
 from dynmask_jax.array_typing import Int
 from dynmask_jax.context.layouts import layout_order
-from dynmask_jax.context.machines import H100, V5E, V5P, V6E, Heads, Machine
+from dynmask_jax.context.machines import Heads, machine_of
 from dynmask_jax.context.simulator import balance
 from train.config.run import Run
 from train.data.batch import Batch
@@ -18,8 +18,6 @@ STAGES = 8
 """The number of times that a layout is chosen while a curriculum paced by steps grows."""
 ROWS = 4
 """The number of held-out rows that a layout is chosen by."""
-MACHINES = {"TPU v5 lite": V5E, "TPU v5e": V5E, "TPU v6 lite": V6E, "TPU v6e": V6E}
-"""By JAX's `device_kind`; other GPUs are taken for one with NVLink, all else for a TPU v5p."""
 
 Order = Int[np.ndarray, " T"]
 
@@ -114,7 +112,7 @@ def _pick(program: Program, example: Batch, mask: Mask) -> tuple[str, Order | No
         run.mesh.context,
         block=run.block,
         heads=Heads(shape.heads, shape.kv_heads, shape.width // shape.heads, jnp.dtype(shape.dtype)),
-        machine=_machine(program),
+        machine=machine_of(program.placement.devices[0]),
         strategies=(run.mesh.strategy,),
     ).pick
     return found.name, None if found.layout == "contiguous" else found.order
@@ -124,8 +122,3 @@ def _tokens(run: Run, example: Batch) -> Tokens:
     if run.data.rows == "chunked":
         return Tokens.sequence(run.data.length)
     return Tokens(np.asarray(example.positions)[:ROWS], np.asarray(example.segments)[:ROWS])
-
-
-def _machine(program: Program) -> Machine:
-    device = program.placement.devices[0]
-    return MACHINES.get(device.device_kind, H100 if device.platform == "gpu" else V5P)

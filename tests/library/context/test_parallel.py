@@ -29,9 +29,9 @@ from dynmask_jax import (
     mask_tensor,
     plan,
 )
+from dynmask_jax.context.arcs import shortest_arcs
 from dynmask_jax.context.layouts import LAYOUTS
 from dynmask_jax.context.partitioning import STRATEGIES
-from dynmask_jax.context.ring import least_arcs
 from dynmask_jax.dispatch import BACKENDS
 from dynmask_jax.nnx import Attention
 
@@ -272,7 +272,7 @@ def test_the_arcs_are_the_shortest_that_reach_all_that_is_needed(needed):
     def reaches(ahead, behind):
         return all(not need or d <= ahead or (d and n - d <= behind) for d, need in enumerate(needed))
 
-    ahead, behind = map(int, jax.jit(least_arcs)(jnp.array(needed)))
+    ahead, behind = map(int, jax.jit(shortest_arcs)(jnp.array(needed)))
     assert reaches(ahead, behind)
     assert ahead + behind == min(a + b for a in range(n) for b in range(n) if reaches(a, b))
 
