@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.markdown import table
-from train.parallel.sharding import AXES
+from train.parallel.mesh import AXES
 
 KEPT = ("topology", "device", "mesh", "weights", "rows", "length", "memory", "kinds", "lowering", "compiling")
 

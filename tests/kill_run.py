@@ -29,7 +29,8 @@ from train.cli import parse
 from train.config.run import Run
 from train.data.corpus import read_corpus
 from train.metrics.log import read
-from train.step.program import State, begin
+from train.step.program import begin
+from train.step.state import State
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")

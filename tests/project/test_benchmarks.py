@@ -34,7 +34,7 @@ from benchmarks.timing import attempt, compared, machine, medians
 from dynmask_jax import LAYOUTS, Causal, Tokens, Window, attention, mask_tensor
 from dynmask_jax import balance as simulate
 from train.config.presets import PRESETS, TOPOLOGIES
-from train.parallel.sharding import AXES
+from train.parallel.mesh import AXES
 
 TOYS = {
     "causal": causal.Settings(32, 2, 8),

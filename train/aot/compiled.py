@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from train.aot import topology
 from train.aot.collectives import Transfer, transfers
@@ -19,7 +19,8 @@ from train.config.run import Run
 from train.config.sections import Reach
 from train.data.batch import Batch
 from train.metrics import mfu
-from train.parallel.sharding import AXES, ROWS, TOKENS, Placement
+from train.parallel.mesh import AXES, ROWS, TOKENS, sharding_over
+from train.parallel.sharding import Placement
 from train.step.program import program_of, state_like
 
 
@@ -122,8 +123,8 @@ def compile_step(run: Run, topology_name: str, vocabulary: int) -> Compiled:
     model = dataclasses.replace(run.model, backend=run.model.backend or "tpu")
     run = dataclasses.replace(run, model=model)
     placement = Placement.of(run.mesh, devices)
-    program, mesh = program_of(run, vocabulary, placement), placement.mesh or _alone(devices[0])
-    state, batch = _on(mesh, state_like(program, vocabulary)), _rows(run, mesh)
+    program, mesh = program_of(run, vocabulary, placement), placement.mesh
+    state, batch = state_like(program, vocabulary), _rows(run, mesh)
     begun = perf_counter()
     # As the loop jits it. A mesh's kernels lower in its own shard_map, one device's in its context.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -167,21 +168,8 @@ def _check_mesh(run: Run, name: str, devices: list[Any]):
         )
 
 
-def _alone(device: Any) -> Mesh:
-    return Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
-
-
-def _on(mesh: Mesh, state: Any) -> Any:
-    """The shapes where the placement put them, or on the mesh's one device."""
-    here = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), state
-    )
-
-
 def _rows(run: Run, mesh: Mesh) -> Batch:
-    spread = PartitionSpec(ROWS, TOKENS) if TOKENS in mesh.axis_names else PartitionSpec()
-    shape, on = (run.data.batch, run.data.length), NamedSharding(mesh, spread)
+    shape, on = (run.data.batch, run.data.length), sharding_over(mesh, ROWS, TOKENS)
     whole: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=on)
     real: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on)
     return Batch(whole, whole, real, whole, whole, whole)

@@ -17,7 +17,7 @@ from train.checkpoint.restore import DamagedCheckpoint, NoIntactCheckpoint, chec
 from train.config.run import Run, differences, to_json
 from train.disk import WriteError, reason
 from train.parallel.processes import Processes
-from train.step.program import State
+from train.step.state import State
 
 DAMAGED = "-damaged"
 """Suffix of the folder, beside that of the checkpoints, which damaged checkpoints are moved to."""

@@ -14,7 +14,7 @@ from train.config.presets import PRESETS, TOPOLOGIES
 from train.config.run import Run
 from train.data.tokenizers import load_tokenizer
 from train.disk import write_atomically
-from train.parallel.sharding import AXES
+from train.parallel.mesh import AXES
 
 SHARE = 0.002
 """Transfers that send less than this share of all bytes are told of together."""

@@ -17,11 +17,11 @@ class Batch:
     Attributes:
       inputs: the tokens read.
       targets: the token after each, to be predicted.
-      weights: of each target in the loss: 1, or 0 for padding and for what the task does not ask for.
-      positions: what masks and rotary embeddings read. Documents start at 0; for `summarize` the
-        document ends before, and the summary starts at, `data.length`, in every segment.
+      weights: of each target in the loss: 1, or 0 for padding and for targets that the task does not predict.
+      positions: what masks and rotary embeddings read. Documents start at 0; of a task with a boundary the
+        prefix ends just before `data.length` in every segment, and the rest starts there.
       segments: the document within the row, from 1; 0 for padding.
-      context: how many tokens of its own document come before each, in this row.
+      context: the number of tokens of the same document before each, in this row.
     """
 
     inputs: Int[Anywhere, "B T"]

@@ -10,13 +10,13 @@ from train.data.batch import Batch
 from train.data.rows import CONTEXT, SEGMENTS, TOKENS, DocumentPieces, Pairs, Stream, as_batch
 from train.data.tasks import task_of
 
-AHEAD = 2  # batches that are made while the model trains
+AHEAD = 2  # batches prefetched while the model trains
 
 Cut = DocumentPieces | Pairs | Stream
 
 
 def batches(cut: Cut, run: Run) -> grain.IterDataset:
-    """Batches, `[data.batch, T]`, without end, each epoch in another order.
+    """Endless batches `[data.batch, T]`, shuffled anew in each epoch.
 
     Every item is read once in an epoch. Packing may lay the last items of an epoch beside the first of
     the next. Every process reads all rows and gives each of its devices its part. So the position in the data
@@ -33,7 +33,7 @@ def batches(cut: Cut, run: Run) -> grain.IterDataset:
 def held_out_batches(cut: Cut, run: Run) -> list[Batch]:
     """At most evaluation.rows rows, in batches of one shape; the last is padded.
 
-    Rows of a stream are spread evenly over it, packed ones hold items that the seed chooses.
+    Rows of a stream are evenly spaced in it; packed rows hold items that the seed chooses.
     """
     seed, most, loss_from = _seed(run), run.evaluation.rows, task_of(run).loss_from(run)
     if isinstance(cut, Stream):
@@ -53,7 +53,7 @@ def held_out_batches(cut: Cut, run: Run) -> list[Batch]:
 
 
 def _rows(items: grain.MapDataset, run: Run, bins: int, seed: int) -> grain.IterDataset:
-    """The items laid into rows. No threads read: the tokens are in memory, or are mapped to it."""
+    """The items packed into rows. No threads read: the tokens are in memory or memory-mapped."""
     one_by_one = items.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if run.data.rows == "chunked":
         return one_by_one

@@ -20,7 +20,7 @@ from train.data.tokenizers import Tokenizer, load_tokenizer
 
 
 class Examples(Sequence[tuple[str, str]]):
-    """Documents with their summaries, as text, read when they are asked for."""
+    """Documents with their summaries, as text, read from the cache on access."""
 
     def __init__(self, cache: TokenCache, documents: np.ndarray):
         self._cache, self._documents = cache, documents
@@ -39,20 +39,20 @@ class Corpus:
     """Batches to train on and to validate with, and facts about the text.
 
     Attributes:
-      tokenizer: what made the tokens.
+      tokenizer: of the tokens.
       rows: the pipeline that `batches` starts.
       held_out: the rows of validation, at most evaluation.rows, in batches of one shape
-        `[min(data.batch, rows), T]`; the last is filled up with padding. The same in all processes.
-      examples: held-out pairs of document and summary, for `summarize`; else none.
-      size: bytes of text; this and the next three are of all text, held out or not.
+        `[min(data.batch, rows), T]`; the last is padded. The same in all processes.
+      examples: held-out pairs of document and summary; empty for a task without pairs.
+      size: bytes of text. This and the next three count held-out text too.
       documents: texts, or pairs.
-      tokens: ends included.
+      tokens: end tokens included.
       malformed: texts left out because they cannot be read.
       reports: the first few of these in words.
       truncated: documents cut to fit a row with their summary.
-      bytes_per_token: of what is predicted, the texts or the summaries; ends are not counted.
-      lead_words: the median words of a training summary; None without summaries.
-      fingerprint: the same only for the same tokens, in the same rows, in the same order.
+      bytes_per_token: of the predicted text: the texts, or the summaries. End tokens are not counted.
+      lead_words: the median number of words in a training summary; None without summaries.
+      fingerprint: equal only for the same tokens in the same rows in the same order.
     """
 
     tokenizer: Tokenizer
@@ -70,19 +70,19 @@ class Corpus:
     fingerprint: str
 
     def batches(self) -> grain.DatasetIterator:
-        """Batches, `[data.batch, T]` NumPy arrays, without end; the same in all processes.
+        """Endless batches, NumPy arrays `[data.batch, T]`, the same in all processes.
 
-        Each epoch comes in another order. The iterator's state can be saved, and set, at any batch;
-        those after it are then the same, bit for bit. `close()` ends its thread.
+        Each epoch is shuffled anew. The iterator's state can be saved and set at any batch; the batches
+        after it are then the same, bit for bit. `close()` ends its thread.
         """
         return iter(self.rows)
 
 
 def read_corpus(run: Run) -> Corpus:
-    """Reads the text, or finds its tokens in the cache, and cuts it into rows.
+    """Reads the text, or its tokens from the cache, and cuts it into rows.
 
     Args:
-      run: data, the task, the seed, and evaluation.rows are read of it.
+      run: of which data, summarize.truncate, the task, the seed and evaluation.rows are read.
 
     Raises:
       FileNotFoundError: a path, or a tokenizer, does not exist.
@@ -111,7 +111,7 @@ def read_corpus(run: Run) -> Corpus:
 
 
 def _split(run: Run, caches: list[TokenCache]) -> tuple[Split, Split]:
-    """What is trained on, and what is held out."""
+    """The documents to train on, and those held out."""
     whole = everything(caches[0], run.seed)
     if len(caches) > 1:
         return whole, everything(caches[1], run.seed)
@@ -141,7 +141,7 @@ def _check_size(run: Run, cut: batches.Cut, split: Split, purpose: str):
 
 
 def _facts(caches: list[TokenCache]) -> dict[str, Any]:
-    """What the text of all caches is, by the fields of `Corpus`."""
+    """Facts about the text of all caches, by the fields of `Corpus`."""
     return {
         "size": sum(cache.size for cache in caches),
         "documents": sum(len(cache.documents) for cache in caches),

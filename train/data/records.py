@@ -1,4 +1,4 @@
-"""Sources in, records out: each text, or document and summary, with the file and line that it is from."""
+"""Sources in, records out: each text, or document and summary, with its file and line."""
 
 import codecs
 import gzip
@@ -15,7 +15,7 @@ from train.data.columns import columns_of
 from train.data.sources import LINES, Source
 from train.data.tasks import TASKS
 
-PART = 1 << 20  # bytes of a text file that are read, and made tokens of, at once
+PART = 1 << 20  # bytes of a text file that are read and tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class TextRecord:
     """A text, or a document and its summary.
 
     Attributes:
-      texts: of a text file larger than `PART`, one part.
+      texts: one, or document and summary; of a text file larger than `PART`, one part.
       path: the file.
       line: its line, or a dataset's row, from 1; None for a whole file.
-      part: 0, or the number of the part of the same document that this one goes on from.
+      part: the number of this part in its document, from 0.
     """
 
     texts: tuple[str, ...]
@@ -37,11 +37,11 @@ class TextRecord:
 
 @dataclass(frozen=True)
 class Malformed:
-    """What could not be read, and why: `str` of it names the file and the line.
+    """Text that cannot be read, and why. `str` names the file and the line.
 
     Attributes:
-      asked_for: named, or a line of JSONL. What is not, a picture between a folder's texts say, is left
-        out and counted, and stops no run.
+      asked_for: whether the file was named, or holds lines of JSONL. Other files, such as a picture among a
+        folder's texts, are left out and counted, and do not stop the run.
     """
 
     path: Path
@@ -53,28 +53,28 @@ class Malformed:
         return f"{place(self.path, self.line)}: {self.reason}"
 
     def error(self) -> ValueError:
-        """What stops a run that is not to leave malformed lines out."""
+        """The error to raise where malformed text is not to be skipped."""
         return ValueError(f"data.paths: {self} (--data.skip-malformed leaves such text out and counts it)")
 
 
 def place(path: Path | str, line: int | None) -> str:
-    """Where a text is from, for people to read."""
+    """The origin of a text, in words."""
     return str(path) if line is None else f"{path}, line {line}"
 
 
 def records(
     found: Iterable[Source], task: TaskName | None, columns: Mapping[str, str]
 ) -> Iterator[TextRecord | Malformed]:
-    """Everything that the sources hold, one record at a time.
+    """Everything in the sources, one record at a time.
 
     Args:
-      found: what `sources` gave.
-      task: lm: one text each; summarize: pairs; None: pairs where there are, else texts.
+      found: the sources.
+      task: what records are read for; None for any: pairs where a source has them, else texts.
       columns: data.columns.
 
     Raises:
-      ValueError: it is not clear which columns to read; pairs are asked of a text file; or a saved
-        dataset needs a library that is not installed.
+      ValueError: the columns to read are ambiguous or absent; the task needs pairs and the source is a text
+        file; or a saved dataset needs a library that is not installed.
     """
     for source in found:
         if source.kind == "lines":
@@ -110,7 +110,7 @@ def _text(source: Source) -> Iterator[TextRecord | Malformed]:
 
 
 def _not_text(path: Path) -> Malformed | None:
-    """What a file has that text has not, or None."""
+    """Why a file is not text, or None."""
     decoder, line, empty = codecs.getincrementaldecoder("utf-8")(), 1, True
     with path.open("rb") as file:
         while True:
@@ -190,7 +190,7 @@ def _record(
 
 
 def _fault(fields: Mapping[str, Any], name: str) -> str | None:
-    """Why a column holds no text, or None."""
+    """Why a column holds no usable text, or None."""
     if name not in fields:
         return f"it has no column {name!r}, only {', '.join(map(repr, fields)) or 'an empty object'}"
     text = fields[name]

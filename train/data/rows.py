@@ -1,8 +1,8 @@
-"""Tokens of documents, cut for rows: pieces and examples that packing lays together, or rows of a stream.
+"""Tokens of documents, cut for rows: pieces and pairs that are packed together, or rows of a stream.
 
 Each class is a `grain` source: it has a length, and an item is a dict of
 
-  tokens: int32 `[L, 3]`: the token read, the one after it (the target), and the position.
+  tokens: int32 `[L, 3]`: the input token, its target (the next token), and its position.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from train.data.token_cache import TokenCache
 
 TOKENS, SEGMENTS, CONTEXT = "tokens", "tokens_segment_ids", "tokens_positions"  # as `grain` packs them
 Item = dict[str, np.ndarray]
-REFUSED = 3  # documents that a refusal names
+REFUSED = 3  # documents that an error message names
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Parts of a stream of tokens, each of one document, in some order: `starts[i]` up to `stops[i]`."""
+    """Ranges of a stream of tokens, `starts[i]` up to `stops[i]`, each within one document, in any order."""
 
     starts: Int[np.ndarray, " n"]
     stops: Int[np.ndarray, " n"]
@@ -32,7 +32,7 @@ class Spans:
 
     @property
     def tokens(self) -> int:
-        """How many there are in all parts."""
+        """The number of tokens in all ranges."""
         return int((self.stops - self.starts).sum())
 
 
@@ -46,7 +46,7 @@ class DocumentPieces:
     def __init__(self, tokens: np.ndarray, spans: Spans, length: int):
         self._tokens, self._spans, self._length = tokens, spans, length
         targets = spans.stops - spans.starts - 1
-        self._stops = np.cumsum(-(-targets // length))  # pieces up to and with each document
+        self._stops = np.cumsum(-(-targets // length))  # pieces in the documents up to each, inclusive
 
     def __len__(self) -> int:
         return int(self._stops[-1]) if len(self._stops) else 0
@@ -63,15 +63,14 @@ class DocumentPieces:
 class Pairs:
     """Documents with their summaries: document, end, summary, end.
 
-    The first end stands at position `length`, in every example: the document ends just before it, the
-    summary follows.
+    The first end token is at position `length` in every example, after the document and before the summary.
 
     Args:
       tokens: of all examples.
       spans: of each example.
       bodies: tokens in each document.
-      kept: how many of them are read, from the document's start; see `fitting`.
-      length: T, which `kept` makes every example fit.
+      kept: the tokens that are read of each, from the document's start; see `fitting`.
+      length: T; with `kept` every example fits.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Pairs:
 
 
 class Stream:
-    """Documents end to end, cut into rows of `length` targets; what does not fill the last one is left out.
+    """Documents end to end, cut into rows of `length` targets; an incomplete last row is left out.
 
     An item is a whole row: its segments are 1, its positions count from 0.
     """
@@ -133,11 +132,11 @@ def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, "
       truncate: summarize.truncate, cut documents at their end.
 
     Raises:
-      ValueError: an example does not fit and is not to be cut, or its summary alone fills a row.
+      ValueError: an example does not fit and may not be cut, or its summary fills a row.
     """
     bodies = cache.bodies
     summaries = cache.stops - cache.starts - bodies - 2
-    room = length - summaries - 1  # the last end is a target alone
+    room = length - summaries - 1  # the last end token is a target, not an input
     too_long = np.flatnonzero(room < (1 if truncate else bodies))
     if not len(too_long):
         return np.minimum(bodies, room)
@@ -159,7 +158,7 @@ def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, "
 
 
 def as_batch(rows: Mapping[str, np.ndarray], loss_from: int) -> Batch:
-    """The batch of some rows as they were packed.
+    """The batch of packed rows.
 
     Args:
       rows: tokens `[B, T, 3]`, segments and context `[B, T]`.
@@ -173,6 +172,6 @@ def as_batch(rows: Mapping[str, np.ndarray], loss_from: int) -> Batch:
 
 
 def _item(ids: np.ndarray, first: int) -> Item:
-    """What is read of some tokens: all but the last, at positions from `first`."""
+    """The inputs and targets among some tokens, at positions from `first`."""
     positions = np.arange(first, first + len(ids) - 1)
     return {TOKENS: np.stack([ids[:-1], ids[1:], positions], axis=1).astype(np.int32)}

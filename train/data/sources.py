@@ -1,4 +1,4 @@
-"""Paths in, sources out: the text files, JSONL files and saved datasets that there are to read."""
+"""Paths in, sources out: the text files, JSONL files and saved datasets to read."""
 
 import glob
 import json
@@ -17,8 +17,9 @@ class Source:
 
     Attributes:
       path: the file, or the folder of a saved dataset.
-      kind: a text file is one document, in lines (JSONL) each line is one, in a dataset each row.
-      named: asked for itself, not found in a folder, where files that are not text stop nothing.
+      kind: "text": the file is one document; "lines": each line of JSONL is one; "dataset": each row is one.
+      named: whether the path was given itself, not found in a folder. Files found in a folder that are not
+        text are skipped.
     """
 
     path: Path
@@ -27,13 +28,13 @@ class Source:
 
 
 def sources(paths: Iterable[str], option: str = "data.paths") -> list[Source]:
-    """What there is to read at the paths: files, folders (searched through), globs and saved datasets.
+    """The sources at the paths: files, folders (searched recursively), globs and saved datasets.
 
-    Files of a folder and of a glob come sorted. In a folder hidden files and folders are left out.
+    Files of a folder and of a glob are sorted. Hidden files and folders in a folder are skipped.
 
     Raises:
       FileNotFoundError: a path does not exist, or a glob matches no file.
-      ValueError: a file comes twice, or the folder of a saved dataset holds several splits.
+      ValueError: a file is given twice, or the folder of a saved dataset holds several splits.
     """
     found = [source for path in paths for source in _at(path, option)]
     seen = set()

@@ -24,7 +24,7 @@ class Split:
 
 
 def everything(cache: TokenCache, seed: int) -> Split:
-    """All documents, in an order of the seed's."""
+    """All documents, shuffled by the seed."""
     order = np.random.default_rng(seed).permutation(len(cache.documents))
     return Split(Spans(cache.starts[order], cache.stops[order]), order)
 
@@ -33,7 +33,7 @@ def hold_out(whole: Split, share: float, counted_by: Literal["tokens", "document
     """The documents to train on, and the last share of the tokens or of the documents, to hold out.
 
     Raises:
-      ValueError: the share is of documents, and there are not two.
+      ValueError: the share is of documents, and there are fewer than two.
     """
     return {"tokens": by_tokens, "documents": by_documents}[counted_by](whole, share)
 
@@ -41,31 +41,31 @@ def hold_out(whole: Split, share: float, counted_by: Literal["tokens", "document
 def by_tokens(whole: Split, held_out: float) -> tuple[Split, Split]:
     """The first documents to train on, and those with the last share of the tokens to hold out.
 
-    A document over the cut is divided, unless the cut would leave a single token on a side.
+    A document across the cut is divided, unless a side would keep a single token of it.
     """
     spans = whole.spans
     lengths = spans.stops - spans.starts
     stops = np.cumsum(lengths)
     cut = int(stops[-1]) - round(int(stops[-1]) * held_out)
-    over = int(np.searchsorted(stops, cut, side="right"))  # the document that the cut falls in
+    over = int(np.searchsorted(stops, cut, side="right"))  # the document across the cut
     if over == len(whole.documents):
         return whole, _part(whole, slice(0, 0))
     inside = cut - int(stops[over] - lengths[over])
     if inside < 2 or lengths[over] - inside < 2:
         first = over + int(inside >= 2)
         return _part(whole, slice(0, first)), _part(whole, slice(first, None))
-    train, held = _part(whole, slice(0, over + 1)), _part(whole, slice(over, None))
+    train, rest = _part(whole, slice(0, over + 1)), _part(whole, slice(over, None))
     middle = spans.starts[over] + inside
     train_spans = Spans(train.spans.starts, np.append(train.spans.stops[:-1], middle))
-    held_spans = Spans(np.insert(held.spans.starts[1:], 0, middle), held.spans.stops)
-    return Split(train_spans, train.documents), Split(held_spans, held.documents)
+    rest_spans = Spans(np.insert(rest.spans.starts[1:], 0, middle), rest.spans.stops)
+    return Split(train_spans, train.documents), Split(rest_spans, rest.documents)
 
 
 def by_documents(whole: Split, held_out: float) -> tuple[Split, Split]:
     """The first documents to train on, and the last share of them, at least one, to hold out.
 
     Raises:
-      ValueError: there are not two.
+      ValueError: there are fewer than two.
     """
     count = len(whole.documents)
     if count < 2:

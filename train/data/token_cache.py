@@ -1,4 +1,4 @@
-"""All documents as tokens, in one memory-mapped array that is written once and found again by later runs."""
+"""All documents as tokens, in one memory-mapped array that is written once and reused by later runs."""
 
 import fcntl
 import hashlib
@@ -19,27 +19,27 @@ from train.data.columns import check_columns
 from train.data.records import place, records
 from train.data.sources import Source, files, sources, standard_library
 from train.data.tasks import task_of
-from train.data.token_writer import DOCUMENT, DOCUMENTS, FACTS, TEXTS, TOKENS, encoded, write, writing
+from train.data.token_writer import DOCUMENT, DOCUMENTS, FACTS, TEXTS, TOKENS, encode_records, write, writing
 from train.data.tokenizers import Tokenizer
 
-VERSION = 2  # of the files below: others are not read
+VERSION = 2  # of the files; a cache of another version is not read
 UNFINISHED = ".unfinished-"
 CLAIM = ".claim-"
-ABANDONED = 24 * 3600  # seconds without a write, after which an unfinished folder is taken away
+ABANDONED = 24 * 3600  # seconds without a write after which an unfinished folder is deleted
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The tokens of some documents: of each its text and an end; or document, end, summary, end.
+    """The tokens of documents: text, end; or document, end, summary, end.
 
     Attributes:
       tokens: of all documents, one after the other, memory-mapped.
       documents: a `DOCUMENT` for each, memory-mapped.
       texts: UTF-8 of the documents and summaries, memory-mapped; None for texts without summaries.
-      files: where they were read; `DOCUMENT`'s file counts in this.
-      malformed: texts left out that could not be read.
-      reports: the first few of them in words.
-      fingerprint: hash of the tokens and of where documents begin and end.
+      files: that were read; the field `file` of a `DOCUMENT` is an index into it.
+      malformed: texts left out because they cannot be read.
+      reports: the first few of these in words.
+      fingerprint: hash of the tokens and of the documents' bounds.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -57,12 +57,12 @@ class TokenCache:
 
     @property
     def stops(self) -> Int[np.ndarray, " documents"]:
-        """The token after the last of each document, its end token included."""
+        """The token after each document's last, which is its end token."""
         return np.array(self.documents["stop"])
 
     @property
     def bodies(self) -> Int[np.ndarray, " documents"]:
-        """The tokens of each document before its first end."""
+        """The tokens of each document before its first end token."""
         return np.array(self.documents["body"])
 
     @property
@@ -82,12 +82,12 @@ class TokenCache:
 
     @property
     def predicted_bytes(self) -> int:
-        """Bytes of the summaries, or of the texts without."""
+        """Bytes of the summaries; of the texts where there are none."""
         return int(self.documents["summary_bytes"].sum()) if self.pairs else self.size
 
     @property
     def predicted_tokens(self) -> int:
-        """Tokens of the summaries, or of the texts without; no ends."""
+        """Tokens of the summaries, of the texts where there are none; end tokens are not counted."""
         documents, bodies = len(self.documents), int(self.bodies.sum())
         return len(self.tokens) - bodies - 2 * documents if self.pairs else bodies
 
@@ -97,7 +97,7 @@ class TokenCache:
         return place(self.files[document["file"]], int(document["line"]) or None)
 
     def pair(self, index: int) -> tuple[str, str]:
-        """A document and its summary, as they were read."""
+        """A document and its summary, as text."""
         assert self.texts is not None
         start = int(self.documents["text_stop"][index - 1]) if index else 0
         stop = int(self.documents["text_stop"][index])
@@ -145,15 +145,15 @@ def token_cache(
 ) -> TokenCache:
     """The sources' documents as tokens: from the cache, or read, encoded and written to it.
 
-    A cache goes by the files' paths, sizes and times of change and by all other arguments. It appears
-    in `folder` in one move when it is finished: what a crash leaves is never read. Of several processes
-    that want the same one the first makes it and the others wait; where the file system knows no locks,
-    each makes one, and the first to finish is taken. Neither the texts nor the tokens are ever all in
-    memory.
+    A cache is keyed by the files' paths, sizes and times of change and by all other arguments. A finished
+    cache is moved to its name in `folder` in one step, so an interrupted one is never read. Of several
+    processes that need the same cache, the first makes it and the others wait. On a file system without locks
+    each process makes one, and the first to finish is used. The texts and the tokens are never all in memory
+    at the same time.
 
     Raises:
-      ValueError: a text is malformed (see `records`) and is not to be left out; there is no text; a
-        text holds the tokenizer's end token; or the cache is damaged.
+      ValueError: a text is malformed (see `records`) and not to be skipped; there is no text; a text holds
+        the tokenizer's end token; or the cache is damaged.
       OSError: a file cannot be read, or changed meanwhile; or `folder` cannot be written to.
     """
     key = _key(found, task, columns, tokenizer, skip_malformed)
@@ -161,10 +161,10 @@ def token_cache(
     if not finished.exists():
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _take_away_abandoned(folder)
+            _delete_abandoned(folder)
         with _claimed(folder / f"{CLAIM}{key}"), _unfinished(folder) as unfinished:
             if not finished.exists():  # another process may have been first
-                documents = encoded(records(found, task, columns), tokenizer)
+                documents = encode_records(records(found, task, columns), tokenizer)
                 write(documents, found, tokenizer, unfinished, skip_malformed)
                 if _key(found, task, columns, tokenizer, skip_malformed) != key:
                     raise OSError("data.paths: files changed while they were read")
@@ -174,21 +174,21 @@ def token_cache(
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[None]:
-    """Waits until no other process that lives holds the claim of this name."""
+    """Locks the claim file; waits while another live process has it locked."""
     with writing(path.parent):
         claim = path.open("w")
     with claim:
-        with suppress(OSError):  # the file system knows no locks
+        with suppress(OSError):  # the file system has no locks
             fcntl.flock(claim, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # those that wait for it hold the file itself
+            path.unlink(missing_ok=True)  # waiting processes have the file open
 
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """A folder to make a cache in; it is gone afterwards, unless it was given a name."""
+    """A folder to make a cache in; it is deleted afterwards, unless it was moved to its name."""
     unfinished = folder / f"{UNFINISHED}{uuid4().hex}"
     with writing(folder):
         unfinished.mkdir()
@@ -212,7 +212,7 @@ def _key(
 
 
 def _move(unfinished: Path, finished: Path):
-    """Gives a finished cache its name, unless another process was first."""
+    """Moves a finished cache to its name, unless another process was first."""
     try:
         unfinished.rename(finished)
     except OSError as error:
@@ -220,8 +220,8 @@ def _move(unfinished: Path, finished: Path):
             raise OSError(f"data.cache: {finished} cannot be made: {error}") from error
 
 
-def _take_away_abandoned(folder: Path):
-    """Deletes what killed processes left."""
+def _delete_abandoned(folder: Path):
+    """Deletes the unfinished folders of killed processes."""
     for left in folder.glob(UNFINISHED + "*"):
         try:
             last = max(path.stat().st_mtime for path in [left, *left.iterdir()])

@@ -27,12 +27,12 @@ DOCUMENT = np.dtype(
     ]
 )
 TOKENS, DOCUMENTS, TEXTS, FACTS = "tokens.bin", "documents.bin", "texts.bin", "facts.json"
-REPORTS = 5  # malformed lines whose description is kept
-BATCH = 1 << 22  # letters that become tokens at once
+REPORTS = 5  # malformed texts that are described
+BATCH = 1 << 22  # characters that are tokenized at a time
 BATCH_RECORDS = 4096
 
 
-def encoded(
+def encode_records(
     items: Iterable[TextRecord | Malformed], tokenizer: Tokenizer
 ) -> Iterator[tuple[TextRecord, list[Ids]] | Malformed]:
     """Each record with the tokens of its texts."""
@@ -43,16 +43,16 @@ def encoded(
             if isinstance(item, Malformed):
                 yield item
                 continue
-            own = [next(ids) for _ in item.texts]
-            if any((part == tokenizer.end).any() for part in own):
+            parts = [next(ids) for _ in item.texts]
+            if any((part == tokenizer.end).any() for part in parts):
                 raise ValueError(
                     f"data.end_token: the text of {place(item.path, item.line)} holds the end token "
                     f"(id {tokenizer.end}): name a token that no text can hold"
                 )
-            if item.line is not None and not all(map(len, own)):
+            if item.line is not None and not all(map(len, parts)):
                 yield Malformed(item.path, item.line, "the tokenizer makes no token of it")
             else:
-                yield item, own
+                yield item, parts
 
 
 def _batches(items: Iterable[TextRecord | Malformed]) -> Iterator[list[TextRecord | Malformed]]:
@@ -77,7 +77,7 @@ def write(
     """Writes the files of a cache.
 
     Raises:
-      ValueError: a text is malformed and not to be left out, or there is none.
+      ValueError: a text is malformed and not to be skipped, or there is no text.
       OSError: the folder cannot be written to.
     """
     malformed, reports = 0, []
@@ -104,7 +104,7 @@ def write(
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Names the option for a cache that cannot be written."""
+    """Names the option data.cache in the error of a cache that cannot be written."""
     try:
         yield
     except OSError as error:
@@ -139,7 +139,7 @@ class _Writer:
                 file.close()
 
     def add(self, record: TextRecord, ids: list[Ids]):
-        """A record, which may be a further part of the document before."""
+        """Appends a record, which may be the next part of the current document."""
         texts = [text.encode() for text in record.texts]
         if record.part == 0:
             self._close_document()
@@ -157,7 +157,7 @@ class _Writer:
         self._size += sum(map(len, texts))
 
     def finish(self) -> dict[str, Any]:
-        """What is known of the documents once there are no more."""
+        """Closes the last document; returns the facts about all of them."""
         self._close_document()
         with writing(self._folder):
             for file in self._files.values():
@@ -188,7 +188,7 @@ class _Writer:
         self._tokens += len(data) // self._dtype.itemsize
 
     def _put(self, name: str, data: bytes):
-        try:  # a context manager takes a quarter of the time that a short text takes
+        try:  # not `with writing`: a context manager would take a quarter of a short text's time
             self._files[name].write(data)
         except OSError as error:
             raise _unwritable(self._folder, error) from error

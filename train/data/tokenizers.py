@@ -1,4 +1,4 @@
-"""Text to tokens and back: bytes, a `tokenizer.json`, a sentencepiece model; and a BPE made for a text."""
+"""Text to tokens and back: bytes, a `tokenizer.json`, a sentencepiece model; and a BPE trained on texts."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ Ids = Int[np.ndarray, " tokens"]
 END = "<|endoftext|>"  # of the tokenizers that are trained here
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")
 ALPHABET = 256  # of bytes
-WORD = (  # what a token of `train_bpe` does not reach beyond, after the words of GPT-4's tokenizer
+WORD = (  # a token of `train_bpe` is within one word, as words are in GPT-4's tokenizer
     r"[^\r\n\p{L}\p{N}]?\p{L}+"  # letters, with the space or the mark before them
     r"|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # marks, with the line ends after them
@@ -30,9 +30,9 @@ class Tokenizer(ABC):
     """Texts as whole numbers in `0 <= id < vocabulary`.
 
     Attributes:
-      vocabulary: how many ids there are.
-      end: the id that stands after each text, and in none.
-      fingerprint: the same only for tokenizers that give the same ids.
+      vocabulary: the number of ids.
+      end: the id that follows each text and is in none.
+      fingerprint: equal only for tokenizers that give the same ids.
     """
 
     vocabulary: int
@@ -41,11 +41,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The tokens of each text, int32, without an end."""
+        """The tokens of each text, int32, without the end token."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some tokens; what is no text, half a letter for instance, becomes �.
+        """The text of the tokens; bytes that are not valid text, such as half a character, become �.
 
         End tokens are left out. Of bytes and of a BPE of `train_bpe`, `decode(encode([text])[0])` is
         the text.
@@ -53,7 +53,7 @@ class Tokenizer(ABC):
 
 
 class Bytes(Tokenizer):
-    """A token is a byte of UTF-8; the null byte, which text has not, is the end."""
+    """A token is a byte of UTF-8; the end token is the null byte, which no text holds."""
 
     vocabulary = ALPHABET
     end = 0
@@ -67,7 +67,7 @@ class Bytes(Tokenizer):
 
 
 class Subwords(Tokenizer):
-    """A `tokenizer.json` of the library `tokenizers`. Text that spells a special token stays text."""
+    """A `tokenizer.json` of the library `tokenizers`. Text that spells a special token is encoded as text."""
 
     def __init__(self, path: Path, end_token: str | None):
         from tokenizers import Tokenizer as Library
@@ -94,7 +94,7 @@ class Subwords(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-    """A sentencepiece model. It may change white space and letters that it holds to be the same."""
+    """A sentencepiece model. It may normalise white space and characters."""
 
     def __init__(self, path: Path, end_token: str | None):
         try:
@@ -112,8 +112,8 @@ class SentencePiece(Tokenizer):
             raise ValueError(f"data.tokenizer: {path} is no sentencepiece model ({error})") from error
         self.vocabulary = self._library.GetPieceSize()
         ids = {self._library.IdToPiece(id): id for id in range(self.vocabulary)}
-        own = self._library.eos_id()
-        name = end_token or (self._library.IdToPiece(own) if own >= 0 else None)
+        eos = self._library.eos_id()
+        name = end_token or (self._library.IdToPiece(eos) if eos >= 0 else None)
         name = _end_token(ids, name, path)
         self.end = ids[name]
         self.fingerprint = _fingerprint("sentencepiece", name, content)
@@ -130,12 +130,12 @@ def load_tokenizer(name: str, end_token: str | None = None) -> Tokenizer:
 
     Args:
       name: "bytes", the path of a sentencepiece model (`….model`), or of a `tokenizer.json`.
-      end_token: data.end_token; None: the one that goes by a usual name.
+      end_token: data.end_token; None: the one with a usual name.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is no tokenizer, has no such end token or none of a usual name, or its library is
-        not installed.
+      ValueError: it is not a tokenizer; it has no such end token, or none with a usual name; or its library
+        is not installed.
     """
     if name == "bytes":
         if end_token is not None:
@@ -160,20 +160,20 @@ def train_bpe(
     *,
     skip_malformed: bool = False,
 ) -> Tokenizer:
-    """A byte-level BPE tokenizer made for some texts, written to a `tokenizer.json`.
+    """A byte-level BPE tokenizer trained on texts, written to a `tokenizer.json`.
 
-    Any text has tokens, and they give it back. Pairs of document and summary are read both.
+    It encodes any text, and decoding gives the text back. Of pairs, documents and summaries are read.
 
     Args:
       paths: what `data.paths` takes.
-      vocabulary: ids, the 256 bytes and the end token `<|endoftext|>` included. A small text may not
-        have enough pairs of tokens for so many; the tokenizer then has fewer.
+      vocabulary: the number of ids, the 256 bytes and the end token `<|endoftext|>` included. A small text
+        may not have enough pairs of tokens for so many; the tokenizer then has fewer.
       columns: data.columns.
-      out: the file to write. Folders are made.
-      skip_malformed: leave out lines that cannot be read.
+      out: the file to write. Its folders are created.
+      skip_malformed: skip lines that cannot be read.
 
     Raises:
-      FileExistsError: the file is there already.
+      FileExistsError: the file exists.
       OSError: its folder cannot be written to.
       ValueError: `vocabulary` is too small, there is no text, or some cannot be read.
     """
@@ -185,15 +185,15 @@ def train_bpe(
         raise FileExistsError(f"{out} is there already, and runs may depend on it: name another file")
     out.parent.mkdir(parents=True, exist_ok=True)
     check_writable(out.parent)
-    library = _trained(_texts(paths, columns, skip_malformed), vocabulary)
+    library = _train(_texts(paths, columns, skip_malformed), vocabulary)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     library.save(str(unfinished))
     unfinished.replace(out)
     return load_tokenizer(str(out))
 
 
-def _trained(texts: Iterator[str], vocabulary: int) -> Any:
-    """A BPE over bytes, as the library `tokenizers` has it."""
+def _train(texts: Iterator[str], vocabulary: int) -> Any:
+    """A byte-level BPE of the library `tokenizers`."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
 
@@ -213,7 +213,7 @@ def _trained(texts: Iterator[str], vocabulary: int) -> Any:
 
 
 def _texts(paths: Sequence[str], columns: Mapping[str, str], skip_malformed: bool) -> Iterator[str]:
-    """Every text at the paths, documents and summaries alike."""
+    """Every text at the paths, documents and summaries."""
     some = False
     for record in records(sources(paths), None, columns):
         if not isinstance(record, Malformed):

@@ -63,8 +63,8 @@ class Generator:
 
     Attributes:
       graph, params: the model, `train.model.transformer.Transformer`, in two parts.
-      plans: `(mask, queries, keys) -> plans` of every reach, as `Program.plans`.
-      mask: what is seen; that of the end of training, `Program.full_mask`.
+      plans: `(mask, queries, keys) -> plans` of every reach, as `Masks.plans`.
+      mask: what is seen; that of the end of training, `Masks.full`.
       end: the token that ends a text.
       block: lengths are rounded up to multiples of it; that of the plans.
       boundary: the position of a prompt's last token, where the task gives it one (`summarize`); None:
@@ -90,7 +90,7 @@ class Generator:
         """
         run = program.run
         boundary = task_of(run).boundary(run)
-        return cls(program.graph, params, program.plans, program.full_mask, end, run.block, boundary)
+        return cls(program.graph, params, program.masks.plans, program.masks.full, end, run.block, boundary)
 
     def generate(
         self, prompts: Sequence[np.ndarray], options: Generation = Generation(), key: Array | None = None

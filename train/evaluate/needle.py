@@ -23,6 +23,8 @@ from train.data.batch import Batch
 from train.data.corpus import Corpus
 from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer
+from train.parallel.feed import place_batch
+from train.parallel.mesh import replicate
 from train.step.program import Program
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -49,12 +51,13 @@ class Probe:
       ValueError: a row is too short for a needle and its question.
     """
 
-    def __init__(self, program: Program, corpus: Corpus, run: Run):
+    def __init__(self, program: Program, corpus: Corpus):
+        run = program.run
         self._shape = (len(DEPTHS), run.evaluation.needles, 2)  # depths, needles, right and wrong number
         rows = list(_rows(corpus, run))
         self._answer = int(max(row.weights.sum() for row in rows))
-        on = program.placement
-        size = -(-min(run.data.batch, len(rows)) // on.rows) * on.rows
+        parts = program.placement.row_parts
+        size = -(-min(run.data.batch, len(rows)) // parts) * parts
         # All batches have one shape; what is read twice is cut off.
         rows = list(itertools.islice(itertools.cycle(rows), -(-len(rows) // size) * size))
         self._batches = [jax.tree.map(_stack, *rows[i : i + size]) for i in range(0, len(rows), size)]
@@ -63,8 +66,8 @@ class Probe:
 
     def __call__(self, params) -> Needles:
         """What the weights find."""
-        place = self._program.placement.place
-        scores = jax.device_get([self._score(params, place(batch)) for batch in self._batches])
+        mesh = self._program.placement.mesh
+        scores = jax.device_get([self._score(params, place_batch(mesh, batch)) for batch in self._batches])
         count = np.prod(self._shape)
         found, losses = (np.concatenate(p)[:count].reshape(self._shape) for p in zip(*scores, strict=True))
         gain = (losses[:, :, 1] - losses[:, :, 0]).mean(axis=1) / np.log(2)
@@ -74,13 +77,13 @@ class Probe:
         """For each row whether its answer is found, and the answer's mean loss in nats."""
         program, last = self._program, slice(-self._answer, None)
         model = nnx.merge(program.graph, params)
-        plans = program.plans(program.full_mask, Tokens(batch.positions, batch.segments))
+        plans = program.masks.plans(program.masks.full, Tokens(batch.positions, batch.segments))
         logits = model.logits(model(jnp.asarray(batch.inputs), plans)[:, last]).astype(jnp.float32)
         targets, weights = batch.targets[:, last], batch.weights[:, last]
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=-1)[:, :, 0]
         right = (logits.argmax(axis=-1) == targets) | (weights == 0)
         scores = right.all(axis=1), (losses * weights).sum(axis=1) / weights.sum(axis=1)
-        return program.placement.everywhere(scores)
+        return replicate(program.placement.mesh, scores)
 
 
 @dataclass(frozen=True)

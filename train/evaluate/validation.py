@@ -8,11 +8,12 @@ import numpy as np
 
 from dynmask_jax import Mask
 from dynmask_jax.array_typing import Int
-from train.config.run import Run
 from train.data.batch import Batch
 from train.data.corpus import Corpus
 from train.evaluate.needle import Needles, Probe
-from train.step.program import Evaluated, Program, State
+from train.parallel.feed import pad_rows, place_batch
+from train.step.program import Program
+from train.step.state import Evaluated, State
 
 
 @dataclass(frozen=True)
@@ -39,35 +40,33 @@ class Validator:
     Args:
       program: of the run.
       corpus: whose held-out rows are read.
-      run: the config.
       order: of the tokens of a row over the devices of a mesh, `Layouts.full`; any is right.
     """
 
-    def __init__(
-        self, program: Program, corpus: Corpus, run: Run, order: Int[np.ndarray, " T"] | None = None
-    ):
+    def __init__(self, program: Program, corpus: Corpus, order: Int[np.ndarray, " T"] | None = None):
+        run = program.run
         self._program, self._rows, self._order = program, corpus.held_out, order
         self._evaluate = jax.jit(program.evaluate)
         self._by_loss = run.curriculum.pace == "loss"
-        self._probe = Probe(program, corpus, run) if run.evaluation.needles else None
+        self._probe = Probe(program, corpus) if run.evaluation.needles else None
 
     def __call__(self, state: State) -> Validation:
         """The validation of a state's weights, or of their running mean where there is one."""
         params = self._program.weights(state)
-        full = self._measured(params, self._program.full_mask)
-        now = self._measured(params, self._program.mask(state)) if self._by_loss else None
+        full = self._measured(params, self._program.masks.full)
+        now = self._measured(params, self._program.masks.at(state)) if self._by_loss else None
         return Validation(
             loss=_mean(full),
-            positions=_by_position(self._program.bucket_starts, full),
+            positions=_by_position(self._program.masks.bucket_starts, full),
             pace_loss=None if now is None else _mean(now),
             needle=None if self._probe is None else self._probe(params),
         )
 
     def _measured(self, params, mask: Mask) -> Evaluated:
-        on = self._program.placement
+        mesh = self._program.placement.mesh
 
         def evaluate(rows: Batch) -> Evaluated:
-            return self._evaluate(params, on.place(on.filled(rows), self._order), mask)
+            return self._evaluate(params, place_batch(mesh, pad_rows(mesh, rows), self._order), mask)
 
         return total(evaluate, self._rows)
 

@@ -18,6 +18,7 @@ from train.evaluate.summaries import Summarizer, evaluate_summaries
 from train.metrics import log
 from train.metrics.log import open_log
 from train.metrics.mfu import Peak, work
+from train.parallel.mesh import to_one_device
 from train.parallel.processes import Processes
 from train.report import page
 from train.report.outcome import Summary
@@ -34,7 +35,6 @@ class Finish:
     """The end of a run.
 
     Attributes:
-      run: its config.
       folder: where its records lie, and the rest goes to.
       corpus: its texts.
       program: its model and curriculum.
@@ -42,12 +42,16 @@ class Finish:
       processes: of which the first writes, and the others wait for it.
     """
 
-    run: Run
     folder: RunFolder
     corpus: Corpus
     program: Program
     peak: Peak
     processes: Processes
+
+    @property
+    def run(self) -> Run:
+        """The config."""
+        return self.program.run
 
     def __call__(self, state: State, compilations: int) -> Summary:
         """The summary of the whole run; in other processes than the first it has no records.
@@ -60,7 +64,7 @@ class Finish:
           WriteError: the folder cannot be written to.
         """
         if self.processes.call_on_first(self._lacks_summaries):
-            weights = self.program.placement.alone((self.program.weights(state), state.key))
+            weights = to_one_device(self.program.placement.mesh, (self.program.weights(state), state.key))
             self.processes.call_on_first(lambda: self._summarise(*weights))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         self.processes.call_on_first(lambda: self._report(parameters, compilations))
@@ -71,7 +75,7 @@ class Finish:
 
     def _report(self, parameters: int, compilations: int):
         if compilations or not self.folder.report.exists():
-            facts = Facts(self.run, self.corpus, self.program.growth, parameters, self.peak)
+            facts = Facts(self.run, self.corpus, self.program.masks.growth, parameters, self.peak)
             with writing(self.folder.report):
                 page.write(self.folder.path, facts, self._summary(compilations))
 

@@ -23,13 +23,17 @@ from train.step.state import State
 class Session:
     """A run that is ready to go on from `state`, with `batches` at the same place. Training uses both up."""
 
-    run: Run
     folder: RunFolder
     corpus: Corpus
     program: Program
     state: State
     batches: grain.DatasetIterator
     processes: Processes
+
+    @property
+    def run(self) -> Run:
+        """The config."""
+        return self.program.run
 
     @property
     def opening(self) -> str:
@@ -82,7 +86,7 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
         processes.call_on_first(lambda: _begin(folder, run, done))
     # Bound to its devices, as a restored one is: the very same program is compiled for both.
     state = restored or jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
-    return Session(run, folder, texts, program, state, batches, processes)
+    return Session(folder, texts, program, state, batches, processes)
 
 
 def _check_folder(folder: RunFolder, run: Run, overwrite: bool):

@@ -19,6 +19,7 @@ from train.loop.signals import StopSignals
 from train.metrics import log, mfu
 from train.metrics.log import Log
 from train.metrics.profile import Profile
+from train.parallel.feed import place_batch
 from train.report.outcome import Summary
 from train.step.layouts import Layouts
 from train.step.pace import advance
@@ -71,7 +72,7 @@ def train(session: Session) -> Summary | Interrupted:
             if interrupted is not None:
                 return interrupted
             state, compilations = training.state, training.compilations
-    finish = Finish(session.run, session.folder, session.corpus, session.program, peak, session.processes)
+    finish = Finish(session.folder, session.corpus, session.program, peak, session.processes)
     return finish(state, compilations)
 
 
@@ -99,10 +100,11 @@ class _Training:
         self._log: Log = stack.enter_context(_opened_log(session, peak))
         watch = run.watch if processes.first else replace(run.watch, profile=None)
         self._profile = stack.enter_context(Profile(session.folder.profile, watch))
-        self._place, self._layouts = program.placement.place, Layouts.of(program, text.held_out[0])
+        self._place = partial(place_batch, program.placement.mesh)
+        self._layouts = Layouts.of(program, text.held_out[0])
         processes.check_equal(" ".join(self._layouts.names), "mesh.layout: the layouts")
         self._stage = int(self.state.pace.stage)
-        self._validator = Validator(program, text, run, self._layouts.full)
+        self._validator = Validator(program, text, self._layouts.full)
         self._train_step = jax.jit(program.train_step, donate_argnums=0)
         self._advance = jax.jit(partial(advance, options=run.curriculum))
 

@@ -49,7 +49,7 @@ import jax
 from train.config.run import Run
 from train.metrics.mfu import Peak, Work
 from train.metrics.writers import Record, Sink, open_sinks, steps_done
-from train.step.program import Metrics
+from train.step.state import Metrics
 
 if TYPE_CHECKING:
     from train.evaluate.validation import Validation

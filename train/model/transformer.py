@@ -13,22 +13,24 @@ from dynmask_jax.array_typing import Array, Float, Int, pytree
 from dynmask_jax.nnx import Attention
 from train.config import sections
 from train.config.sections import Reach
+from train.parallel.activations import constrain_activations, constrain_features, embed_tokens
+from train.parallel.gather_weights import gather_layer
 from train.parallel.sharding import Placement
 
 Plans = dict[Reach, Plan]
-"""The plan of each reach that the model's pattern has, "global" and "local"."""
+"""The plan of each reach in the model's pattern, "global" and "local"."""
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What a layer keeps for the backward pass, by the names of `model.remat`; "none" has no policy."""
+"""What a layer saves for the backward pass, by the names of `model.remat`; "none" has no policy."""
 
 
 @pytree
 class Cache:
-    """Keys and values of the tokens so far, at the same slots in all layers. Made by `begin_cache`.
+    """Keys and values of the tokens so far, in the same slots in all layers. Made by `begin_cache`.
 
     Attributes:
       keys, values: `[layers, B, S, K, H]`, S slots.
@@ -38,7 +40,7 @@ class Cache:
     values: Float[Array, "layers B S K H"]
 
     def write(self, layer, slot, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "Cache":
-        """The cache with a layer's keys and values from `slot` on."""
+        """The cache with a layer's keys and values written from `slot` on."""
         at = (layer, 0, slot, 0, 0)
         return Cache(
             jax.lax.dynamic_update_slice(self.keys, k[None], at),
@@ -57,7 +59,8 @@ class FeedForward(nnx.Module):
         self.down = linear(shape.hidden, shape.width)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(self.placement.features(nnx.silu(self.gate(x)) * self.up(x)))
+        hidden = nnx.silu(self.gate(x)) * self.up(x)
+        return self.down(constrain_features(self.placement.mesh, hidden))
 
 
 class Block(nnx.Module):
@@ -81,28 +84,29 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], plan: Plan, cache: Cache | None = None, layer=0, slot=0
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The block's output; with a cache, x's keys go there first, and all it holds are attended to."""
+        """The block's output. With a cache, x's keys are written there first, and x attends to all keys."""
         normed = _normed(self.attention_norm, x)
         k, v = self.attention.keys_values(normed, plan.q_tokens)
         if cache is not None:
             cache = cache.write(layer, slot, k, v)
             k, v = cache.keys[layer], cache.values[layer]
-        settle = self.placement.activations
-        x = settle(x + self.attention.attend(normed, k, v, plan))
-        return settle(x + self.feed_forward(_normed(self.feed_forward_norm, x))), cache
+        mesh = self.placement.mesh
+        x = constrain_activations(mesh, x + self.attention.attend(normed, k, v, plan))
+        fed = self.feed_forward(_normed(self.feed_forward_norm, x))
+        return constrain_activations(mesh, x + fed), cache
 
 
 class Transformer(nnx.Module):
     """The language model. Its first predictions are uniform: the last projection starts at zero.
 
-    Layers are kept in groups, one of each reach in the pattern, stacked: weights are
-    `[layers / len(pattern), …]`. From 5 layers on, one loop runs over the groups, so that a program's
-    size does not depend on how many there are.
+    A group of layers is one repetition of the pattern. The weights of groups are stacked:
+    `[layers / len(pattern), …]`. From 5 layers on, one loop runs over the groups, so that the size of the
+    program does not depend on the number of layers.
 
     Args:
       shape: its sizes.
-      vocabulary: how many different tokens there are.
-      placement: the devices that it computes on.
+      vocabulary: the number of different tokens.
+      placement: the devices that it computes on; None: one device.
       rngs: with a `params` stream.
     """
 
@@ -110,12 +114,13 @@ class Transformer(nnx.Module):
         self,
         shape: sections.Model,
         vocabulary: int,
-        placement: Placement = Placement(),
+        placement: Placement | None = None,
         *,
         rngs: nnx.Rngs,
     ):
-        # As large as what a layer adds: tokens that are drowned in the first layers' noise learn slowly.
+        # As large as what a layer adds: an embedding that is small beside it is learnt slowly.
         unit = nnx.initializers.normal(1.0)
+        placement = placement or Placement()
         self.shape, self.placement, dtype = shape, placement, jnp.dtype(shape.dtype)
         self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=unit, dtype=dtype, rngs=rngs)
 
@@ -138,7 +143,7 @@ class Transformer(nnx.Module):
         """hidden `[..., D]` -> logits `[..., vocabulary]`, in float32 whatever the dtype."""
 
     def __call__(self, tokens: Int[Array, "B T"], plans: Plans) -> Float[Array, "B T D"]:
-        """What `logits` makes the predictions of each next token from."""
+        """The features from which `logits` predicts each next token."""
         return self._layers(tokens, plans)[0]
 
     def begin_cache(self, batch: int, slots: int) -> Cache:
@@ -153,11 +158,11 @@ class Transformer(nnx.Module):
         """The same for tokens that follow those in the cache, and the cache with theirs added.
 
         Args:
-          tokens: put at slots slot … slot + T − 1, which must be there.
-          plans: whose queries are these tokens and whose keys are all slots, with segment 0 where
-            nothing is yet, hidden by `SameSegment`.
-          cache: of the tokens before them.
-          slot: of the first; it may be traced.
+          tokens: written to the slots slot … slot + T − 1, which the cache must have.
+          plans: their queries are these tokens, their keys are all slots. Empty slots have segment 0, which
+            `SameSegment` hides.
+          cache: of the tokens before.
+          slot: of the first token; it may be traced.
         """
         return self._layers(tokens, plans, cache, slot)
 
@@ -175,14 +180,14 @@ class Transformer(nnx.Module):
 
         numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)
         with jax.named_scope("embedding"):
-            start = self.placement.embedded(self.embed, tokens)
+            start = embed_tokens(self.placement.mesh, self.embed, tokens)
         unroll = 1 if self._looped else len(numbers)
         (x, cache), _ = jax.lax.scan(group, (start, cache), (numbers, weights), unroll=unroll)
         return _normed(self.norm, x), cache
 
     @property
     def _looped(self) -> bool:
-        """Whether the program has a loop: not for few layers, as what each keeps is copied in and out of it.
+        """Whether groups run in a loop. Few do not: a loop copies what each saves in and out.
 
         Measured on two CPU cores, 4,096 bytes, width 64: a train step of 2 layers takes 209 ms without
         the loop and 233 ms with it at the start of a curriculum, and 424 and 455 ms at its end.
@@ -190,23 +195,23 @@ class Transformer(nnx.Module):
         return self.shape.layers > 4
 
     def _remat(self, block: Any) -> Callable:
-        """The block, which keeps for the backward pass what `model.remat` says.
+        """The block, which saves for the backward pass what `model.remat` says.
 
-        On a mesh its weights are gathered within: full rematerialisation keeps each device's part alone.
+        On a mesh its weights are gathered inside, so that full rematerialisation saves only the shards.
         """
         graph, state = nnx.split(block)
 
         def call(weights, *arguments):
-            whole = self.placement.gathered(weights, jnp.dtype(self.shape.dtype))
+            whole = gather_layer(self.placement.mesh, weights, jnp.dtype(self.shape.dtype))
             return nnx.merge(graph, whole)(*arguments)
 
         if self.shape.remat != "none":
-            # In a loop's body XLA sees no backward pass whose work it might take for the same.
+            # XLA cannot merge a loop's body with the backward pass, so nothing has to prevent it there.
             policy = POLICIES[self.shape.remat]
             call = jax.checkpoint(call, policy=policy, prevent_cse=not self._looped)
         return partial(call, nnx.to_pure_dict(state))
 
 
 def _normed(norm: nnx.RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Computed in float32 whatever dtype comes and goes."""
+    """The norm, computed in float32; the result has the dtype of x."""
     return norm(x.astype(jnp.float32)).astype(x.dtype)

@@ -1,4 +1,7 @@
-"""The curriculum that a config asks for, as functions of a clock: the global step, or a stage's step."""
+"""What a run shows: the full mask, its count of pairs, and the curriculum's masks as functions of a clock.
+
+The clock is the global step, or the first step of a stage.
+"""
 
 from dataclasses import dataclass
 
@@ -19,21 +22,24 @@ from dynmask_jax import (
     reveal,
 )
 from dynmask_jax import Curriculum as MaskCurriculum
+from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.schedules import Schedule
 from train.config import sections
 from train.config.run import Run
+from train.config.sections import Reach
+from train.data.batch import Batch
 from train.data.tasks import task_of
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What a run shows, at each step of a clock.
+    """What a run shows at each step of a clock.
 
     Attributes:
-      window: `clock -> tokens`, what is logged: the tokens of the window or chunk.
-      mask: `clock -> Mask`, which the window drives.
-      full: the mask that shows all that the task does: where the growth ends, and evaluation takes place.
-      steps: of the clock, that the growth takes.
+      window: `clock -> tokens` of the window or chunk, which is logged.
+      mask: `clock -> Mask`, by the window.
+      full: the full mask, all that the task shows: the end of the growth, and the mask of evaluation.
+      steps: the number of clock steps that the growth takes.
     """
 
     window: Schedule
@@ -43,7 +49,7 @@ class Growth:
 
 
 def growth(run: Run) -> Growth:
-    """The growth of a run's curriculum, over its own share of the run's steps.
+    """The growth of a run's curriculum, over `curriculum.share` of the run's steps.
 
     Raises:
       ValueError: `multiple_of` does not divide the start or the end.
@@ -71,6 +77,29 @@ def full_mask(run: Run) -> Mask:
     return mask & SameSegment() if run.data.rows == "packed" else mask
 
 
+def full_pairs(run: Run, batch: Batch) -> dict[Reach, Float[Array, ""]]:
+    """Visible pairs of one layer of each reach in the pattern, at the full mask, over all rows.
+
+    Counted from positions, without looking at a pair: each token sees itself and those before it in its
+    document, at most `local_window` in a local layer. Where the task reads ahead, tokens of the prefix see
+    each other both ways: each of these pairs counts twice, except a token with itself.
+    """
+    if run.data.rows == "chunked":
+        length = batch.inputs.shape[1]
+        before, real = jnp.broadcast_to(jnp.arange(length), batch.inputs.shape), jnp.asarray(True)
+    else:
+        before, real = batch.context, batch.segments > 0
+    ahead = task_of(run).visible_ahead(run)
+    both_ways = batch.positions < ahead if ahead else jnp.asarray(False)
+    windows: dict[Reach, int] = {"global": run.data.length, "local": run.model.local_window}
+
+    def pairs(window: int):
+        seen = jnp.minimum(before + 1, window).astype(jnp.float32)
+        return jnp.where(real, jnp.where(both_ways, 2 * seen - 1, seen), 0.0).sum()
+
+    return {reach: pairs(windows[reach]) for reach in set(run.model.pattern)}
+
+
 def _window(curriculum: sections.Curriculum, length: int, steps: int) -> Schedule:
     if curriculum.kind == "full":
         return constant(length)
@@ -89,7 +118,7 @@ def _window(curriculum: sections.Curriculum, length: int, steps: int) -> Schedul
 
 
 def _shown(run: Run, window: Schedule, base: Mask) -> MaskCurriculum:
-    """What the window shows of the base."""
+    """The part of the base mask that the window shows."""
     curriculum, length = run.curriculum, run.data.length
     if curriculum.kind == "window":
         return growing_window(window, base=base)
@@ -97,10 +126,10 @@ def _shown(run: Run, window: Schedule, base: Mask) -> MaskCurriculum:
         amount = lambda clock: jnp.asarray(window(clock)).astype(jnp.float32) / length  # noqa: E731
         return reveal(curriculum.chunk, amount, curriculum.order, base=base, seed=run.seed)
     if task_of(run).has_boundary:
-        return lambda clock: base & Predicate(_same_chunk_of_the_document, window(clock), length - 1)
+        return lambda clock: base & Predicate(_same_chunk_of_the_prefix, window(clock), length - 1)
     return growing_chunks(window, base=base)
 
 
-def _same_chunk_of_the_document(q, k, chunk, last):
-    """Chunks counted back from the document's last position; the summary belongs to the nearest."""
+def _same_chunk_of_the_prefix(q, k, chunk, last):
+    """Chunks counted back from the prefix's last position; the rest belongs to the nearest."""
     return maximum(last - q.position, 0) // chunk == (last - k.position) // chunk

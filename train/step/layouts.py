@@ -15,9 +15,9 @@ from train.data.batch import Batch
 from train.step.program import Program
 
 STAGES = 8
-"""Of a curriculum that steps move: how often a layout is chosen while it grows."""
+"""The number of times that a layout is chosen while a curriculum paced by steps grows."""
 ROWS = 4
-"""Held-out rows that a layout is chosen by."""
+"""The number of held-out rows that a layout is chosen by."""
 
 Order = Int[np.ndarray, " T"]
 
@@ -26,15 +26,15 @@ Order = Int[np.ndarray, " T"]
 class Layouts:
     """The order of a row's tokens on a mesh at each step of a run. Made by `Layouts.of`.
 
-    An order holds which token goes to each place; None: the row stays as it is.
+    An order is the token at each place of a row; None: the row stays as it is.
 
     Attributes:
       run: the config.
-      steps: of the curriculum's clock, that its growth takes.
+      steps: the number of clock steps that the curriculum's growth takes.
       starts: the clock at which each stage begins, from 0.
-      names: of each stage's layout.
-      orders: of each stage.
-      full: at the full mask, which validation takes place under.
+      names: the layout of each stage.
+      orders: the order of each stage.
+      full: the order at the full mask, for validation.
     """
 
     run: Run
@@ -46,37 +46,39 @@ class Layouts:
 
     @classmethod
     def of(cls, program: Program, example: Batch) -> "Layouts":
-        """The config's layout; or, where that is auto, what the simulator picks for each stage.
+        """The config's layout; where that is auto, the simulator's choice for each stage.
 
-        Picks follow from the config, the example and the kind of device alone, so they are the same in
-        every process, and again when a run goes on. They take seconds, of a row of a million tokens too.
+        Choices depend only on the config, the example and the kind of device, so they are the same in every
+        process and after a resumption. They take seconds, even for a row of a million tokens.
 
         Args:
           program: of the run.
-          example: NumPy rows like those of training: the first held-out ones.
+          example: NumPy rows like those of training: the first batch of held-out rows.
         """
-        run, steps = program.run, program.growth.steps
+        run, steps = program.run, program.masks.growth.steps
         if run.mesh.context == 1 or run.mesh.layout == "contiguous":
             return cls(run, steps, (0,), ("contiguous",), (None,), None)
         if run.mesh.layout != "auto":
             order = layout_order(run.mesh.layout, run.data.length, run.mesh.context)
             return cls(run, steps, (0,), (run.mesh.layout,), (order,), order)
         starts = _starts(run, steps)
-        picks = [_pick(program, example, program.growth.mask(at)) for at in _typical(run, starts)]
+        picks = [
+            _pick(program, example, program.masks.growth.mask(at)) for at in _representative(run, starts)
+        ]
         names, orders = zip(*picks, strict=True)
-        return cls(run, steps, starts, names, orders, _pick(program, example, program.full_mask)[1])
+        return cls(run, steps, starts, names, orders, _pick(program, example, program.masks.full)[1])
 
     def order(self, step: int, stage: int = 0) -> Order | None:
         """The order of the rows of a step.
 
         Args:
           step: its number, from 0.
-          stage: of the pace, `State.pace.stage`, which counts where the loss moves the curriculum.
+          stage: of the pace, `State.pace.stage`; read only where the loss moves the curriculum.
         """
         return self.orders[self._at(step, stage)]
 
     def name(self, step: int, stage: int = 0) -> str:
-        """The layout of a step, in words."""
+        """The name of a step's layout."""
         return self.names[self._at(step, stage)]
 
     def _at(self, step: int, stage: int) -> int:
@@ -86,24 +88,24 @@ class Layouts:
 
 
 def _starts(run: Run, steps: int) -> tuple[int, ...]:
-    """The clock at the beginning of each stage, the one after the growth included."""
+    """The clock at the beginning of each stage, including the stage after the growth."""
     if run.curriculum.kind in ("full", "static"):
         return (0,)
     stages = STAGES if run.curriculum.pace == "steps" else run.curriculum.stages
     return tuple(sorted({steps * stage // stages for stage in range(stages + 1)}))
 
 
-def _typical(run: Run, starts: tuple[int, ...]) -> list[int]:
-    """Of each stage the clock whose mask stands for it: its middle, or, paced by the loss, all there is."""
+def _representative(run: Run, starts: tuple[int, ...]) -> list[int]:
+    """The clock whose mask represents each stage: its middle; paced by the loss, its only one."""
     if run.curriculum.pace == "loss":
         return list(starts)
     return [(start + stop) // 2 for start, stop in zip(starts, [*starts[1:], starts[-1]], strict=True)]
 
 
 def _pick(program: Program, example: Batch, mask: Mask) -> tuple[str, Order | None]:
-    """The simulator's layout for a mask, of the layers that see most."""
+    """The simulator's layout for a mask, for the layers that see most of it."""
     run, shape = program.run, program.run.model
-    masks = program.masks(mask)
+    masks = program.masks.by_reach(mask)
     found = balance(
         masks.get("global", masks[shape.pattern[0]]),
         _tokens(run, example),

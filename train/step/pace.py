@@ -1,4 +1,4 @@
-"""What moves the curriculum: the steps themselves, or the validation loss."""
+"""The pace of the curriculum: by steps, or by the validation loss."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from train.config import sections
 
 @pytree
 class Pace:
-    """How far a curriculum paced by the loss has come. Part of the training state.
+    """The progress of a curriculum paced by the loss. Part of the training state.
 
     Attributes:
-      stage: of `curriculum.stages`, which is also the last: everything is shown. int32.
-      best: the least validation loss of this stage; infinite before its first. float32.
-      waited: validations in this stage. int32.
+      stage: from 0 to `curriculum.stages`, at which everything is shown. int32.
+      best: the least validation loss in this stage; infinite before the first. float32.
+      waited: the number of validations in this stage. int32.
     """
 
     stage: Int[Array, ""]
@@ -30,9 +30,9 @@ def first_stage() -> Pace:
 def advance(pace: Pace, validation_loss: Float[Array, ""] | float, options: sections.Curriculum) -> Pace:
     """The pace after one more validation under the mask of the stage.
 
-    A stage is over once a validation improves on the stage's best by less than `tolerance` of it, or
-    after `patience` validations, whatever they gave: so the last stage comes after at most
-    stages · patience validations. NaN is no improvement. In the last stage nothing changes.
+    A stage ends once a validation improves on the stage's best by less than `tolerance` of it, or after
+    `patience` validations. So the last stage begins after at most stages · patience validations. NaN is no
+    improvement. In the last stage nothing changes.
 
     >>> from train.config.sections import Curriculum
     >>> pace, stages = first_stage(), []
@@ -45,16 +45,16 @@ def advance(pace: Pace, validation_loss: Float[Array, ""] | float, options: sect
     loss = jnp.asarray(validation_loss, jnp.float32)
     improved = (pace.waited == 0) | (pace.best - loss >= options.tolerance * pace.best)
     over = ~improved | (pace.waited + 1 >= options.patience)
-    here = Pace(pace.stage, loss, pace.waited + 1)  # the best so far, or the stage were over
+    here = Pace(pace.stage, loss, pace.waited + 1)  # the loss is the best so far: otherwise the stage is over
     last = pace.stage >= options.stages
     return _choose(last, pace, _choose(over, _stage(pace.stage + 1), here))
 
 
 def clock(pace: Pace, step: Int[Array, ""] | int, growing: int, options: sections.Curriculum) -> Array:
-    """The step that a curriculum which grows over `growing` steps is read at.
+    """The step at which a curriculum that grows over `growing` steps is evaluated.
 
-    The training step itself; or, paced by the loss, the step at which the stage begins: 0 in the
-    first, `growing` in the last.
+    It is the training step; or, paced by the loss, the step at which the stage begins: 0 in the first,
+    `growing` in the last.
     """
     if options.pace == "steps":
         return jnp.asarray(step)

@@ -1,4 +1,4 @@
-"""What training changes, and what its steps report: the records that `train.step.program` makes."""
+"""The state of training, and what its steps report: the records that `train.step.program` makes."""
 
 import optax
 
@@ -9,14 +9,14 @@ from train.step.pace import Pace
 
 @pytree
 class State:
-    """What training changes: all of it but the place in the data.
+    """The state of training: everything but the position in the data.
 
     Attributes:
-      step: how many steps have been done, which is also the number of the next: int32.
+      step: the number of steps done, which is also the number of the next step: int32.
       params: the weights, a dictionary of arrays.
       optimizer: optax's state, an `optax.ApplyIfFiniteState`.
-      ema: a running mean of the weights; None where the run has none.
-      pace: of a curriculum that the loss moves.
+      ema: the running mean of the weights; None where the run has none.
+      pace: the progress of a curriculum that the validation loss moves.
       key: the data of the run's random key, uint32: `jax.random.wrap_key_data`.
     """
 
@@ -33,19 +33,19 @@ class Metrics:
     """What a train step reports.
 
     Attributes:
-      loss: mean over the batch's weights, nats a token, without the z-loss.
-      weight: tokens in the loss.
-      tokens: tokens that are not padding.
+      loss: the weighted mean, nats a token, without the z-loss.
+      weight: the number of tokens in the loss.
+      tokens: the number of tokens that are not padding.
       exposure: visible pairs of all layers ÷ those at the full mask, 0…1.
       window: tokens of the window or chunk.
-      pairs: of each reach, visible pairs of one layer (the mean over its heads), over all rows.
+      pairs: for each reach, visible pairs of one layer (the mean over its heads), over all rows.
       gradient_norm: before it is clipped.
       learning_rate: of this step.
-      hops: how often keys and values went on to the next device of the context axis, in a forward pass of
-        the layers where they went farthest.
-      bytes_moved: that a device sent, keys and values in the forward passes of all layers.
-      skipped: steps so far whose loss or gradient was not finite, which changed no weight.
-      skipped_in_a_row: of these, how many since the last step that was not.
+      hops: how often keys and values were sent to the next device of the context axis, in a forward pass of
+        the layers that sent them farthest.
+      bytes_moved: keys and values that a device sent, in the forward passes of all layers.
+      skipped: the number of steps so far that were skipped because the loss or gradient was not finite.
+      skipped_in_a_row: the number of these since the last step that was not skipped.
     """
 
     loss: Float[Array, ""]
@@ -64,10 +64,11 @@ class Metrics:
 
 @pytree
 class Evaluated:
-    """Losses of a batch, by how many tokens of its document come before each: `Program.bucket_starts`.
+    """Losses of a batch, by the number of tokens of the same document before each: `Masks.bucket_starts`.
 
     Attributes:
-      loss_sum: weighted, in nats. weight: what it is to be divided by. Both `[buckets]`.
+      loss_sum: weighted, in nats, `[buckets]`.
+      weight: the sum of the weights, `[buckets]`.
     """
 
     loss_sum: Float[Array, " buckets"]

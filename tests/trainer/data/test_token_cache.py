@@ -192,13 +192,13 @@ def test_an_end_token_that_text_can_hold_is_refused(tmp_path):
 def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "x.txt"
     path.write_text("text")
-    encoded = token_cache.encoded
+    encoded = token_cache.encode_records
 
     def slow(*arguments):
         yield from encoded(*arguments)
         path.write_text("other text")
 
-    monkeypatch.setattr(token_cache, "encoded", slow)
+    monkeypatch.setattr(token_cache, "encode_records", slow)
     with pytest.raises(OSError, match=r"data\.paths: files changed while they were read"):
         made(path)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -261,11 +261,11 @@ from pathlib import Path
 from train.data import token_cache
 from train.data.sources import sources
 from train.data.tokenizers import load_tokenizer
-encoded = token_cache.encoded
+encoded = token_cache.encode_records
 def cut(*arguments):
     yield next(encoded(*arguments))
     os.kill(os.getpid(), 9)
-token_cache.encoded = cut
+token_cache.encode_records = cut
 token_cache.token_cache(sources([sys.argv[1]]), "lm", {}, load_tokenizer("bytes"), Path(sys.argv[2]))
 """
 
@@ -290,15 +290,15 @@ def test_two_processes_may_make_the_same_cache_where_there_are_no_locks(tmp_path
 
     monkeypatch.setattr(token_cache.fcntl, "flock", no_locks)
     path = write_lines(tmp_path / "x.jsonl", [{"text": "one"}, {"text": "two"}])
-    encoded = token_cache.encoded
+    encoded = token_cache.encode_records
 
     def beaten(*arguments):
         """The other process begins and finishes while this one reads."""
-        monkeypatch.setattr(token_cache, "encoded", encoded)
+        monkeypatch.setattr(token_cache, "encode_records", encoded)
         made(path)
         return encoded(*arguments)
 
-    monkeypatch.setattr(token_cache, "encoded", beaten)
+    monkeypatch.setattr(token_cache, "encode_records", beaten)
     assert texts(made(path)) == [b"one\0", b"two\0"]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

@@ -50,7 +50,7 @@ def rows(tmp_path):
     """The rows of one depth after the other: depths, needles, right and wrong."""
     run = run_of(tmp_path)
     program, _ = begin(run, BYTES.vocabulary)
-    probe = Probe(program, text(), run)
+    probe = Probe(program, text())
     stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:30], *probe._batches)
     return jax.tree.map(lambda leaf: leaf.reshape(len(DEPTHS), 3, 2, LENGTH), stacked)
 
@@ -86,7 +86,7 @@ def test_the_hay_is_real_text(rows):
 def test_a_summaries_question_stands_where_summaries_do(tmp_path):
     run = replace(run_of(tmp_path), task="summarize")
     program, _ = begin(run, BYTES.vocabulary)
-    batch = Probe(program, text(), run)._batches[0]
+    batch = Probe(program, text())._batches[0]
     ends = batch.inputs == BYTES.end
     assert (ends.sum(axis=1) == 1).all()
     assert (batch.positions[ends] == LENGTH).all()
@@ -117,7 +117,7 @@ def test_a_model_that_finds_every_needle_and_one_that_finds_none(tmp_path, right
     run = run_of(tmp_path)
     program, _ = begin(run, BYTES.vocabulary)
     graph, params = nnx.split(Finder(right))
-    found = Probe(replace(program, graph=graph), text(), run)(params)
+    found = Probe(replace(program, graph=graph), text())(params)
     assert found["depths"] == list(DEPTHS)
     assert found["found"] == [float(right)] * 5
     if right:  # five of six tokens: 9 nats better than a wrong digit that the other needle makes likely
@@ -129,7 +129,7 @@ def test_a_row_too_short_for_a_needle_is_refused(tmp_path):
     run = replace(run, data=replace(run.data, length=40))
     program, _ = begin(run, BYTES.vocabulary)
     with pytest.raises(ValueError, match=r"evaluation\.needles needs data\.length of at least \d+ .*got 40"):
-        Probe(program, text(), run)
+        Probe(program, text())
 
 
 def test_a_riddles_numbers_differ_in_every_digit():

@@ -12,7 +12,8 @@ from train.config.operation import Evaluation
 from train.config.sections import Curriculum
 from train.data.corpus import read_corpus
 from train.evaluate.validation import Validator, total
-from train.step.program import Evaluated, begin
+from train.step.program import begin
+from train.step.state import Evaluated
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def validated(run):
 
 def test_the_loss_is_the_mean_of_all_held_out_tokens_and_of_its_buckets(run):
     program, state, text = validated(run)
-    validation = Validator(program, text, run)(state)
-    parts = [program.evaluate(state.params, batch, program.full_mask) for batch in text.held_out]
+    validation = Validator(program, text)(state)
+    parts = [program.evaluate(state.params, batch, program.masks.full) for batch in text.held_out]
     losses, weights = (np.sum([getattr(p, name) for p in parts], axis=0) for name in ("loss_sum", "weight"))
     assert validation.loss == pytest.approx(losses.sum() / weights.sum(), rel=1e-6)
     assert list(validation.positions) == ["0", "64"]
@@ -50,14 +51,14 @@ def test_the_loss_is_the_mean_of_all_held_out_tokens_and_of_its_buckets(run):
 @pytest.mark.parametrize("kind", ["full", "static", "window", "reveal"])
 def test_the_mask_is_the_full_one_whatever_the_curriculum(run, kind):
     other = replace(run, curriculum=Curriculum(kind=kind, start=4, chunk=8))
-    of_run, of_other = (Validator(p, t, r)(s) for r in (run, other) for p, s, t in [validated(r)])
+    of_run, of_other = (Validator(p, t)(s) for r in (run, other) for p, s, t in [validated(r)])
     assert of_other.loss == of_run.loss
 
 
 def test_a_pace_by_loss_is_told_the_loss_under_its_own_mask(run):
     paced = replace(run, curriculum=replace(run.curriculum, pace="loss", stages=4, patience=2))
     program, state, text = validated(paced)
-    validate = Validator(program, text, paced)
+    validate = Validator(program, text)
     now = replace(state, pace=replace(state.pace, stage=jnp.int32(2)))
     assert validate(now).pace_loss != pytest.approx(validate(state).pace_loss, rel=1e-4)
     last = replace(state, pace=replace(state.pace, stage=jnp.int32(4)))
@@ -67,11 +68,11 @@ def test_a_pace_by_loss_is_told_the_loss_under_its_own_mask(run):
 def test_the_running_mean_is_validated_where_there_is_one(run):
     averaged = replace(run, optimizer=replace(run.optimizer, ema=0.9))
     program, state, text = validated(averaged)
-    validate = Validator(program, text, averaged)
+    validate = Validator(program, text)
     assert validate(state).loss == pytest.approx(np.log(256), rel=1e-5), "it is still the first, uniform one"
     plain, state, text = validated(run)
     averages = replace(state, params=jax.tree.map(jnp.zeros_like, state.params), ema=state.params)
-    assert validate(averages).loss == pytest.approx(Validator(plain, text, run)(state).loss, rel=1e-6)
+    assert validate(averages).loss == pytest.approx(Validator(plain, text)(state).loss, rel=1e-6)
 
 
 def test_buckets_without_a_token_are_left_out_and_do_not_spoil_the_mean():

@@ -257,7 +257,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     session = prepare(run)
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), session.state.params)
     run = replace(run, optimizer=Optimizer(give_up=99))
-    session = replace(session, run=run, state=replace(session.state, params=broken))
+    program = replace(session.program, run=run)
+    session = replace(session, program=program, state=replace(session.state, params=broken))
     with pytest.raises(NotFinite, match=r"the weights after step 8 are not finite; they were not saved"):
         train(session)
 

@@ -19,7 +19,10 @@ from train.config.sections import Curriculum, Data, Loss, Model, Optimizer
 from train.data.batch import Batch
 from train.data.corpus import read_corpus
 from train.evaluate.validation import Validator
+from train.parallel.feed import place_batch
+from train.parallel.mesh import to_one_device
 from train.parallel.sharding import Placement
+from train.parallel.weights import shardings_of
 from train.step.layouts import Layouts
 from train.step.program import begin, program_of, state_like
 
@@ -97,11 +100,11 @@ def test_a_train_step_is_that_of_one_device(name):
     run = run_of(case.mesh, **case.options)
     batch, (program, state) = batch_of(run), first_state(run)
     on_mesh = program_of(run, VOCABULARY, Placement.of(run.mesh))
-    place, like = on_mesh.placement.place, state_like(on_mesh, VOCABULARY)
+    mesh, like = on_mesh.placement.mesh, state_like(on_mesh, VOCABULARY)
     order = layout_order(case.order, LENGTH, run.mesh.context)
     expected, alone = jax.jit(program.train_step)(state, batch)
-    spread = jax.device_put(state, on_mesh.placement.shardings(state))
-    after, measured = jax.jit(on_mesh.train_step)(spread, place(batch, order))
+    spread = jax.device_put(state, shardings_of(mesh, state))
+    after, measured = jax.jit(on_mesh.train_step)(spread, place_batch(mesh, batch, order))
     assert_same_step((after, measured), (expected, alone))
     assert (int(measured.hops) > 0) == (float(measured.bytes_moved) > 0) == (run.mesh.context > 1)
     # So the next step is the same program, and nothing is whole that has a part to be.
@@ -175,14 +178,14 @@ def test_a_curriculum_in_changing_layouts_is_one_compilation(growing):
     program, layouts = growing
     run = program.run
     alone, state = first_state(run)
-    spread = jax.device_put(state, program.placement.shardings(state))
+    spread = jax.device_put(state, shardings_of(program.placement.mesh, state))
     chex.clear_trace_counter()
     train_step = jax.jit(chex.assert_max_traces(program.train_step, n=1), donate_argnums=0)
     reference, hops, names = jax.jit(alone.train_step), [], []
     for step in range(run.steps):
         batch = batch_of(run, seed=step)
         state, expected = reference(state, batch)
-        spread, measured = train_step(spread, program.placement.place(batch, layouts.order(step)))
+        spread, measured = train_step(spread, place_batch(program.placement.mesh, batch, layouts.order(step)))
         if step == 0:
             assert_same_step((spread, measured), (state, expected))
         np.testing.assert_allclose(measured.loss, expected.loss, rtol=1e-4)
@@ -225,11 +228,11 @@ def test_validation_and_needles_on_a_mesh_find_what_one_device_does(tmp_path):
     run = small_run(tmp_path, evaluation=evaluation, data=data, model=ALIKE, block=32)
     text = read_corpus(run)
     program, state = first_state(run, text.tokenizer.vocabulary)
-    alone = Validator(program, text, run)(state)
+    alone = Validator(program, text)(state)
     run = replace(run, mesh=Mesh(data=2, context=4))
     program = program_of(run, text.tokenizer.vocabulary, Placement.of(run.mesh))
-    state = jax.device_put(state, program.placement.shardings(state))
-    spread = Validator(program, text, run, layout_order("zigzag", 128, 4))(state)
+    state = jax.device_put(state, shardings_of(program.placement.mesh, state))
+    spread = Validator(program, text, layout_order("zigzag", 128, 4))(state)
     assert spread.loss == pytest.approx(alone.loss, rel=1e-5)
     assert spread.positions == pytest.approx(alone.positions, rel=1e-5)
     assert spread.needle["found"] == alone.needle["found"]
@@ -239,9 +242,9 @@ def test_validation_and_needles_on_a_mesh_find_what_one_device_does(tmp_path):
 def test_weights_come_back_to_one_device():
     run = run_of(Mesh(fsdp=2, context=4))
     _, state = first_state(run)
-    placement = Placement.of(run.mesh)
-    spread = jax.device_put(state.params, placement.shardings(state.params))
-    alone = placement.alone(spread)
+    mesh = Placement.of(run.mesh).mesh
+    spread = jax.device_put(state.params, shardings_of(mesh, state.params))
+    alone = to_one_device(mesh, spread)
     chex.assert_trees_all_equal(alone, state.params)
     assert {len(leaf.devices()) for leaf in jax.tree.leaves(alone)} == {1}
 
@@ -249,7 +252,7 @@ def test_weights_come_back_to_one_device():
 def test_rows_go_to_their_devices_in_the_layouts_order():
     run = run_of(Mesh(data=2, context=4))
     order, batch = layout_order("zigzag", LENGTH, 4), batch_of(run)
-    placed = Placement.of(run.mesh).place(batch, order)
+    placed = place_batch(Placement.of(run.mesh).mesh, batch, order)
     assert {leaf.addressable_data(0).shape for leaf in jax.tree.leaves(placed)} == {(2, LENGTH // 4)}
     chex.assert_trees_all_equal(placed, jax.tree.map(lambda leaf: leaf[:, order], batch))
 
@@ -257,7 +260,7 @@ def test_rows_go_to_their_devices_in_the_layouts_order():
 def test_a_mesh_of_one_device_leaves_everything_as_it_is():
     placement, batch = Placement.of(Mesh()), batch_of(run_of())
     assert placement == Placement()
-    assert placement.place(batch) is batch
+    assert place_batch(placement.mesh, batch) is batch
     assert placement.attention(None) is attention
     assert placement.devices == jax.devices()[:1]
 

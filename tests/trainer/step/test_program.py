@@ -123,7 +123,7 @@ def test_a_step_leaves_a_state_like_the_one_it_was_given(run, kind, task):
 def test_a_whole_curriculum_is_one_compilation_and_its_exposure_is_the_masks(run, task, kind, options):
     batch, of_task = TASKS[task]
     program, state = of(run, **of_task, **options, curriculum=replace(run.curriculum, kind=kind, chunk=8))
-    first = jax.jit(program.evaluate)(state.params, batch, program.mask(state))
+    first = jax.jit(program.evaluate)(state.params, batch, program.masks.at(state))
     state, history = trained(program, state, batch, run.steps)
     assert float(history[0].loss) == pytest.approx(float(first.loss_sum.sum() / first.weight.sum()), rel=1e-5)
     windows = [int(metrics.window) for metrics in history]
@@ -131,9 +131,9 @@ def test_a_whole_curriculum_is_one_compilation_and_its_exposure_is_the_masks(run
     assert (windows[0], windows[-1], len(set(windows))) == (4, 32, 6)
     pattern, rows = program.run.model.pattern, program.run.data.rows
     local = {"global": LENGTH, "local": 5}
-    full = sum(pairs_of(program.full_mask, batch, rows, local[reach]) for reach in pattern)
+    full = sum(pairs_of(program.masks.full, batch, rows, local[reach]) for reach in pattern)
     for step, metrics in enumerate(history):
-        mask = program.growth.mask(step)
+        mask = program.masks.growth.mask(step)
         seen = {reach: pairs_of(mask, batch, rows, local[reach]) for reach in pattern}
         assert {reach: float(count) for reach, count in metrics.pairs.items()} == seen
         assert float(metrics.exposure) == pytest.approx(sum(seen.values()) / full, rel=1e-6)
@@ -157,7 +157,7 @@ def test_a_curriculum_moved_by_the_loss_is_one_compilation_and_follows_the_pace(
         if step % 2:
             state = replace(state, pace=advance(state.pace, 1.0, curriculum))
     # Five steps of growth, four stages: at its steps 0, 1, 2, 3 and 5, whatever the step of training.
-    at = [int(program.growth.window(step)) for step in (0, 1, 2, 3, 5)]
+    at = [int(program.masks.growth.window(step)) for step in (0, 1, 2, 3, 5)]
     assert windows[::2] == windows[1::2] == at
     assert exposures == sorted(exposures)
     assert exposures[7] < exposures[8] == 1.0
@@ -179,7 +179,7 @@ def test_the_loss_falls_from_a_uniform_guess_where_there_is_something_to_learn(r
 def losses_of(program, params, batch, mask):
     """The loss of each token."""
     model = nnx.merge(program.graph, params)
-    plans = program.plans(mask, Tokens(batch.positions, batch.segments))
+    plans = program.masks.plans(mask, Tokens(batch.positions, batch.segments))
     hidden = model(batch.inputs, plans)
     return token_losses(hidden, model.logits, batch.targets, batch.weights, Loss(chunk=16)).nats
 
@@ -190,8 +190,8 @@ def test_a_documents_loss_is_the_same_packed_and_alone(run, when, task):
     boundary = LENGTH if task == "summarize" else None
     sizes = [9, 14, 5] if task == "lm" else [(6, 3), (9, 5), (2, 3)]
     program, state = of(run, task=task, model=LOCAL, curriculum=replace(run.curriculum, kind="window"))
-    mask = program.full_mask if when == "full mask" else program.growth.mask(2)
-    assert int(program.growth.window(2)) == 9
+    mask = program.masks.full if when == "full mask" else program.masks.growth.mask(2)
+    assert int(program.masks.growth.window(2)) == 9
     packed = batch_of(sizes, boundary=boundary)
     losses = jax.jit(lambda params, batch: losses_of(program, params, batch, mask))
     together, start = losses(state.params, packed), 0
@@ -319,7 +319,7 @@ def test_evaluation_sees_everything_whatever_the_curriculum(run):
         program, state = of(run, "chunked", curriculum=Curriculum(kind=kind, chunk=4, start=4))
         evaluate = jax.jit(program.evaluate)
         full, now = (
-            evaluate(state.params, CHUNKED, mask) for mask in (program.full_mask, program.mask(state))
+            evaluate(state.params, CHUNKED, mask) for mask in (program.masks.full, program.masks.at(state))
         )
         totals[kind] = full.loss_sum.tolist()
         assert (full.loss_sum == now.loss_sum).all() == (kind == "full")
@@ -330,9 +330,9 @@ def test_evaluation_is_by_the_tokens_before_in_the_document(run):
     sizes = [(100, 260, 40), (512,)]
     batch = batch_of(*sizes, length=512, seed=3)
     program, state = of(replace(run, data=replace(run.data, length=512), block=128))
-    assert program.bucket_starts == (0, 64, 128, 256)
-    found = jax.jit(program.evaluate)(state.params, batch, program.full_mask)
-    losses = np.asarray(losses_of(program, state.params, batch, program.full_mask))
+    assert program.masks.bucket_starts == (0, 64, 128, 256)
+    found = jax.jit(program.evaluate)(state.params, batch, program.masks.full)
+    losses = np.asarray(losses_of(program, state.params, batch, program.masks.full))
     for i, (start, end) in enumerate([(0, 64), (64, 128), (128, 256), (256, 512)]):
         inside = (batch.context >= start) & (batch.context < end) & (batch.weights > 0)
         assert float(found.weight[i]) == inside.sum() > 0
@@ -344,14 +344,16 @@ def test_evaluation_is_by_the_tokens_before_in_the_document(run):
 )
 def test_buckets_begin_below_the_length(run, length, starts):
     program, _ = begin(replace(run, data=replace(run.data, length=length), curriculum=Curriculum(start=2)), 3)
-    assert program.bucket_starts == starts
+    assert program.masks.bucket_starts == starts
 
 
 def test_evaluation_under_any_mask_compiles_once_for_its_structure(run):
     program, state = of(run, curriculum=replace(run.curriculum, kind="window"))
     chex.clear_trace_counter()
     evaluate = jax.jit(chex.assert_max_traces(program.evaluate, n=1))
-    sums = {float(evaluate(state.params, PACKED, program.growth.mask(n)).loss_sum.sum()) for n in (0, 2, 3)}
+    sums = {
+        float(evaluate(state.params, PACKED, program.masks.growth.mask(n)).loss_sum.sum()) for n in (0, 2, 3)
+    }
     assert len(sums) == 3
 
 

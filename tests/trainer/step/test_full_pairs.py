@@ -7,8 +7,7 @@ import pytest
 from train_cases import small_run
 
 from tests.trainer.step.test_program import LENGTH, LOCAL, TASKS, pairs_of
-from train.step.curriculum import full_mask
-from train.step.exposure import full_pairs
+from train.step.curriculum import full_mask, full_pairs
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,0 +1,63 @@
+"""The losses of a batch's targets under given plans, from weights to nats."""
+
+from collections.abc import Callable
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from train.config import sections
+from train.data.batch import Batch
+from train.model.loss import TokenLosses, token_losses
+from train.model.transformer import Plans, Transformer
+from train.parallel.activations import fold_tokens, unfold_tokens
+from train.parallel.gather_weights import per_device_copy
+from train.parallel.sharding import Placement
+
+
+def batch_losses(
+    graph: nnx.GraphDef,
+    params: optax.Params,
+    batch: Batch,
+    plans: Plans,
+    options: sections.Loss,
+    placement: Placement,
+) -> TokenLosses:
+    """The loss of each target of a batch, `[B, T]`.
+
+    Args:
+      graph, params: the `Transformer`, in two parts.
+      batch: the rows.
+      plans: what layers of each reach see.
+      options: the section `loss` of the config.
+      placement: the devices.
+    """
+    model: Transformer = nnx.merge(graph, params)
+    inputs, targets, weights = map(jnp.asarray, (batch.inputs, batch.targets, batch.weights))
+    mesh, hidden = placement.mesh, model(inputs, plans)
+    with jax.named_scope("loss"):
+        folded = token_losses(
+            fold_tokens(mesh, hidden),
+            _logits(model, placement),
+            fold_tokens(mesh, targets),
+            fold_tokens(mesh, weights),
+            options,
+            devices=placement.row_parts * placement.token_parts,
+        )
+        return jax.tree.map(lambda x: unfold_tokens(mesh, x), folded)
+
+
+def _logits(model: Transformer, placement: Placement) -> Callable:
+    """`model.logits`; on several devices each has its own copy of the weights."""
+    if not placement.sharded:
+        return model.logits
+    graph, weights = nnx.split(model.logits)
+    kernels = per_device_copy(placement.mesh, "logits.kernel", nnx.to_pure_dict(weights)["kernel"])
+
+    def logits(hidden):
+        rows = hidden.reshape(len(kernels), -1, *hidden.shape[1:])
+        of_each = jax.vmap(lambda kernel, hidden: nnx.merge(graph, {"kernel": kernel})(hidden))
+        return of_each(kernels, rows).reshape(*hidden.shape[:2], -1)
+
+    return logits
