@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench format clean
+.PHONY: demo test test-all bench format clean
 
 demo: $(VENV)/train.installed
 	$(BIN)/python -m train demo
@@ -12,7 +12,11 @@ test: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
+
+# Every case and generation of TPU, and all of hypothesis's examples: about an hour on two cores.
+test-all: $(VENV)/test.installed
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "slow or not slow" --hypothesis-profile=thorough
 
 # PyTorch is among the peers. Its default Linux build holds CUDA, gigabytes that a CPU comparison has no use
 # for: point pip at a CPU build's index (PIP_EXTRA_INDEX_URL), or leave it out: the results then say so.

@@ -18,6 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compilation comes as it comes, and shared machines stall: no example is too slow.
 settings.register_profile("dynmask", deadline=None)
+settings.register_profile("thorough", deadline=None)  # `make test-all`; see tests/slow.py
 settings.load_profile("dynmask")
 # Most of a test's time is compilation; a second run finds it done.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".jax_cache"))

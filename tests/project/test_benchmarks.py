@@ -90,6 +90,7 @@ def test_a_peer_that_fails_says_why_and_one_of_ours_raises():
         compared({"ours": {"forward": broken}}, repeats=1)
 
 
+@pytest.mark.slow
 def test_every_benchmark_has_a_toy_a_section_and_results(results):
     assert TOYS.keys() == BENCHMARKS.keys() == results.keys()
     assert list(BENCHMARKS) == list(report.SECTIONS)[: len(BENCHMARKS)]
@@ -102,6 +103,7 @@ def test_every_benchmark_has_a_toy_a_section_and_results(results):
         assert f"jax {found['machine']['jax']}" in text
 
 
+@pytest.mark.slow
 def test_peers_that_are_not_installed_are_named(results):
     times = results["causal"]["times"]
     named = [name for name, ways in times.items() if ways[FORWARD] == "not installed"]
@@ -121,6 +123,7 @@ def test_peers_that_are_not_installed_are_named(results):
     }
 
 
+@pytest.mark.slow
 def test_windows_share_one_compilation_and_large_ones_are_left_out(results):
     rows = results["exposure"]["rows"]
     assert [(row["tokens"], row["window"]) for row in rows] == [(32, 32), (32, 8), (64, 16)]
@@ -138,6 +141,7 @@ def test_the_exposure_table_gives_shares_of_the_full_masks_time():
     assert "| 64 tokens, window 32 | 50.0% | 59.5% | 1 s | 50.0% | 5 s | 62.5% | 5,000 s |" in text
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(results):
     (row,) = results["memory"]["rows"]
     assert row["arrays"] == 4 * (32 * 2 * 8) * 4
@@ -146,6 +150,7 @@ def test_memory_is_measured_in_a_process_of_its_own(results):
     assert row["added"] is None or row["added"] >= 0
 
 
+@pytest.mark.slow
 def test_a_whole_curriculum_is_one_compilation_and_its_cost_a_mean(results):
     for what in ("attention", "train step"):
         assert {each["compilations"] for each in results["curriculum"][what].values()} == {1}

@@ -13,6 +13,7 @@ from cases import MASKS, TOLERANCE, UNREADABLE
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from slow import mostly
 
 from dynmask_jax import (
     Causal,
@@ -99,9 +100,13 @@ def assert_same(actual, expected, dtype=jnp.float32):
         np.testing.assert_allclose(a, b, rtol=tolerance["rtol"], atol=tolerance["atol"] * max(1, scale))
 
 
+FIVE_KINDS = "same_segment", "per_head_window", "random_chunks", "nothing", "unreadable"
+EVERY = [(name, strategy) for name in MASKS for strategy in STRATEGIES]
+BY_DEFAULT = [(name, strategy) for name, strategy in EVERY if strategy == "ring" or name in FIVE_KINDS]
+
+
 @pytest.mark.filterwarnings(f"ignore:.*{UNREADABLE}")
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("name", "strategy"), mostly(EVERY, BY_DEFAULT))
 def test_every_strategy_layout_and_mask(name, strategy):
     """Packed rows and grouped queries; one program for all layouts, which are data."""
     blocks = (6, 4) if len(name) % 2 else (5, 7)  # that divide a device's part, and ragged ones

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kill_run
 import pytest
+from slow import mostly
 from train_cases import small_run
 
 from train.checkpoint.folder import RunFolder
@@ -49,7 +50,7 @@ def alone(request, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("stopped_at", [5, 10])
+@pytest.mark.parametrize("stopped_at", mostly([5, 10], [10]))
 def test_in_the_midst_of_an_epoch_and_of_the_curriculum(alone, tmp_path, stopped_at):
     run = replace(alone, folder=str(tmp_path), data=replace(alone.data, cache=f"{alone.folder}/cache"))
     shutil.copytree(folder_of(alone).path, folder_of(run).path)

@@ -284,7 +284,11 @@ except OSError as error:
 
 
 @pytest.mark.parametrize(
-    ("limit", "what"), [(1_000, r"metrics\.jsonl"), (20_000, r"checkpoint/8")], ids=["metrics", "checkpoint"]
+    ("limit", "what"),
+    [
+        pytest.param(1_000, r"metrics\.jsonl", marks=pytest.mark.slow, id="metrics"),
+        pytest.param(20_000, r"checkpoint/8", id="checkpoint"),
+    ],
 )
 def test_a_disk_that_fills_up_stops_it_and_leaves_the_last_checkpoint(finished, tmp_path, limit, what):
     environment = os.environ | {

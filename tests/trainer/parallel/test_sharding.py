@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import TOLERANCE
+from slow import mostly
 from train_cases import small_run, write_text
 
 from dynmask_jax import attention
@@ -94,7 +95,9 @@ CASES = {
 """Beside the ring over eight devices, which goes through a whole curriculum below."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", mostly(CASES, [name for name in CASES if "fsdp" in name or "ulysses" in name])
+)
 def test_a_train_step_is_that_of_one_device(name):
     case = CASES[name]
     run = run_of(case.mesh, **case.options)
