@@ -22,8 +22,10 @@ from benchmarks.markdown import seconds, share, table
 from train.config.operation import Evaluation
 from train.config.run import Run
 from train.config.sections import Curriculum, Data, Model
-from train.loop.training import Session, prepare, train
+from train.loop.prepare import Session, prepare
+from train.loop.training import train
 from train.metrics import log
+from train.metrics.record import StepRecord
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def measure(settings: Settings, repeats: int) -> dict:
             bare_step = bare_step or _bare_step(session, run)
             records = _records(session)
             for record in records:
-                loop[record["window"]].append(record["seconds"])
-                waited.append(record["input_seconds"] / record["seconds"])
+                loop[record.window].append(record.seconds)
+                waited.append(record.input_seconds / record.seconds)
             for window, clock in ((settings.window, 0), (settings.tokens, run.steps)):
                 bare[window] += itertools.islice(bare_step(clock), settings.steps)
     return {
@@ -86,11 +88,11 @@ def measure(settings: Settings, repeats: int) -> dict:
     }
 
 
-def _records(session: Session) -> list[dict]:
+def _records(session: Session) -> list[StepRecord]:
     """What a run wrote of its steps, but of the first, which compiles, and the last."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the progress bar
         train(session)
-    steps = [record for record in log.read(session.folder.metrics) if "loss" in record]
+    steps = [record for record in log.read(session.folder.metrics) if isinstance(record, StepRecord)]
     return steps[1:-1]
 
 

@@ -150,7 +150,7 @@ def kill(case: Case, aim: str, chance: random.Random) -> str | None:
         return None
     if process.exitcode != -signal.SIGKILL:
         raise RuntimeError(f"the command failed with status {process.exitcode}: {case.printed[-2_000:]}")
-    steps = [record["step"] for record in read(case.where.metrics)]
+    steps = [record.step for record in read(case.where.metrics)]
     whole, writing = case.saves()
     return (
         f"{aim}: after {time.perf_counter() - began:.2f} s, {max(steps, default=0)} steps recorded, "

@@ -13,7 +13,8 @@ from train.commands.table import COMMANDS, run_command
 from train.config.command_line import PROGRAM
 from train.config.presets import PRESETS
 from train.config.run import Run, option_values, to_json
-from train.loop.training import NotFinite, prepare, train
+from train.loop.prepare import prepare
+from train.loop.training import NotFinite, train
 from train.parallel.initialize import join
 from train.parallel.processes import Processes
 

@@ -8,9 +8,8 @@ retrieves the whole number.
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypedDict
 
 import flax.nnx as nnx
 import jax
@@ -32,16 +31,19 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NAMES = ("Ada", "Boris", "Clara", "Dora", "Emil", "Flora", "Gustav", "Hedda")
 
 
-class Needles(TypedDict):
-    """What the probe found, each a list along the depths.
+def needle_probe(program: Program, corpus: Corpus) -> "Probe | None":
+    """The probe that a run's config asks for; None where `evaluation.needles` is 0."""
+    return Probe(program, corpus) if program.run.evaluation.needles else None
 
-    depths: 0 … 1; found: share of the needles of which every token was the likeliest; gain: bits a
-    token of the answer that the right number saves beside a wrong one, positive where it was retrieved.
+
+def by_depth(found: Mapping[str, float | None], name: str) -> dict[float, float | None]:
+    """Of what a probe found, the numbers of one name by their depths.
+
+    >>> by_depth({"found/0.0": 1.0, "found/0.5": 0.25, "gain/0.0": 2.0}, "found")
+    {0.0: 1.0, 0.5: 0.25}
     """
-
-    depths: list[float]
-    found: list[float]
-    gain: list[float]
+    parts = [(key.split("/"), value) for key, value in found.items()]
+    return {float(depth): value for (each, depth), value in parts if each == name}
 
 
 class Probe:
@@ -64,14 +66,24 @@ class Probe:
         self._score = jax.jit(self._scores)
         self._program = program
 
-    def __call__(self, params) -> Needles:
-        """What the weights find."""
+    def __call__(self, params) -> dict[str, float]:
+        """What the weights find, for each depth in 0 … 1.
+
+        Returns:
+          `found/DEPTH`: the share of the needles of which every token was the likeliest; `gain/DEPTH`: bits a
+          token of the answer that the right number saves beside a wrong one, positive where it was retrieved.
+        """
         mesh = self._program.placement.mesh
         scores = jax.device_get([self._score(params, place_batch(mesh, batch)) for batch in self._batches])
         count = np.prod(self._shape)
         found, losses = (np.concatenate(p)[:count].reshape(self._shape) for p in zip(*scores, strict=True))
         gain = (losses[:, :, 1] - losses[:, :, 0]).mean(axis=1) / np.log(2)
-        return Needles(depths=list(DEPTHS), found=found[:, :, 0].mean(axis=1).tolist(), gain=gain.tolist())
+        numbers = {"found": found[:, :, 0].mean(axis=1), "gain": gain}
+        return {
+            f"{name}/{depth}": float(value)
+            for name, values in numbers.items()
+            for depth, value in zip(DEPTHS, values, strict=True)
+        }
 
     def _scores(self, params, batch: Batch):
         """For each row whether its answer is found, and the answer's mean loss in nats."""

@@ -1,7 +1,7 @@
 """Validation: the loss on held-out rows under the full mask, by how much context a token has."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from dynmask_jax import Mask
 from dynmask_jax.array_typing import Int
 from train.data.batch import Batch
 from train.data.corpus import Corpus
-from train.evaluate.needle import Needles, Probe
+from train.evaluate.evaluators import evaluators
 from train.parallel.feed import pad_rows, place_batch
 from train.step.program import Program
 from train.step.state import Evaluated, State
@@ -25,13 +25,13 @@ class Validation:
       positions: the same for tokens with so many of their document before them, by the least of
         them: "64" for 64 … 127. Where there were none, the key is missing.
       pace_loss: mean nats a token under the mask of now, where the curriculum's pace follows it.
-      needle: what the probe found, where it was asked for.
+      evaluators: what each evaluator of `train.evaluate.evaluators` found, by its name.
     """
 
     loss: float
     positions: dict[str, float]
     pace_loss: float | None = None
-    needle: Needles | None = None
+    evaluators: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Validator:
@@ -48,7 +48,7 @@ class Validator:
         self._program, self._rows, self._order = program, corpus.held_out, order
         self._evaluate = jax.jit(program.evaluate)
         self._by_loss = run.curriculum.pace == "loss"
-        self._probe = Probe(program, corpus) if run.evaluation.needles else None
+        self._evaluators = evaluators(program, corpus)
 
     def __call__(self, state: State) -> Validation:
         """The validation of a state's weights, or of their running mean where there is one."""
@@ -59,7 +59,7 @@ class Validator:
             loss=_mean(full),
             positions=_by_position(self._program.masks.bucket_starts, full),
             pace_loss=None if now is None else _mean(now),
-            needle=None if self._probe is None else self._probe(params),
+            evaluators={name: evaluator(params) for name, evaluator in self._evaluators.items()},
         )
 
     def _measured(self, params, mask: Mask) -> Evaluated:

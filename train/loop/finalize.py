@@ -18,10 +18,11 @@ from train.evaluate.summaries import Summarizer, evaluate_summaries
 from train.metrics import log
 from train.metrics.log import open_log
 from train.metrics.mfu import Peak, work
+from train.metrics.record import SummariesRecord
 from train.parallel.mesh import to_one_device
 from train.parallel.processes import Processes
 from train.report import page
-from train.report.outcome import Summary
+from train.report.outcome import Outcome
 from train.report.page import Facts
 from train.step.program import Program, program_of
 from train.step.state import State
@@ -31,7 +32,7 @@ RECORDS = 20_000
 
 
 @dataclass(frozen=True)
-class Finish:
+class Finalize:
     """The end of a run.
 
     Attributes:
@@ -53,8 +54,8 @@ class Finish:
         """The config."""
         return self.program.run
 
-    def __call__(self, state: State, compilations: int) -> Summary:
-        """The summary of the whole run; in other processes than the first it has no records.
+    def __call__(self, state: State, compilations: int) -> Outcome:
+        """The outcome of the whole run; in other processes than the first it has no records.
 
         Args:
           state: after the last step.
@@ -68,22 +69,24 @@ class Finish:
             self.processes.call_on_first(lambda: self._summarise(*weights))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         self.processes.call_on_first(lambda: self._report(parameters, compilations))
-        return self._summary(compilations) if self.processes.first else Summary([], compilations)
+        return self._outcome(compilations) if self.processes.first else Outcome([], compilations)
 
-    def _summary(self, compilations: int) -> Summary:
-        return Summary(log.read(self.folder.metrics, RECORDS), compilations)
+    def _outcome(self, compilations: int) -> Outcome:
+        return Outcome(log.read(self.folder.metrics, RECORDS), compilations)
 
     def _report(self, parameters: int, compilations: int):
         if compilations or not self.folder.report.exists():
             facts = Facts(self.run, self.corpus, self.program.masks.growth, parameters, self.peak)
             with writing(self.folder.report):
-                page.write(self.folder.path, facts, self._summary(compilations))
+                page.write(self.folder.path, facts, self._outcome(compilations))
 
     def _lacks_summaries(self) -> bool:
         """Whether summaries are asked for that are not there yet."""
         if not self.run.evaluation.summaries:
             return False
-        return not any("rouge" in record for record in log.read(self.folder.metrics, RECORDS))
+        return not any(
+            isinstance(record, SummariesRecord) for record in log.read(self.folder.metrics, RECORDS)
+        )
 
     def _summarise(self, weights: optax.Params, key: Array):
         """Summarises held-out documents, and writes them and their scores."""

@@ -12,15 +12,14 @@ from train.checkpoint.checksums import finite
 from train.checkpoint.folder import RunFolder
 from train.disk import WriteError
 from train.evaluate.validation import Validator
-from train.loop.finalize import Finish
-from train.loop.prepare import Session as Session
-from train.loop.prepare import prepare as prepare
+from train.loop.finalize import Finalize
+from train.loop.prepare import Session
 from train.loop.signals import StopSignals
 from train.metrics import log, mfu
 from train.metrics.log import Log
 from train.metrics.profile import Profile
 from train.parallel.feed import place_batch
-from train.report.outcome import Summary
+from train.report.outcome import Outcome
 from train.step.layouts import Layouts
 from train.step.pace import advance
 
@@ -44,7 +43,7 @@ class Interrupted:
         )
 
 
-def train(session: Session) -> Summary | Interrupted:
+def train(session: Session) -> Outcome | Interrupted:
     """Trains to the run's last step; writes metrics, checkpoints and pictures as it goes.
 
     SIGTERM, or SIGINT, ends it after the step at hand, with a checkpoint.
@@ -72,8 +71,8 @@ def train(session: Session) -> Summary | Interrupted:
             if interrupted is not None:
                 return interrupted
             state, compilations = training.state, training.compilations
-    finish = Finish(session.folder, session.corpus, session.program, peak, session.processes)
-    return finish(state, compilations)
+    finalize = Finalize(session.folder, session.corpus, session.program, peak, session.processes)
+    return finalize(state, compilations)
 
 
 class _Training:
@@ -149,7 +148,7 @@ class _Training:
     def _validate(self, done: int):
         with self._log.paused():
             validation = self._validator(self.state)
-            self._log.validation(done, validation)
+            self._log.validation(done, **vars(validation))
         if done and validation.pace_loss is not None:
             pace = self._advance(self.state.pace, validation.pace_loss)
             self.state, self._stage = replace(self.state, pace=pace), int(pace.stage)

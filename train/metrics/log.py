@@ -1,40 +1,4 @@
-"""A run's metrics: how records are made of what train steps and validations return, and read back.
-
-`metrics.jsonl` holds records of three kinds, one JSON object a line. What was not finite is null.
-Of train steps, every `watch.log_every`-th, the last, and each that was skipped:
-
-    step                number of the step, from 0
-    loss                mean over the step's targets, nats a token
-    bits_per_byte       the same in bits, over the bytes that a token has on average in what is predicted:
-                        the run's texts, or its summaries
-    exposure            visible pairs ÷ those of the full mask, 0…1
-    window              tokens of the window or chunk
-    padding             share of the batch's tokens that are padding
-    gradient_norm       before clipping
-    learning_rate
-    hops, bytes_moved   where a row lies on several devices: how often keys and values went on to the next
-                        one, in the layers where they went farthest; and what a device sent of them,
-                        forward, in all layers
-    skipped             steps so far whose loss or gradient was not finite, and that changed nothing
-    seconds             a step, and
-    input_seconds       of them waiting for the batch; both are means over the steps since the last record
-    tokens_per_second   padding left out; null, as mfu, in the first record of a process, whose step compiles
-    mfu                 model FLOP utilisation, 0…1, see `train.metrics.mfu`
-
-of validations:
-
-    step                how many train steps were done before it
-    validation_loss, validation_bits_per_byte
-    positions           nats a token by where in its document the token stands: {"0": …, "64": …}
-    pace_loss           under the mask of the stage, where the loss moves the curriculum
-    needle              where there is a probe: depths, and along them found, the share of the needles
-                        found, and gain, the bits a token that the right number saves: `train.evaluate.needle`
-
-and of the summaries that are written after training:
-
-    step                as in validations
-    rouge               {"model": {"rouge1": …}, "lead, 120 words": {…}}, percent
-"""
+"""A run's metrics: makes records of what train steps and validations return, and reads them back."""
 
 import json
 import math
@@ -42,35 +6,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import jax
 
 from train.config.run import Run
 from train.metrics.mfu import Peak, Work
-from train.metrics.writers import Record, Sink, open_sinks, steps_done
+from train.metrics.record import Record, StepRecord, SummariesRecord, ValidationRecord, from_json, is_step
+from train.metrics.writers import Writer, open_writers
 from train.step.state import Metrics
-
-if TYPE_CHECKING:
-    from train.evaluate.validation import Validation
 
 
 class Log:
-    """Makes records and hands them to the sinks; use it as a context.
+    """Makes records and hands them to the writers; use it as a context.
 
     A step's metrics are read when the next step is already under way, so that the device never waits
     for the log.
 
     Args:
-      sinks: where the records go; closed at the end.
+      writers: where the records go; closed at the end.
       run: the config.
       bytes_per_token: on average, in what is predicted.
       work: what a step computes.
       peak: what the devices can do.
     """
 
-    def __init__(self, sinks: Sequence[Sink], run: Run, *, bytes_per_token: float, work: Work, peak: Peak):
-        self._sinks, self._run = sinks, run
+    def __init__(
+        self, writers: Sequence[Writer], run: Run, *, bytes_per_token: float, work: Work, peak: Peak
+    ):
+        self._writers, self._run = writers, run
         self._bytes_per_token, self._work, self._peak = bytes_per_token, work, peak
         self._pending: tuple[int, Metrics, float] | None = None
         self._times = _Times()
@@ -82,8 +45,8 @@ class Log:
 
     def __exit__(self, *error):
         with ExitStack() as stack:  # each is closed, whatever another one raises
-            for sink in self._sinks:
-                stack.callback(sink.close)
+            for writer in self._writers:
+                stack.callback(writer.close)
 
     @property
     def peak(self) -> Peak:
@@ -106,28 +69,29 @@ class Log:
         self._read_pending()
         self._pending = step, metrics, waited
 
-    def validation(self, steps_done: int, validation: "Validation"):
-        """Writes a validation, done after so many train steps."""
-        record = {
-            "step": steps_done,
-            "validation_loss": _finite(validation.loss),
-            "validation_bits_per_byte": self._bits(validation.loss),
-            "positions": {start: _finite(loss) for start, loss in validation.positions.items()},
-        }
-        if validation.pace_loss is not None:
-            record["pace_loss"] = _finite(validation.pace_loss)
-        if validation.needle is not None:
-            needle = validation.needle
-            record["needle"] = {
-                "depths": needle["depths"],
-                "found": list(map(_finite, needle["found"])),
-                "gain": list(map(_finite, needle["gain"])),
-            }
-        self._write(record)
+    def validation(
+        self,
+        steps_done: int,
+        loss: float,
+        positions: Mapping[str, float],
+        pace_loss: float | None = None,
+        evaluators: Mapping[str, Mapping[str, float]] | None = None,
+    ):
+        """Writes a validation, done after so many train steps; arguments are those of `ValidationRecord`."""
+        self._write(
+            ValidationRecord(
+                step=steps_done,
+                loss=_finite(loss),
+                bits_per_byte=self._bits(loss),
+                positions=_all_finite(positions),
+                pace_loss=None if pace_loss is None else _finite(pace_loss),
+                evaluators={name: _all_finite(found) for name, found in (evaluators or {}).items()},
+            )
+        )
 
     def rouge(self, steps_done: int, rouge: Mapping[str, Mapping[str, float]]):
         """Writes the scores of summaries: by who wrote them, the model or the baseline, and measure."""
-        self._write({"step": steps_done, "rouge": {name: dict(scores) for name, scores in rouge.items()}})
+        self._write(SummariesRecord(steps_done, rouge))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -154,33 +118,34 @@ class Log:
             self._times.clear()
         self._compiles = False
 
-    def _record(self, step: int, metrics: Metrics) -> Record:
+    def _record(self, step: int, metrics: Metrics) -> StepRecord:
         data, times = self._run.data, self._times
         loss = float(metrics.loss)
-        travel = {"hops": int(metrics.hops), "bytes_moved": float(metrics.bytes_moved)}
-        return {
-            "step": step,
-            "loss": _finite(loss),
-            "bits_per_byte": self._bits(loss),
-            "exposure": float(metrics.exposure),
-            "window": int(metrics.window),
-            "padding": 1 - float(metrics.tokens) / (data.batch * data.length),
-            "gradient_norm": _finite(float(metrics.gradient_norm)),
-            "learning_rate": float(metrics.learning_rate),
-            **(travel if self._run.mesh.context > 1 else {}),
-            "skipped": int(metrics.skipped),
-            "seconds": times.seconds / times.steps,
-            "input_seconds": times.waited / times.steps,
-            "tokens_per_second": None if self._compiles else times.tokens / times.seconds,
-            "mfu": None if self._compiles else times.flops / times.seconds / self._peak.flops,
-        }
+        context = self._run.mesh.context > 1
+        return StepRecord(
+            step=step,
+            loss=_finite(loss),
+            bits_per_byte=self._bits(loss),
+            exposure=float(metrics.exposure),
+            window=int(metrics.window),
+            padding=1 - float(metrics.tokens) / (data.batch * data.length),
+            gradient_norm=_finite(float(metrics.gradient_norm)),
+            learning_rate=float(metrics.learning_rate),
+            hops=int(metrics.hops) if context else None,
+            bytes_moved=float(metrics.bytes_moved) if context else None,
+            skipped=int(metrics.skipped),
+            seconds=times.seconds / times.steps,
+            input_seconds=times.waited / times.steps,
+            tokens_per_second=None if self._compiles else times.tokens / times.seconds,
+            mfu=None if self._compiles else times.flops / times.seconds / self._peak.flops,
+        )
 
     def _bits(self, nats: float) -> float | None:
         return _finite(nats / math.log(2) / self._bytes_per_token)
 
     def _write(self, record: Record):
-        for sink in self._sinks:
-            sink.write(record)
+        for writer in self._writers:
+            writer.write(record)
 
 
 class _Times:
@@ -216,13 +181,17 @@ def open_log(folder: Path, run: Run, start: int, *, bytes_per_token: float, work
       ValueError: an option asks for a library that is not installed.
       OSError: the folder cannot be written to.
     """
-    sinks = open_sinks(folder, run, start) if jax.process_index() == 0 else []
-    return Log(sinks, run, bytes_per_token=bytes_per_token, work=work, peak=peak)
+    writers = open_writers(folder, run, start) if jax.process_index() == 0 else []
+    return Log(writers, run, bytes_per_token=bytes_per_token, work=work, peak=peak)
 
 
 def _finite(number: float) -> float | None:
     """The number, or None, which JSON has a word for, where it is infinite or none."""
     return number if math.isfinite(number) else None
+
+
+def _all_finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _finite(number) for name, number in numbers.items()}
 
 
 def read(path: Path, most: int | None = None) -> list[Record]:
@@ -236,10 +205,10 @@ def read(path: Path, most: int | None = None) -> list[Record]:
     Raises:
       ValueError: another line is no record; the message has its number.
     """
-    count = sum(_of_a_step(line) for _, line in _lines(path)) if most else 0
+    count = sum(is_step(line) for _, line in _lines(path)) if most else 0
     every, seen, records = -(-(count - 1) // (most - 1)) if most and count > most else 1, 0, []
     for number, line in _lines(path):
-        if _of_a_step(line):
+        if is_step(line):
             seen += 1
             if (seen - 1) % every and seen != count:
                 continue
@@ -255,18 +224,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         yield from ((number, line) for number, line in enumerate(file, start=1) if line.endswith("\n"))
 
 
-def _of_a_step(line: str) -> bool:
-    return '"loss": ' in line
-
-
 def _parsed(path: Path, number: int, line: str) -> Record:
     try:
-        record = json.loads(line)
+        saved = json.loads(line)
+        if not isinstance(saved, dict):
+            raise ValueError(f"it holds {type(saved).__name__}, not an object")
+        return from_json(saved)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}, is corrupted: {error}") from error
-    if not isinstance(record, dict) or "step" not in record:
-        raise ValueError(f"{path}, line {number}, is corrupted: it has no step")
-    return record
 
 
 def rewind(path: Path, done: int):
@@ -283,7 +248,7 @@ def rewind(path: Path, done: int):
     try:
         with fresh.open("w") as file:
             for number, line in _lines(path):
-                if done and steps_done(_parsed(path, number, line)) <= done:
+                if done and _parsed(path, number, line).steps_done <= done:
                     file.write(line)
         fresh.replace(path)
     except (OSError, ValueError):

@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from train.config.run import Run
 from train.disk import writing
-
-Record = dict[str, Any]
+from train.metrics.record import Record, StepRecord, SummariesRecord, ValidationRecord
 
 SECONDS_BETWEEN_LINES = 30
 
 
-class Sink(ABC):
+class Writer(ABC):
     """Takes records as they come, in the order of steps."""
 
     @abstractmethod
@@ -34,7 +33,7 @@ class Sink(ABC):
         """Nothing comes any more."""
 
 
-def open_sinks(folder: Path, run: Run, start: int) -> list[Sink]:
+def open_writers(folder: Path, run: Run, start: int) -> list[Writer]:
     """Where a run's records go, ready for those of step `start` and on.
 
     Args:
@@ -47,10 +46,10 @@ def open_sinks(folder: Path, run: Run, start: int) -> list[Sink]:
       WriteError: the folder cannot be written to.
     """
     check(run)
-    sinks = [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard", start)]
+    writers = [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard", start)]
     if run.watch.wandb is not None:
-        sinks.append(WeightsAndBiases(folder, run))
-    return [*sinks, Bar(run.steps, start)]
+        writers.append(WeightsAndBiases(folder, run))
+    return [*writers, Bar(run.steps, start)]
 
 
 def check(run: Run):
@@ -66,7 +65,7 @@ def check(run: Run):
         )
 
 
-class JsonLines(Sink):
+class JsonLines(Writer):
     """A file of one JSON object a line, appended to."""
 
     def __init__(self, path: Path):
@@ -86,10 +85,10 @@ class JsonLines(Sink):
 
 def to_line(record: Record) -> str:
     """A record as a line of a metrics file."""
-    return json.dumps(record, allow_nan=False) + "\n"
+    return json.dumps(record.to_json(), allow_nan=False) + "\n"
 
 
-class TensorBoard(Sink):
+class TensorBoard(Writer):
     """Event files for TensorBoard, over the number of steps done.
 
     Events are written where they come up, by tensorboardX's writer of files: its `SummaryWriter`
@@ -110,8 +109,8 @@ class TensorBoard(Sink):
             self._events.write_event(Event(step=again, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Record):
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
-        event = Event(step=steps_done(record), wall_time=time.time(), summary=Summary(value=values))
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in record.scalars().items()]
+        event = Event(step=record.steps_done, wall_time=time.time(), summary=Summary(value=values))
         with writing(self._folder):
             self._events.write_event(event)
             self._events.flush()
@@ -121,7 +120,7 @@ class TensorBoard(Sink):
             self._events.close()
 
 
-class WeightsAndBiases(Sink):
+class WeightsAndBiases(Writer):
     """A run of Weights & Biases, gone on with where the folder holds its id.
 
     Charts are over `step`, the steps done: W&B's own counter only rises, and steps that a resumed run
@@ -146,13 +145,13 @@ class WeightsAndBiases(Sink):
             self._run.define_metric(f"{group}/*", step_metric="step")
 
     def write(self, record: Record):
-        self._run.log({"step": steps_done(record), **scalars(record)})
+        self._run.log({"step": record.steps_done, **record.scalars()})
 
     def close(self):
         self._run.finish()
 
 
-class Bar(Sink):
+class Bar(Writer):
     """Progress on the terminal; in a log file a line now and then.
 
     Args:
@@ -181,11 +180,11 @@ class Bar(Sink):
         )
 
     def write(self, record: Record):
-        if "loss" in record:
+        if isinstance(record, StepRecord):
             self._bar.set_postfix_str(_progress(record), refresh=False)
-            self._bar.update(steps_done(record) - self._bar.n)
-        elif line := _milestone(record):
-            self._bar.write(line, file=self._file)
+            self._bar.update(record.steps_done - self._bar.n)
+        else:
+            self._bar.write(_milestone(record), file=self._file)
 
     def close(self):
         self._bar.close()
@@ -208,59 +207,20 @@ class _Lines:
         return False
 
 
-def _progress(record: Record) -> str:
-    parts = [
-        "loss not finite" if record["loss"] is None else f"{record['bits_per_byte']:.3f} bits per byte",
-        f"exposure {record['exposure']:.1%}",
-    ]
-    if record["tokens_per_second"] is not None:
-        parts += [f"{record['tokens_per_second']:,.0f} tokens/s", f"MFU {record['mfu']:.1%}"]
+def _progress(record: StepRecord) -> str:
+    bits = "loss not finite" if record.bits_per_byte is None else f"{record.bits_per_byte:.3f} bits per byte"
+    parts = [bits, f"exposure {record.exposure:.1%}"]
+    if record.tokens_per_second is not None and record.mfu is not None:
+        parts += [f"{record.tokens_per_second:,.0f} tokens/s", f"MFU {record.mfu:.1%}"]
     return ", ".join(parts)
 
 
-def _milestone(record: Record) -> str:
-    if "validation_loss" in record:
-        bits = record["validation_bits_per_byte"]
+def _milestone(record: ValidationRecord | SummariesRecord) -> str:
+    if isinstance(record, ValidationRecord):
+        bits = record.bits_per_byte
         value = "not finite" if bits is None else f"{bits:.3f} bits per byte"
-        return f"step {record['step']:,}: validation {value}, at the full mask"
-    if "rouge" in record:
-        return f"step {record['step']:,}: " + "; ".join(
-            f"{name}: " + ", ".join(f"{kind} {value:.1f}" for kind, value in scores.items())
-            for name, scores in record["rouge"].items()
-        )
-    return ""
-
-
-def steps_done(record: Record) -> int:
-    """How many train steps were done when the record was made."""
-    return record["step"] + ("loss" in record)
-
-
-def scalars(record: Record) -> dict[str, float]:
-    """A record's numbers by name and group, `train/loss`; those that are None are left out.
-
-    >>> scalars({"step": 3, "loss": 0.5, "mfu": None})
-    {'train/loss': 0.5}
-    >>> scalars({"step": 4, "validation_loss": 0.5, "positions": {"0": 0.7, "64": 0.4}})
-    {'validation/loss': 0.5, 'positions/0': 0.7, 'positions/64': 0.4}
-    >>> scalars({"step": 4, "needle": {"depths": [0.0, 0.5], "found": [1.0, 0.25]}})
-    {'needle/found/0.0': 1.0, 'needle/found/0.5': 0.25}
-    """
-    train = "train" if "loss" in record else "validation"
-    numbers = {}
-    for name, value in record.items():
-        if name == "needle":
-            along = {key: dict(zip(value["depths"], values, strict=True)) for key, values in value.items()}
-            del along["depths"]
-            numbers |= _below(name, along)
-        elif isinstance(value, dict):
-            numbers |= _below(name, value)
-        elif name != "step":
-            numbers[f"{train}/{name.removeprefix('validation_')}"] = value
-    return {name: value for name, value in numbers.items() if value is not None}
-
-
-def _below(name: str, value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {path: number for key in value for path, number in _below(f"{name}/{key}", value[key]).items()}
+        return f"step {record.step:,}: validation {value}, at the full mask"
+    return f"step {record.step:,}: " + "; ".join(
+        f"{name}: " + ", ".join(f"{kind} {value:.1f}" for kind, value in scores.items())
+        for name, scores in record.rouge.items()
+    )

@@ -17,10 +17,11 @@ from train.config.command_line import command
 from train.config.run import Run, option_values
 from train.data.tasks import task_of
 from train.disk import write_atomically
+from train.evaluate.needle import by_depth
 from train.metrics.mfu import Peak
-from train.metrics.writers import Record
+from train.metrics.record import ValidationRecord
 from train.report.markdown import code, section, table
-from train.report.outcome import Summary, bits_in_words
+from train.report.outcome import Outcome, bits_in_words
 from train.report.pictures import bits_by_position, draw, draw_positions
 from train.step.curriculum import Growth
 
@@ -49,39 +50,40 @@ class Facts:
     peak: Peak
 
 
-def write(folder: Path, facts: Facts, summary: Summary):
+def write(folder: Path, facts: Facts, outcome: Outcome):
     """Draws the pictures of a finished run into its folder, and writes `report.md` that shows them.
 
     Raises:
       OSError: the folder cannot be written to.
     """
-    records = summary.records
+    records = outcome.records
     drawn = {
         "curriculum.png": draw(records, facts.growth, facts.run, folder / "curriculum.png"),
         "positions.png": draw_positions(records, folder / "positions.png"),
     }
     pictures = [name for name, there in drawn.items() if there]
-    write_atomically(folder / "report.md", report(folder, facts, summary, pictures))
+    write_atomically(folder / "report.md", report(folder, facts, outcome, pictures))
 
 
-def report(folder: Path, facts: Facts, summary: Summary, pictures: Sequence[str]) -> str:
+def report(folder: Path, facts: Facts, outcome: Outcome, pictures: Sequence[str]) -> str:
     """The report as Markdown.
 
     Args:
       folder: of the run, as commands name it.
-      facts, summary: what it tells.
+      facts, outcome: what it tells.
       pictures: their names in the folder, of those that there are.
     """
     shown = {name: f"![{name}]({name})" for name in pictures}
     parts = [
         f"# {facts.run.name}",
-        _opening(facts, summary),
-        section("Result", _result(summary), shown.get("curriculum.png", "")),
-        section("Use of context", _positions(summary), shown.get("positions.png", "")),
-        section("Needles", _needles(summary)),
-        section("Summaries", _rouge(summary)),
-        section("Time", _time(facts, summary)),
-        section("Data", _data(facts, summary)),
+        _opening(facts, outcome),
+        section("Result", _result(outcome), shown.get("curriculum.png", "")),
+        section("Use of context", _positions(outcome), shown.get("positions.png", "")),
+        section("Needles", _needles(outcome)),
+        section("Other evaluators", _evaluators(outcome)),
+        section("Summaries", _rouge(outcome)),
+        section("Time", _time(facts, outcome)),
+        section("Data", _data(facts, outcome)),
         section("Config", _config(facts.run)),
         section("Versions and machine", _machine()),
         section("Going on", *_commands(folder, facts.run)),
@@ -89,19 +91,19 @@ def report(folder: Path, facts: Facts, summary: Summary, pictures: Sequence[str]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _opening(facts: Facts, summary: Summary) -> str:
-    run, steps = facts.run, summary.steps
+def _opening(facts: Facts, outcome: Outcome) -> str:
+    run, steps = facts.run, outcome.steps
     what = task_of(run).model
     plural = "s" if run.model.layers > 1 else ""
     words = (
         f"A {what}, of {facts.parameters:,} weights in {run.model.layers} layer{plural} of width "
         f"{run.model.width:,}, trained for {run.steps:,} steps on rows of {run.data.length:,} tokens, about "
-        f"{_tokens(facts, summary):,.0f} tokens in all. {_curriculum(run)}"
+        f"{_tokens(facts, outcome):,.0f} tokens in all. {_curriculum(run)}"
     )
-    if not steps or not steps[-1]["skipped"]:
+    if not steps or not steps[-1].skipped:
         return words
     return (
-        f"{words}\n\n**{steps[-1]['skipped']:,} steps were skipped**, for their loss or gradient was not "
+        f"{words}\n\n**{steps[-1].skipped:,} steps were skipped**, for their loss or gradient was not "
         "finite; `skipped` in `metrics.jsonl` says when."
     )
 
@@ -125,28 +127,25 @@ def _curriculum(run: Run) -> str:
     return f"{what} ({curriculum.schedule}), over the first {curriculum.share:.0%} of the steps."
 
 
-def _result(summary: Summary) -> str:
-    validations = summary.validations
+def _result(outcome: Outcome) -> str:
+    validations = outcome.validations
     if not validations:
         return ""
-    best = min(validations, key=lambda r: (r["validation_loss"] is None, r["validation_loss"]))
+    best = min(validations, key=lambda r: (r.loss is None, r.loss))
     named = {"first": validations[0], "best": best, "last": validations[-1]}
-    if best["step"] in (validations[0]["step"], validations[-1]["step"]):
+    if best.step in (validations[0].step, validations[-1].step):
         del named["best"]
-    rows = [
-        (name, f"{r['step']:,}", bits_in_words(r["validation_bits_per_byte"]), _nats(r))
-        for name, r in named.items()
-    ]
+    rows = [(name, f"{r.step:,}", bits_in_words(r.bits_per_byte), _nats(r)) for name, r in named.items()]
     return table(("validation, at the full mask", "steps done", "bits per byte", "nats a token"), rows)
 
 
-def _nats(record: Record) -> str:
-    loss = record["validation_loss"]
+def _nats(record: ValidationRecord) -> str:
+    loss = record.loss
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def _positions(summary: Summary) -> str:
-    found = [bits for bits in map(bits_by_position, summary.validations) if bits]
+def _positions(outcome: Outcome) -> str:
+    found = [bits for bits in map(bits_by_position, outcome.validations) if bits]
     if not found:
         return ""
     first, last = found[0], found[-1]
@@ -158,22 +157,40 @@ def _positions(summary: Summary) -> str:
     return f"{words}\n\n{table(('tokens before, at least', 'first validation', 'last'), rows)}"
 
 
-def _needles(summary: Summary) -> str:
-    probed = [record["needle"] for record in summary.validations if "needle" in record]
+def _needles(outcome: Outcome) -> str:
+    probed = [record.evaluators["needle"] for record in outcome.validations if "needle" in record.evaluators]
     if not probed:
         return ""
-    first, last = probed[0], probed[-1]
+    first, last, gains = (
+        by_depth(probed[0], "found"),
+        by_depth(probed[-1], "found"),
+        by_depth(probed[-1], "gain"),
+    )
     rows = [
-        (f"{depth:.0%}", f"{a:.0%}", f"{b:.0%}", _or_none(gain, "+.3f"))
-        for depth, a, b, gain in zip(last["depths"], first["found"], last["found"], last["gain"], strict=True)
+        (f"{depth:.0%}", f"{first[depth]:.0%}", f"{last[depth]:.0%}", _or_none(gains[depth], "+.3f"))
+        for depth in last
     ]
     head = ("depth in the text", "found, first", "found, last", "bits a token gained, last")
     words = "Numbers hidden in held-out text and asked for at its end; gained is what the right one tells."
     return f"{words}\n\n{table(head, rows)}"
 
 
-def _rouge(summary: Summary) -> str:
-    if not (scores := summary.rouge):
+def _evaluators(outcome: Outcome) -> str:
+    """The evaluators that have no section of their own, each number at the first and the last validation."""
+    found = [record.evaluators for record in outcome.validations if record.evaluators]
+    if not found:
+        return ""
+    rows = [
+        (f"{name} {key}", _or_none(found[0].get(name, {}).get(key), ".4g"), _or_none(value, ".4g"))
+        for name, numbers in found[-1].items()
+        if name != "needle"
+        for key, value in numbers.items()
+    ]
+    return table(("", "first validation", "last"), rows) if rows else ""
+
+
+def _rouge(outcome: Outcome) -> str:
+    if not (scores := outcome.rouge):
         return ""
     measures = list(next(iter(scores.values())))
     rows = [(name, *(f"{found[measure]:.2f}" for measure in measures)) for name, found in scores.items()]
@@ -181,10 +198,10 @@ def _rouge(summary: Summary) -> str:
     return f"{words}\n\n{table(('', *measures), rows)}"
 
 
-def _time(facts: Facts, summary: Summary) -> str:
-    if not summary.steps:
+def _time(facts: Facts, outcome: Outcome) -> str:
+    if not outcome.steps:
         return ""
-    first, full = summary.speeds()
+    first, full = outcome.speeds()
     # A run that always shows the same has one speed.
     speeds = {"": full} if first.window == full.window else {"at the start": first, "at the end": full}
     rows = [
@@ -195,19 +212,19 @@ def _time(facts: Facts, summary: Summary) -> str:
     ]
     share = f"A step at the start took {first.seconds / full.seconds:.0%} of the time of one at the end. "
     words = (
-        f"{share if len(speeds) > 1 else ''}The steps took {_duration(summary)} in all, without validations "
-        f"and checkpoints; {summary.input_share():.2%} of it went by waiting for input. The train step "
-        f"compiled {_times(summary.compilations)} in the last process. Utilisation counts the pairs that the "
+        f"{share if len(speeds) > 1 else ''}The steps took {_duration(outcome)} in all, without validations "
+        f"and checkpoints; {outcome.input_share():.2%} of it went by waiting for input. The train step "
+        f"compiled {_times(outcome.compilations)} in the last process. Utilisation counts the pairs that the "
         f"mask shows, and no recomputation, against {facts.peak.flops:.3g} operations a second "
         f"({facts.peak.source})."
     )
     return f"{table(('medians', *speeds), rows)}\n\n{words}"
 
 
-def _duration(summary: Summary) -> str:
-    before = [-1, *(record["step"] for record in summary.steps)]
+def _duration(outcome: Outcome) -> str:
+    before = [-1, *(record.step for record in outcome.steps)]
     # A record's seconds are a mean over the steps since the one before.
-    seconds = sum(r["seconds"] * (r["step"] - b) for r, b in zip(summary.steps, before, strict=False))
+    seconds = sum(r.seconds * (r.step - b) for r, b in zip(outcome.steps, before, strict=False))
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -219,7 +236,7 @@ def _times(count: int) -> str:
     return {0: "not at all", 1: "once"}.get(count, f"{count} times")
 
 
-def _data(facts: Facts, summary: Summary) -> str:
+def _data(facts: Facts, outcome: Outcome) -> str:
     run, corpus = facts.run, facts.corpus
     paths = ", ".join(f"`{path}`" for path in run.data.paths) or "The Python standard library's source"
     kind = task_of(run).documents
@@ -233,11 +250,11 @@ def _data(facts: Facts, summary: Summary) -> str:
     ]
     if run.summarize.truncate:
         rows.append(("documents cut to fit their row", f"{corpus.truncated:,}"))
-    if summary.steps:
-        padding = sum(record["padding"] for record in summary.steps) / len(summary.steps)
+    if outcome.steps:
+        padding = sum(record.padding for record in outcome.steps) / len(outcome.steps)
         rows += [
             ("padding in batches", f"{padding:.2%}"),
-            ("trained on, in tokens", f"{_tokens(facts, summary):,.0f}"),
+            ("trained on, in tokens", f"{_tokens(facts, outcome):,.0f}"),
         ]
     return f"{paths}; tokens by `{run.data.tokenizer}`, rows {run.data.rows}.\n\n{table(('', ''), rows)}"
 
@@ -246,11 +263,11 @@ def _held_out(corpus: "Corpus") -> int:
     return sum(int((batch.segments > 0).any(axis=1).sum()) for batch in corpus.held_out)
 
 
-def _tokens(facts: Facts, summary: Summary) -> float:
+def _tokens(facts: Facts, outcome: Outcome) -> float:
     """Tokens that the run trained on, padding left out; of steps that have no record, by the others'."""
-    if not (steps := summary.steps):
+    if not (steps := outcome.steps):
         return 0
-    padding = sum(record["padding"] for record in steps) / len(steps)
+    padding = sum(record.padding for record in steps) / len(steps)
     return facts.run.steps * facts.run.data.batch * facts.run.data.length * (1 - padding)
 
 

@@ -16,7 +16,8 @@ from dynmask_jax import Tokens
 from dynmask_jax.plot import draw_masks
 from train.config.run import Run
 from train.data.tasks import task_of
-from train.metrics.writers import Record
+from train.evaluate.needle import by_depth
+from train.metrics.record import Record, StepRecord, ValidationRecord
 from train.step.curriculum import Growth
 
 PANELS = 4
@@ -37,7 +38,7 @@ def draw(records: list[Record], growth: Growth, run: Run, path: Path) -> bool:
     Returns:
       whether there was a step to draw.
     """
-    steps = [record for record in records if "loss" in record]
+    steps = [record for record in records if isinstance(record, StepRecord)]
     if not steps:
         return False
     shown = _spread(steps)
@@ -48,14 +49,14 @@ def draw(records: list[Record], growth: Growth, run: Run, path: Path) -> bool:
     lines = -(-len(shown) // columns)
     axes = [masks.add_subplot(lines, columns, n + 1) for n in range(len(shown))]
     titles = {
-        f"step {r['step']:,}: {_window(run, r['window'])}\nexposure {r['exposure']:.1%}": growth.mask(clock)
+        f"step {r.step:,}: {_window(run, r.window)}\nexposure {r.exposure:.1%}": growth.mask(clock)
         for r, clock in zip(shown, _clocks(growth, shown), strict=True)
     }
     draw_masks(titles, _tokens(run), axes=axes)
     for ax in axes:
         ax.tick_params(labelsize="small")
     masks.suptitle(_subject(run), fontsize="medium")
-    _draw_loss(loss.subplots(), steps, [r for r in records if "validation_loss" in r])
+    _draw_loss(loss.subplots(), steps, [r for r in records if isinstance(r, ValidationRecord)])
     figure.savefig(path)
     return True
 
@@ -85,29 +86,29 @@ def _tokens(run: Run) -> Tokens:
     return Tokens.sequence(length)
 
 
-def _spread(steps: list[Record]) -> list[Record]:
+def _spread(steps: list[StepRecord]) -> list[StepRecord]:
     """Up to PANELS of the steps, evenly spaced from the first to the first that shows the most."""
-    most = max(record["exposure"] for record in steps)
+    most = max(record.exposure for record in steps)
     # Exposure is a share of what each batch could show: it need not be exactly the same twice.
-    last = next(i for i, record in enumerate(steps) if record["exposure"] >= most - 1e-3)
+    last = next(i for i, record in enumerate(steps) if record.exposure >= most - 1e-3)
     return [steps[i] for i in sorted({last * n // (PANELS - 1) for n in range(PANELS)})]
 
 
-def _clocks(growth: Growth, records: list[Record]) -> list[int]:
+def _clocks(growth: Growth, records: list[StepRecord]) -> list[int]:
     """Where on the curriculum's clock, which a loss may move, each record's window was reached."""
     windows = jax.vmap(lambda clock: jnp.asarray(growth.window(clock)))(jnp.arange(growth.steps + 1))
-    found = np.searchsorted(np.asarray(windows), [record["window"] for record in records])
+    found = np.searchsorted(np.asarray(windows), [record.window for record in records])
     return [int(clock) for clock in np.minimum(found, growth.steps)]
 
 
-def _draw_loss(ax: Axes, steps: list[Record], validations: list[Record]):
-    numbers = [record["step"] for record in steps]
+def _draw_loss(ax: Axes, steps: list[StepRecord], validations: list[ValidationRecord]):
+    numbers = [record.step for record in steps]
     marker = "." if len(steps) == 1 else ""
     losses = _values(steps, "bits_per_byte")
     name = "training, at the step's mask"
     ax.plot(numbers, losses, color=TRAINING, linewidth=0.8, marker=marker, label=name)
-    bits = _values(validations, "validation_bits_per_byte")
-    at = [record["step"] for record in validations]
+    bits = _values(validations, "bits_per_byte")
+    at = [record.step for record in validations]
     ax.plot(at, bits, "o-", color=VALIDATION, markersize=4, label="validation, at the full mask")
     if len(bits) and math.isfinite(bits[-1]):
         below = (at[-1], bits[-1]), (0, -15)
@@ -118,7 +119,7 @@ def _draw_loss(ax: Axes, steps: list[Record], validations: list[Record]):
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     ax.grid(alpha=0.3)
     exposure = ax.twinx()
-    shares = [record["exposure"] for record in steps]
+    shares = [record.exposure for record in steps]
     exposure.plot(numbers, shares, color="grey", linestyle=":", marker=marker, label="exposure")
     exposure.set(ylabel="exposure", ylim=(0, 1.05))
     exposure.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -127,9 +128,9 @@ def _draw_loss(ax: Axes, steps: list[Record], validations: list[Record]):
     ax.legend(lines, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines), frameon=False)
 
 
-def _values(records: list[Record], name: str) -> np.ndarray:
+def _values(records: Sequence[StepRecord | ValidationRecord], name: str) -> np.ndarray:
     """The numbers of a name, NaN where there was none."""
-    return np.array([math.nan if record[name] is None else record[name] for record in records])
+    return np.array([math.nan if (value := getattr(record, name)) is None else value for record in records])
 
 
 def draw_positions(records: list[Record], path: Path) -> bool:
@@ -142,19 +143,19 @@ def draw_positions(records: list[Record], path: Path) -> bool:
     Returns:
       whether there was anything to draw.
     """
-    validations = [record for record in records if bits_by_position(record)]
+    validations = [r for r in records if isinstance(r, ValidationRecord) and bits_by_position(r)]
     if not validations:
         return False
     lines = _chosen(validations)
-    probed = [record for record in lines if "needle" in record]
+    probed = [record for record in lines if "needle" in record.evaluators]
     columns = 3 if probed else 1
     figure = Figure(figsize=(8.4 + 4 * (columns - 1), 4.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, width_ratios=[1.5, 1, 1][:columns])[0]
     _draw_positions(axes[0], lines)
     if probed:
-        depths = probed[-1]["needle"]["depths"]
-        _draw_lines(axes[1], probed, [(depths, r["needle"]["found"]) for r in probed])
-        _draw_lines(axes[2], probed, [(depths, r["needle"]["gain"]) for r in probed])
+        for ax, name in zip(axes[1:], ("found", "gain"), strict=True):
+            found = [by_depth(record.evaluators["needle"], name) for record in probed]
+            _draw_lines(ax, probed, [(list(depths), list(depths.values())) for depths in found])
         axes[1].set(title="Needles found", ylim=(-0.03, 1.03))
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[2].set(title="What the needle tells of its answer", ylabel="bits a token")
@@ -165,7 +166,7 @@ def draw_positions(records: list[Record], path: Path) -> bool:
     return True
 
 
-def _draw_positions(ax: Axes, validations: list[Record]):
+def _draw_positions(ax: Axes, validations: list[ValidationRecord]):
     found = [bits_by_position(record) for record in validations]
     starts = sorted({start for bits in found for start in bits})
     _draw_lines(ax, validations, [([starts.index(s) for s in bits], list(bits.values())) for bits in found])
@@ -175,25 +176,25 @@ def _draw_positions(ax: Axes, validations: list[Record]):
     ax.set_title("Validation by context, at the full mask")
 
 
-def _draw_lines(ax: Axes, records: list[Record], points: Sequence[tuple[list, list]]):
+def _draw_lines(ax: Axes, records: list[ValidationRecord], points: Sequence[tuple[list, list]]):
     shades = colormaps["Blues"](np.linspace(0.35, 1.0, len(records)) if len(records) > 1 else [1.0])
     for record, shade, (x, y) in zip(records, shades, points, strict=True):
-        ax.plot(x, y, "o-", color=shade, markersize=4, label=f"after step {record['step']:,}")
+        ax.plot(x, y, "o-", color=shade, markersize=4, label=f"after step {record.step:,}")
     ax.grid(alpha=0.3)
 
 
-def _chosen(validations: list[Record]) -> list[Record]:
+def _chosen(validations: list[ValidationRecord]) -> list[ValidationRecord]:
     """Up to LINES of those near to the last one's loss, evenly spaced, the last included."""
-    most = NEAR * validations[-1]["validation_loss"]
-    near = [record for record in validations if record["validation_loss"] <= most]
+    most = NEAR * (validations[-1].loss or math.inf)
+    near = [record for record in validations if (record.loss or math.inf) <= most]
     last = len(near) - 1
     return [near[i] for i in sorted({last * n // (LINES - 1) for n in range(LINES)})]
 
 
-def bits_by_position(record: Record) -> dict[int, float]:
+def bits_by_position(record: ValidationRecord) -> dict[int, float]:
     """Bits per byte by the least tokens before; empty where the record has no finite ones."""
-    bits, nats = record.get("validation_bits_per_byte"), record.get("validation_loss")
+    bits, nats = record.bits_per_byte, record.loss
     if bits is None or not nats:
         return {}
-    losses = record["positions"].items()
+    losses = record.positions.items()
     return {int(start): loss * bits / nats for start, loss in losses if loss is not None}

@@ -14,7 +14,7 @@ from train_cases import small_run
 from train.config.operation import Evaluation
 from train.data.batch import Batch
 from train.data.tokenizers import load_tokenizer
-from train.evaluate.needle import DEPTHS, Probe, riddle
+from train.evaluate.needle import DEPTHS, Probe, by_depth, riddle
 from train.step.program import begin
 
 LENGTH = 160
@@ -118,10 +118,11 @@ def test_a_model_that_finds_every_needle_and_one_that_finds_none(tmp_path, right
     program, _ = begin(run, BYTES.vocabulary)
     graph, params = nnx.split(Finder(right))
     found = Probe(replace(program, graph=graph), text())(params)
-    assert found["depths"] == list(DEPTHS)
-    assert found["found"] == [float(right)] * 5
+    assert by_depth(found, "found") == dict.fromkeys(DEPTHS, float(right))
     if right:  # five of six tokens: 9 nats better than a wrong digit that the other needle makes likely
-        assert found["gain"] == pytest.approx([9 * 5 / 6 / np.log(2)] * 5, rel=1e-4)
+        assert by_depth(found, "gain") == pytest.approx(
+            dict.fromkeys(DEPTHS, 9 * 5 / 6 / np.log(2)), rel=1e-4
+        )
 
 
 def test_a_row_too_short_for_a_needle_is_refused(tmp_path):

@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_of_all_held_out_tokens_and_of_its_buckets(run):
     assert list(validation.positions) == ["0", "64"]
     assert list(validation.positions.values()) == pytest.approx(losses / weights, rel=1e-6)
     assert validation.positions["0"] != pytest.approx(validation.positions["64"], rel=1e-3)
-    assert (validation.pace_loss, validation.needle) == (None, None)
+    assert (validation.pace_loss, validation.evaluators) == (None, {})
 
 
 @pytest.mark.parametrize("kind", ["full", "static", "window", "reveal"])

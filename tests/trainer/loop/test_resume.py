@@ -10,12 +10,13 @@ from pathlib import Path
 import kill_run
 import pytest
 from slow import mostly
-from train_cases import small_run
+from train_cases import small_run, steps_of
 
 from train.checkpoint.folder import RunFolder
 from train.config.operation import Checkpoints, Evaluation
 from train.config.sections import Curriculum, Data, Optimizer
-from train.loop.training import prepare, train
+from train.loop.prepare import prepare
+from train.loop.training import train
 from train.metrics.log import read
 
 STEPS, EVERY = 15, 5
@@ -129,4 +130,4 @@ def check_stopped(case, process, word: str):
         f"{word}: stopped after step {newest:,} of {case.steps:,}, which is saved. The same command goes on"
         in case.printed
     )
-    assert [r["step"] for r in read(case.where.metrics) if "loss" in r] == list(range(newest))
+    assert [r.step for r in steps_of(read(case.where.metrics))] == list(range(newest))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import kill_run
 import pytest
-from train_cases import small_run
+from train_cases import small_run, steps_of, validations_of
 
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import load_model
@@ -21,7 +21,8 @@ from train.config.operation import Checkpoints, Evaluation, Watch
 from train.config.sections import Curriculum, Optimizer
 from train.data.corpus import read_corpus
 from train.disk import WriteError
-from train.loop.training import NotFinite, prepare, train
+from train.loop.prepare import prepare
+from train.loop.training import NotFinite, train
 from train.metrics.log import read
 
 FILES = ["checkpoint", "config.json", "curriculum.png", "metrics.jsonl", "positions.png", "report.md"]
@@ -61,8 +62,8 @@ def test_every_step_and_validation_is_recorded(finished):
     run, summary, _ = finished
     records = read(folder_of(run).metrics)
     assert records == summary.records
-    assert [r["step"] for r in records if "loss" in r] == list(range(8))
-    assert [r["step"] for r in records if "validation_loss" in r] == [0, 4, 8]
+    assert [r.step for r in steps_of(records)] == list(range(8))
+    assert [r.step for r in validations_of(records)] == [0, 4, 8]
     assert summary.compilations == 1
 
 
@@ -112,7 +113,7 @@ def test_overwriting_begins_anew_and_so_does_a_run_without_a_checkpoint(tmp_path
     assert int(session.state.step) == 0
     assert [path.name for path in folder_of(run).path.iterdir()] == ["config.json"]
     folder_of(run).metrics.write_text('{"step": 0, "loss": 1.0}\n')  # killed before its first checkpoint
-    assert train(prepare(replace(run, seed=1))).steps[0]["loss"] != 1.0
+    assert train(prepare(replace(run, seed=1))).steps[0].loss != 1.0
 
 
 def test_a_folder_in_use_is_refused(finished):
@@ -165,8 +166,8 @@ def test_a_run_whose_machine_is_lost_goes_on_from_checkpoints_elsewhere(finished
     assert "goes on after step 4 of 8" in lost.opening
     train(lost)
     there, whole = (read(folder_of(each).metrics) for each in (run, finished[0]))
-    assert [record["step"] for record in there] == [4, 5, 6, 7, 8]
-    assert [r["loss"] for r in there[:4]] == [r["loss"] for r in whole if "loss" in r][4:]
+    assert [record.step for record in there] == [4, 5, 6, 7, 8]
+    assert [r.loss for r in there[:4]] == [r.loss for r in steps_of(whole)][4:]
     assert load_model(folder_of(run).path)[0].run == run
     assert prepare(run, overwrite=True).opening.startswith("A run of 8 steps begins")
     assert not (tmp_path / "elsewhere" / "small").exists()
@@ -199,7 +200,7 @@ def test_the_loss_moves_the_curriculum_and_the_checkpoint_knows(tmp_path):
     train(prepare(run))
     state = prepare(run).state
     assert int(state.pace.stage) == 2  # after the validations at 4 and 8, not that before training
-    windows = [r["window"] for r in read(folder_of(run).metrics) if "loss" in r]
+    windows = [r.window for r in steps_of(read(folder_of(run).metrics))]
     assert windows[:4] == [4] * 4
     assert windows[4] > 4
 
@@ -237,9 +238,9 @@ def test_after_so_many_steps_that_are_not_finite_it_stops(tmp_path, monkeypatch)
     )
     with pytest.raises(NotFinite, match=words):
         train(poisoned(prepare(run), {1, 3, 4, 5, 6, 7}))
-    steps = [r for r in read(folder_of(run).metrics) if "loss" in r]
-    assert steps[5]["loss"] is None
-    assert [r["skipped"] for r in steps] == [0, 1, 1, 2, 3, 4]
+    steps = steps_of(read(folder_of(run).metrics))
+    assert steps[5].loss is None
+    assert [r.skipped for r in steps] == [0, 1, 1, 2, 3, 4]
 
 
 def test_fewer_are_skipped_and_nothing_is_saved_meanwhile(tmp_path, monkeypatch):
@@ -268,7 +269,7 @@ import resource, sys
 from pathlib import Path
 import train_cases
 from tests.trainer.loop.test_training import run_of
-from train.loop import training
+from train.loop import prepare, training
 whole = training._Training._step
 def step(self, number):
     if number == 5:
@@ -277,7 +278,7 @@ def step(self, number):
     whole(self, number)
 training._Training._step = step
 try:
-    training.train(training.prepare(run_of(Path(sys.argv[1]))))
+    training.train(prepare.prepare(run_of(Path(sys.argv[1]))))
 except OSError as error:
     print(type(error).__name__, error)
 """

@@ -2,33 +2,24 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
-from train_cases import small_run
+from train_cases import small_run, step_record, steps_of, validation_record
 
 from dynmask_jax.array_typing import Array, pytree
 from train.config.operation import Mesh, Watch
 from train.metrics import log as train_metrics
 from train.metrics.log import Log, open_log, read, rewind
 from train.metrics.mfu import Peak, Work
-from train.metrics.writers import JsonLines, Sink
+from train.metrics.record import SummariesRecord, from_json
+from train.metrics.writers import JsonLines, Writer
 
 WORK = Work(per_token=6.0, per_pair={"global": 2.0, "local": 1.0})
 PEAK = Peak(100.0, "a test")
-NEEDLE = {"depths": [0.0, 1.0], "found": [0.5, 1.0], "gain": [2.5, 3.0]}
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The fields of `train.evaluate.validation.Validation`, which takes long to import."""
-
-    loss: float
-    positions: dict[str, float]
-    pace_loss: float | None = None
-    needle: dict | None = None
+NEEDLE = {"found/0.0": 0.5, "found/1.0": 1.0, "gain/0.0": 2.5, "gain/1.0": 3.0}
 
 
 @pytree
@@ -49,14 +40,14 @@ class Metrics:
     skipped_in_a_row: Array
 
 
-class Kept(Sink):
+class Kept(Writer):
     """Keeps the records."""
 
     def __init__(self):
         self.records, self.closed = [], False
 
     def write(self, record):
-        self.records.append(record)
+        self.records.append(record.to_json())
 
     def close(self):
         self.closed = True
@@ -93,7 +84,7 @@ def kept():
     return Kept()
 
 
-def begin(kept: Sink, tmp_path, **watch) -> Log:
+def begin(kept: Writer, tmp_path, **watch) -> Log:
     """The log of a run of 8 steps, of 64 tokens each."""
     run = replace(small_run(tmp_path), watch=Watch(**watch))
     return Log([kept], run, bytes_per_token=2.0, work=WORK, peak=PEAK)
@@ -167,7 +158,7 @@ def test_a_pause_counts_for_no_step(kept, tmp_path, clock):
         clock[0] += 2
         with log.paused():
             clock[0] += 50
-            log.validation(1, Validation(0.5, {}))
+            log.validation(1, 0.5, {})
         log.step(1, metrics(), 0.0)
         clock[0] += 4
         log.step(2, metrics(), 0.0)
@@ -217,8 +208,8 @@ def test_skipped_steps_in_a_row_are_known_when_read(kept, tmp_path):
 
 def test_a_validation_holds_what_there_is(kept, tmp_path):
     with begin(kept, tmp_path) as log:
-        log.validation(3, Validation(0.5, {"0": 0.7, "64": math.nan}))
-        log.validation(4, Validation(math.inf, {"0": 0.7}, pace_loss=0.25, needle=NEEDLE))
+        log.validation(3, 0.5, {"0": 0.7, "64": math.nan})
+        log.validation(4, math.inf, {"0": 0.7}, 0.25, {"needle": NEEDLE})
         log.rouge(4, {"model": {"rouge1": 30.0}, "lead": {"rouge1": 20.0}})
     bits = pytest.approx(0.5 / 0.6931472 / 2)
     plain = {
@@ -254,35 +245,60 @@ def test_a_sink_that_fails_leaves_no_other_open(kept, tmp_path):
 
 
 def written(path, records) -> list:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record.to_json()) + "\n" for record in records))
     return records
 
 
 def test_numbers_of_a_probe_that_are_not_finite_are_null(tmp_path):
-    needle = {"depths": [0.0, 1.0], "found": [0.0, 0.5], "gain": [math.nan, 3.0]}
     with begin(JsonLines(tmp_path / "metrics.jsonl"), tmp_path) as log:
-        log.validation(3, Validation(0.5, {}, needle=needle))
-    assert read(tmp_path / "metrics.jsonl")[0]["needle"]["gain"] == [None, 3.0]
+        log.validation(3, 0.5, {}, evaluators={"needle": {"gain/0.0": math.nan, "gain/1.0": 3.0}})
+    (found,) = read(tmp_path / "metrics.jsonl")
+    assert found.evaluators == {"needle": {"gain/0.0": None, "gain/1.0": 3.0}}
+
+
+def test_the_lists_of_a_probe_in_older_files_are_read():
+    needle = {"depths": [0.0, 0.5], "found": [1.0, 0.25], "gain": [None, 2.0]}
+    found = from_json(validation_record(3).to_json() | {"needle": needle})
+    assert found.evaluators["needle"] == {
+        "found/0.0": 1.0,
+        "found/0.5": 0.25,
+        "gain/0.0": None,
+        "gain/0.5": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        step_record(3),
+        step_record(3, None, hops=2, bytes_moved=5.0),
+        validation_record(4, pace_loss=0.5, evaluators={"needle": NEEDLE}),
+        validation_record(0, None),
+        SummariesRecord(4, {"lead": {"rouge1": 1.0}}),
+    ],
+)
+def test_a_record_is_read_as_it_was_written(record):
+    assert from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
 @pytest.mark.parametrize("most", [2, 3, 4, 9, 10, 11])
 def test_of_many_steps_a_few_are_read_the_ends_among_them_and_all_else(tmp_path, most):
     path = tmp_path / "metrics.jsonl"
-    steps = [{"step": step, "loss": None if step == 3 else 1.0} for step in range(10)]
-    others = [{"step": step, "validation_loss": 5.0} for step in (0, 5, 10)]
-    written(path, sorted(steps + others, key=lambda record: record["step"]))
-    found = [record["step"] for record in read(path, most) if "loss" in record]
+    steps = [step_record(step, None if step == 3 else 1.0) for step in range(10)]
+    others = [validation_record(step) for step in (0, 5, 10)]
+    written(path, sorted(steps + others, key=lambda record: record.step))
+    found = [record.step for record in steps_of(read(path, most))]
     assert len(found) <= most
     assert len(found) > most / 2 or most == 9
     assert (found[0], found[-1]) == (0, 9)
-    assert [record for record in read(path, most) if "loss" not in record] == others
+    assert [record for record in read(path, most) if record not in steps] == others
 
 
 def test_rewinding_keeps_what_led_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    records = [{"step": 0, "validation_loss": 5.5}]
-    records += [{"step": step, "loss": None if step == 1 else 1.0} for step in range(4)]
-    records[3:3] = [{"step": 2, "validation_loss": 5.0}, {"step": 2, "rouge": {}}]
+    records = [validation_record(0, 5.5)]
+    records += [step_record(step, None if step == 1 else 1.0) for step in range(4)]
+    records[3:3] = [validation_record(2), SummariesRecord(2, {})]
     written(path, records)
     rewind(path, 2)
     assert read(path) == records[:5]
@@ -291,7 +307,7 @@ def test_rewinding_keeps_what_led_to_the_checkpoint(tmp_path):
 
 def test_rewinding_to_the_beginning_keeps_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    written(path, [{"step": 0, "validation_loss": 5.5}, {"step": 0, "loss": 1.0}])
+    written(path, [validation_record(0, 5.5), step_record(0)])
     rewind(path, 0)
     assert read(path) == []
 
@@ -303,7 +319,7 @@ def test_rewinding_without_a_file_makes_an_empty_one(tmp_path):
 
 def test_a_rewinding_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
-    records = written(path, [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 1.0}])
+    records = written(path, [step_record(0), step_record(1)])
 
     def full(self, target):
         raise OSError(28, "No space left on device")
@@ -317,18 +333,18 @@ def test_a_rewinding_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
 
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    records = written(path, [{"step": 0, "loss": 1.0}])
+    records = written(path, [step_record(0)])
     with path.open("a") as file:
         file.write('{"step": 1, "lo')
     assert read(path) == records
     rewind(path, 1)
-    assert path.read_text() == json.dumps(records[0]) + "\n"
+    assert path.read_text() == json.dumps(records[0].to_json()) + "\n"
 
 
-@pytest.mark.parametrize("line", ["not JSON", "[1]", '{"loss": 1.0}'])
+@pytest.mark.parametrize("line", ["not JSON", "[1]", '{"loss": 1.0}', '{"step": 1}'])
 def test_a_corrupted_line_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n' + line + "\n")
+    path.write_text(json.dumps(step_record(0).to_json()) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is corrupted"):
         read(path)
 

@@ -10,27 +10,16 @@ from types import ModuleType
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from train_cases import small_run
+from train_cases import small_run, step_record, validation_record
 
 from train.config.operation import Watch
 from train.metrics import writers
-from train.metrics.writers import Bar, JsonLines, TensorBoard, WeightsAndBiases, check, open_sinks
+from train.metrics.record import SummariesRecord
+from train.metrics.writers import Bar, JsonLines, TensorBoard, WeightsAndBiases, check, open_writers
 
-STEP = {
-    "step": 2,
-    "loss": 0.5,
-    "bits_per_byte": 0.75,
-    "exposure": 0.25,
-    "tokens_per_second": 12_345.6,
-    "mfu": 0.125,
-}
-VALIDATION = {
-    "step": 3,
-    "validation_loss": 0.5,
-    "validation_bits_per_byte": 0.75,
-    "positions": {"0": 0.75, "64": None},
-}
-ROUGE = {"step": 3, "rouge": {"model": {"rouge1": 30.0}, "lead": {"rouge1": 20.25}}}
+STEP = step_record(2, 0.5, bits_per_byte=0.75, exposure=0.25, tokens_per_second=12_345.6)
+VALIDATION = validation_record(3, 0.5, bits_per_byte=0.75, positions={"0": 0.75, "64": None})
+ROUGE = SummariesRecord(3, {"model": {"rouge1": 30.0}, "lead": {"rouge1": 20.25}})
 
 
 class Terminal(io.StringIO):
@@ -70,21 +59,28 @@ def test_json_lines_are_there_once_written_and_appended_to(tmp_path):
     for record in (STEP, VALIDATION):
         sink = JsonLines(path)
         sink.write(record)
-        assert json.loads(path.read_text().splitlines()[-1]) == record
+        assert json.loads(path.read_text().splitlines()[-1]) == record.to_json()
         sink.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [STEP, VALIDATION]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        STEP.to_json(),
+        VALIDATION.to_json(),
+    ]
 
 
 def test_a_number_that_json_has_no_word_for_is_refused(tmp_path):
     sink = JsonLines(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        sink.write({"step": 0, "loss": float("nan")})
+        sink.write(step_record(0, float("nan")))
     sink.close()
 
 
 def test_tensorboard_has_the_numbers_over_the_steps_done(tmp_path):
     sink = TensorBoard(tmp_path / "tensorboard", 0)
-    for record in (STEP | {"mfu": None}, VALIDATION, ROUGE):
+    for record in (
+        replace(STEP, mfu=None),
+        replace(VALIDATION, evaluators={"needle": {"found/0.5": 0.25}}),
+        ROUGE,
+    ):
         sink.write(record)
     found = shown(tmp_path / "tensorboard")  # before it is closed: SIGKILL loses nothing
     sink.close()
@@ -92,32 +88,42 @@ def test_tensorboard_has_the_numbers_over_the_steps_done(tmp_path):
         "train/loss": [(3, 0.5)],
         "train/bits_per_byte": [(3, 0.75)],
         "train/exposure": [(3, 0.25)],
+        "train/window": [(3, 8)],
+        "train/padding": [(3, 0.25)],
+        "train/gradient_norm": [(3, 1.0)],
+        "train/learning_rate": [(3, pytest.approx(1e-3))],
+        "train/skipped": [(3, 0)],
+        "train/seconds": [(3, 0.5)],
+        "train/input_seconds": [(3, pytest.approx(0.01))],
         "train/tokens_per_second": [(3, pytest.approx(12_345.6))],
         "validation/loss": [(3, 0.5)],
         "validation/bits_per_byte": [(3, 0.75)],
         "positions/0": [(3, 0.75)],
+        "needle/found/0.5": [(3, 0.25)],
         "rouge/model/rouge1": [(3, 30.0)],
         "rouge/lead/rouge1": [(3, 20.25)],
     }
 
 
-def record(step: int, loss: float) -> dict:
-    return {"step": step, "loss": loss}
-
-
 @pytest.mark.parametrize(("start", "kept"), [(0, 0), (2, 2)])
 def test_steps_that_come_again_replace_those_in_tensorboard(tmp_path, start, kept):
     first = TensorBoard(tmp_path, 0)
-    validations = [{"step": step, "validation_loss": 5.0 + step} for step in (0, 2, 4)]
-    for written in (validations[0], record(0, 1.0), record(1, 2.0), validations[1], record(2, 3.0)):
+    validations = [validation_record(step, 5.0 + step) for step in (0, 2, 4)]
+    for written in (
+        validations[0],
+        step_record(0, 1.0),
+        step_record(1, 2.0),
+        validations[1],
+        step_record(2, 3.0),
+    ):
         first.write(written)
-    first.write(record(3, 4.0))
+    first.write(step_record(3, 4.0))
     first.write(validations[2])
     first.close()
     (file,) = tmp_path.iterdir()
     file.rename(tmp_path / "earlier.-1")
     again = TensorBoard(tmp_path, start)
-    again.write(record(start, 30.0))
+    again.write(step_record(start, 30.0))
     again.close()
     points = shown(tmp_path)
     assert points["train/loss"] == [*[(1, 1.0), (2, 2.0)][:kept], (start + 1, 30.0)]
@@ -157,9 +163,9 @@ def test_a_log_file_has_a_line_now_and_then_and_all_milestones():
     file = io.StringIO()
     bar = Bar(1_000, 0, file)
     for step in range(1_000):
-        bar.write(STEP | {"step": step})
+        bar.write(replace(STEP, step=step))
         if step % 250 == 249:
-            bar.write(VALIDATION | {"step": step + 1})
+            bar.write(replace(VALIDATION, step=step + 1))
     bar.close()
     lines = file.getvalue().splitlines()
     assert "\r" not in file.getvalue()
@@ -177,8 +183,8 @@ def test_a_log_file_has_a_line_now_and_then_and_all_milestones():
 def test_the_bar_says_so_where_the_loss_is_not_finite():
     file = Terminal()
     bar = Bar(3, 2, file)
-    bar.write(STEP | {"loss": None, "bits_per_byte": None, "tokens_per_second": None, "mfu": None})
-    bar.write(VALIDATION | {"validation_bits_per_byte": None})
+    bar.write(replace(STEP, loss=None, bits_per_byte=None, tokens_per_second=None, mfu=None))
+    bar.write(replace(VALIDATION, bits_per_byte=None))
     bar.close()
     assert "loss not finite, exposure 25.0%" in file.getvalue()
     assert "validation not finite" in file.getvalue()
@@ -234,7 +240,7 @@ def test_weights_and_biases_that_is_not_installed_is_refused(tmp_path, monkeypat
 
 
 def test_a_run_has_its_file_and_events_and_a_bar(tmp_path):
-    found = open_sinks(tmp_path, small_run(tmp_path), 3)
+    found = open_writers(tmp_path, small_run(tmp_path), 3)
     for sink in found:
         sink.close()
     assert [type(sink) for sink in found] == [JsonLines, TensorBoard, Bar]

@@ -13,11 +13,13 @@ import pytest
 from jax.experimental import multihost_utils
 from kill_run import differences
 from process_run import STEPS, Deviation, ParallelRun, run_processes, set_up_process
+from train_cases import steps_of
 
 from train.checkpoint.folder import RunFolder
 from train.config.operation import Mesh
 from train.config.run import Run
-from train.loop.training import prepare, train
+from train.loop.prepare import prepare
+from train.loop.training import train
 from train.metrics.log import read
 from train.parallel import processes
 from train.parallel.initialize import join
@@ -29,9 +31,9 @@ TOKENS = ("--mesh.data", "1", "--mesh.context", "8")
 
 def losses(run: ParallelRun) -> list[float]:
     """Of each step, from 0, none of which is missing."""
-    records = [record for record in read(run.where.metrics) if "loss" in record]
-    assert [record["step"] for record in records] == list(range(len(records)))
-    return [record["loss"] for record in records]
+    records = steps_of(read(run.where.metrics))
+    assert [record.step for record in records] == list(range(len(records)))
+    return [record.loss for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -187,5 +189,5 @@ def test_checkpoints_go_on_on_other_meshes_with_the_same_losses(single, tmp_path
     one = onward(two, 8, Mesh(), tmp_path / "one")
     back = onward(two, 8, eight.mesh, tmp_path / "back")
     for run in (two, one, back):
-        found = [record["loss"] for record in read(RunFolder.of(run).metrics) if "loss" in record]
+        found = [record.loss for record in steps_of(read(RunFolder.of(run).metrics))]
         np.testing.assert_allclose(found, losses(single), rtol=1e-5)

@@ -19,6 +19,7 @@ from train.config.run import Run
 from train.config.sections import Curriculum, Data, Loss, Model, Optimizer
 from train.data.batch import Batch
 from train.data.corpus import read_corpus
+from train.evaluate.needle import by_depth
 from train.evaluate.validation import Validator
 from train.parallel.feed import place_batch
 from train.parallel.mesh import to_one_device
@@ -238,8 +239,9 @@ def test_validation_and_needles_on_a_mesh_find_what_one_device_does(tmp_path):
     spread = Validator(program, text, layout_order("zigzag", 128, 4))(state)
     assert spread.loss == pytest.approx(alone.loss, rel=1e-5)
     assert spread.positions == pytest.approx(alone.positions, rel=1e-5)
-    assert spread.needle["found"] == alone.needle["found"]
-    assert spread.needle["gain"] == pytest.approx(alone.needle["gain"], abs=1e-4)
+    (spread_needle, needle) = (each.evaluators["needle"] for each in (spread, alone))
+    assert by_depth(spread_needle, "found") == by_depth(needle, "found")
+    assert by_depth(spread_needle, "gain") == pytest.approx(by_depth(needle, "gain"), abs=1e-4)
 
 
 def test_weights_come_back_to_one_device():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
-from train_cases import MODEL, records_of, small_run
+from train_cases import MODEL, records_of, small_run, steps_of
 
 from train.config.command_line import command
 from train.config.operation import Evaluation, Watch
@@ -17,7 +17,8 @@ from train.config.run import Run
 from train.config.sections import Curriculum, Data, Model, Summarize
 from train.data.batch import Batch
 from train.metrics.mfu import Peak
-from train.report.outcome import Summary
+from train.metrics.record import SummariesRecord
+from train.report.outcome import Outcome
 from train.report.page import Facts, write
 from train.step.curriculum import growth
 
@@ -45,7 +46,7 @@ class Corpus:
 def reported(folder: Path, run: Run, records) -> str:
     """The report as it is in the folder."""
     facts = Facts(run, Corpus(), growth(run), 119_104, Peak(2e12, "a test"))
-    write(folder, facts, Summary(records, compilations=1))
+    write(folder, facts, Outcome(records, compilations=1))
     text = (folder / "report.md").read_text()
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
@@ -101,10 +102,12 @@ def test_a_report_has_the_probe_and_the_summaries_where_they_are(tmp_path):
     options = Summarize(truncate=True)
     run = small_run(tmp_path, task="summarize", data=Data(length=32, batch=2), summarize=options)
     scores = {"model": {"rouge1": 31.25, "rougeL": 20.0}, "lead": {"rouge1": 28.5, "rougeL": 18.0}}
-    records = [*records_of(run, needles=True), {"step": 8, "rouge": scores}]
-    next(r for r in reversed(records) if "needle" in r)["needle"]["gain"][0] = None  # was not finite
+    records = [*records_of(run, needles=True), SummariesRecord(8, scores)]
+    needle = {**records[-2].evaluators["needle"], "gain/0.0": None}  # was not finite
+    records[-2] = replace(records[-2], evaluators={"needle": needle, "recall": {"share": 0.5}})
     text = reported(tmp_path, run, records)
     assert rows(text, "Needles")[1:] == [["0%", "25%", "25%", "–"], ["100%", "75%", "75%", "+1.000"]]
+    assert rows(text, "Other evaluators")[1:] == [["recall share", "–", "0.5"]]
     assert ["documents cut to fit their row", "7"] in rows(text, "Data")
     assert rows(text, "Summaries")[1:] == [["model", "31.25", "20.00"], ["lead", "28.50", "18.00"]]
     assert f"python -m train summarize FILE --run {tmp_path}" in text
@@ -127,7 +130,7 @@ def test_every_kind_of_run_has_a_report(tmp_path, options):
     run = small_run(tmp_path, **options)
     text = reported(tmp_path, run, records_of(run))
     assert {"nan", "inf", "None"} & set(re.findall(r"\w+", text.split("## Config")[0])) == set()
-    assert str(Summary(records_of(run), 1))
+    assert str(Outcome(records_of(run), 1))
 
 
 def test_a_run_that_always_shows_the_same_has_one_speed(tmp_path):
@@ -140,8 +143,7 @@ def test_a_run_that_always_shows_the_same_has_one_speed(tmp_path):
 def test_records_of_some_steps_stand_for_the_others(tmp_path):
     run = small_run(tmp_path, steps=21)
     all_steps, some = records_of(run), records_of(run, log_every=10)
-    for record in [*all_steps, *some]:
-        record |= {"seconds": 60.0} if "loss" in record else {}
+    all_steps, some = ([replace(r, seconds=60.0) for r in steps_of(records)] for records in (all_steps, some))
     text = reported(tmp_path, run, some)
     assert "The steps took 0:21:00 in all" in text
     assert "about 1,008 tokens in all" in text  # 21 · 64 · 3/4
@@ -151,8 +153,8 @@ def test_records_of_some_steps_stand_for_the_others(tmp_path):
 def test_skipped_steps_and_losses_that_are_not_finite_are_told(tmp_path):
     run = small_run(tmp_path)
     records = records_of(run, every=4)
-    records[-2] |= {"loss": None, "bits_per_byte": None, "gradient_norm": None, "skipped": 5}
-    records[-1] |= {"validation_loss": None, "validation_bits_per_byte": None}
+    records[-2] = replace(records[-2], loss=None, bits_per_byte=None, gradient_norm=None, skipped=5)
+    records[-1] = replace(records[-1], loss=None, bits_per_byte=None)
     text = reported(tmp_path, run, records)
     assert "**5 steps were skipped**" in text
     assert [row[0] for row in rows(text, "Result")[1:]] == ["first", "best", "last"]
@@ -161,7 +163,7 @@ def test_skipped_steps_and_losses_that_are_not_finite_are_told(tmp_path):
 
 def test_without_validations_or_steps_there_is_still_a_report(tmp_path):
     run = small_run(tmp_path)
-    steps = [record for record in records_of(run) if "loss" in record]
+    steps = steps_of(records_of(run))
     text = reported(tmp_path, run, steps)
     assert "## Use of context" not in text
     assert "curriculum.png" in text
@@ -170,12 +172,12 @@ def test_without_validations_or_steps_there_is_still_a_report(tmp_path):
     nothing.mkdir()
     assert "# small" in reported(nothing, run, [])
     assert [path.name for path in nothing.iterdir()] == ["report.md"]
-    assert str(Summary([], 0))
+    assert str(Outcome([], 0))
 
 
 def test_the_summary_is_a_table(tmp_path):
     run = small_run(tmp_path, steps=20, curriculum=Curriculum(start=4, share=0.5))
-    lines = [line.split() for line in str(Summary(records_of(run), 1)).splitlines()]
+    lines = [line.split() for line in str(Outcome(records_of(run), 1)).splitlines()]
     assert lines[1][-2:] == ["8.000", "2.110"]
     assert lines[2][-1] == "100.0%"
     assert lines[4][-2:] == ["4", "32"]
@@ -187,8 +189,8 @@ def test_the_summary_is_a_table(tmp_path):
 def test_a_step_after_a_resumption_is_not_timed(tmp_path):
     run = small_run(tmp_path, curriculum=Curriculum(kind="full"))
     records = records_of(run)
-    records[5] |= {"seconds": 99.0, "tokens_per_second": None, "mfu": None}
-    first, full = Summary(records, 1).speeds()
+    records[5] = replace(records[5], seconds=99.0, tokens_per_second=None, mfu=None)
+    first, full = Outcome(records, 1).speeds()
     assert first.seconds == full.seconds == 1.5
     assert full.mfu == 0.125
 

@@ -1,12 +1,13 @@
 """The pictures of runs of every kind: what they show is what was recorded."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from train_cases import records_of, small_run
+from train_cases import records_of, small_run, steps_of, validation_record, validations_of
 
 from train.config.run import Run
 from train.config.sections import Curriculum, Data, Model, Summarize
@@ -67,11 +68,12 @@ def test_masks_go_from_the_first_step_to_the_first_that_shows_all(tmp_path, figu
 def test_masks_are_those_of_the_recorded_windows_whatever_moved_them(tmp_path, figures):
     run = small_run(tmp_path, steps=6, curriculum=Curriculum(start=4, kind="window", schedule="linear"))
     records = records_of(run)
-    for record in records:
-        if "loss" in record:
-            record["window"] = 4 if record["step"] < 5 else 32  # the loss was slow to fall
-            record["exposure"] = record["window"] / 32
-    masks, _, _ = drawn(run, records, figures)
+    windows = [4 if record.step < 5 else 32 for record in steps_of(records)]  # the loss was slow to fall
+    moved = [
+        replace(record, window=window, exposure=window / 32)
+        for record, window in zip(steps_of(records), windows, strict=True)
+    ]
+    masks, _, _ = drawn(run, [*moved, *validations_of(records)], figures)
     seen = [visible(ax)[31].sum() for ax in masks]
     assert seen == [4, 4, 4, 32]
 
@@ -79,16 +81,16 @@ def test_masks_are_those_of_the_recorded_windows_whatever_moved_them(tmp_path, f
 def test_what_is_drawn_of_the_loss(tmp_path, figures):
     run = small_run(tmp_path)
     records = records_of(run, every=4)
-    records[2]["bits_per_byte"] = None
+    records[2] = replace(records[2], bits_per_byte=None)
     _, loss, exposure = drawn(run, records, figures)
-    steps = [r for r in records if "loss" in r]
+    steps = steps_of(records)
     x, y = line(loss, 0)
     assert x == list(range(8))
     assert math.isnan(y[1])
-    assert y[2:] == [r["bits_per_byte"] for r in steps[2:]]
-    validations = [r for r in records if "validation_loss" in r]
-    assert line(loss, 1) == ([0, 4, 8], [r["validation_bits_per_byte"] for r in validations])
-    assert line(exposure, 0)[1] == [r["exposure"] for r in steps]
+    assert y[2:] == [r.bits_per_byte for r in steps[2:]]
+    validations = validations_of(records)
+    assert line(loss, 1) == ([0, 4, 8], [r.bits_per_byte for r in validations])
+    assert line(exposure, 0)[1] == [r.exposure for r in steps]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_every_kind_of_run_is_drawn(tmp_path, figures, options):
 def test_a_run_without_validations_or_steps(tmp_path, figures):
     run = small_run(tmp_path)
     records = records_of(run)
-    steps = [r for r in records if "loss" in r]
+    steps = steps_of(records)
     drawn(run, steps, figures)
     assert not draw([r for r in records if r not in steps], growth(run), run, tmp_path / "unused.png")
     assert not draw_positions(steps, tmp_path / "unused.png")
@@ -145,8 +147,8 @@ def test_the_loss_by_position_is_in_bits_per_byte(tmp_path, figures):
     records = records_of(run, every=2, bytes_per_token=2.0, positions={"0": 1.5, "64": 1.0, "128": None})
     assert draw_positions(records, tmp_path / "unused.png")
     (ax,) = figures[0].axes
-    last = [r for r in records if "validation_loss" in r][-1]
-    nats = last["validation_loss"]
+    last = validations_of(records)[-1]
+    nats = last.loss
     x, y = line(ax, -1)
     assert x == [0, 1]
     assert y == pytest.approx([1.5 * nats / math.log(2) / 2, nats / math.log(2) / 2])
@@ -171,13 +173,10 @@ def test_needles_are_drawn_by_depth(tmp_path, figures):
     records = records_of(run, needles=True)
     draw_positions(records, tmp_path / "unused.png")
     _, found, gain = figures[0].axes
-    needle = records[-1]["needle"]
-    assert line(found, -1) == (needle["depths"], needle["found"])
-    assert line(gain, -1) == (needle["depths"], needle["gain"])
+    assert line(found, -1) == ([0.0, 1.0], [0.25, 0.75])
+    assert line(gain, -1) == ([0.0, 1.0], [0.5, 1.0])
 
 
 def test_nothing_is_drawn_of_a_loss_that_never_was_finite(tmp_path, figures):
-    records = [
-        {"step": 0, "validation_loss": None, "validation_bits_per_byte": None, "positions": {"0": None}}
-    ]
+    records = [validation_record(0, None, positions={"0": None})]
     assert not draw_positions(records, tmp_path / "unused.png")
