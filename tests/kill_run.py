@@ -202,7 +202,7 @@ def differences(stopped: Run, alone: Run) -> list[str]:
 def untimed(run: Run) -> list[dict]:
     """The records of a run's metrics, without what a clock measured."""
     return [
-        {key: value for key, value in record.items() if key not in TIMED}
+        {key: value for key, value in record.to_json().items() if key not in TIMED}
         for record in read(Path(run.folder) / run.name / "metrics.jsonl")
     ]
 
