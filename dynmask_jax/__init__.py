@@ -54,9 +54,9 @@ from dynmask_jax.schedules import root as root
 from dynmask_jax.schedules import sine as sine
 from dynmask_jax.schedules import staircase as staircase
 from dynmask_jax.spans import Span as Span
-from dynmask_jax.spans import Verdict as Verdict
 from dynmask_jax.spans import maximum as maximum
 from dynmask_jax.spans import minimum as minimum
 from dynmask_jax.tokens import Tokens as Tokens
+from dynmask_jax.verdicts import Verdict as Verdict
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Runs of several real processes, each with CPU devices of its own, joined by `jax.distributed`."""
+"""Runs of several real processes, each with its CPU devices, joined by `jax.distributed`."""
 
 import os
 import socket
@@ -22,18 +22,18 @@ from train.parallel.initialize import OURS, join
 
 STEPS = 12
 LIMIT = 300
-"""Seconds that anything may take, on a machine that is busy with other things."""
+"""Seconds that a run may take, on a busy machine."""
 
 
 @dataclass(frozen=True)
-class Odd:
-    """What is odd about one of the processes.
+class Deviation:
+    """How one process differs from the others.
 
     Attributes:
-      words: typed beside what the others are given.
-      folder: that it is in; None: where it was started.
+      words: options that only this process gets.
+      folder: its working directory; None: where it was started.
       at: the step before which it gets a signal.
-      signal: which.
+      signal: that signal.
     """
 
     words: tuple[str, ...] = ()
@@ -43,28 +43,28 @@ class Odd:
 
 
 @dataclass(frozen=True)
-class Together:
-    """A tiny run of some processes, in a folder of its own.
+class ParallelRun:
+    """A tiny run of several processes.
 
     Attributes:
-      folder: where the text, the compilation cache and the run folders lie.
+      folder: of the text, the compilation cache and the run folders.
       name: of the run.
-      options: what is typed beside the usual.
-      odd: the processes that are not as the others, by number.
-      processes: how many.
-      devices: of each.
+      options: of the command line, added to the usual ones.
+      deviations: how processes differ from the others, by index.
+      processes: number of processes.
+      devices: number of devices of each process.
     """
 
     folder: Path
     name: str
     options: tuple[str, ...] = ()
-    odd: Mapping[int, Odd] = field(default_factory=dict)
+    deviations: Mapping[int, Deviation] = field(default_factory=dict)
     processes: int = 2
     devices: int = 4
 
     @property
     def arguments(self) -> list[str]:
-        """What is typed after `python -m train`, in each process."""
+        """The words after `python -m train`, in each process."""
         text = self.folder / "words.txt"
         if not text.exists():
             write_documents(text)
@@ -89,28 +89,28 @@ class Together:
         return RunFolder.of(self.run)
 
     def printed(self, process: int) -> str:
-        """All that a process printed so far, every time."""
+        """The output of a process so far, of all its starts."""
         return self._out(process).read_text()
 
     def finish(self) -> list[int | None]:
-        """Gives the command in all processes, and waits: the status of each, None if it did not end."""
-        return statuses(_command, [(self, index) for index in range(self.processes)])
+        """Runs the command in all processes and waits; the exit status of each, None if it did not end."""
+        return run_processes(_command, [(self, index) for index in range(self.processes)])
 
     def _out(self, process: int) -> Path:
         return self.folder / f"{self.name}-{process}.out"
 
 
-def statuses(target: Callable, arguments: Sequence[tuple]) -> list[int | None]:
-    """Runs the target in a process for each tuple, and waits: the status of each, None if it did not end.
+def run_processes(target: Callable, arguments: Sequence[tuple]) -> list[int | None]:
+    """Runs the target in a process for each tuple and waits; each exit status, None if it did not end.
 
     Args:
-      target: called with a tuple of arguments and, last, the variables that let the processes join.
-      arguments: for each process.
+      target: called with a tuple of arguments, then the environment variables for `join`.
+      arguments: one tuple for each process.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    # The server that processes are forked from begins with the first, and imports as this one does.
+    # The fork server starts with the first process, and needs this process's import path.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     processes = []
@@ -125,7 +125,7 @@ def statuses(target: Callable, arguments: Sequence[tuple]) -> list[int | None]:
             process.join(max(0.0, until - time.monotonic()))
         return [process.exitcode for process in processes]
     finally:
-        for process in processes:  # none is left behind
+        for process in processes:  # also those that did not end
             if process.pid is not None:
                 process.kill()
                 process.join()
@@ -134,8 +134,8 @@ def statuses(target: Callable, arguments: Sequence[tuple]) -> list[int | None]:
             os.environ["PYTHONPATH"] = before
 
 
-def began(out: Path, where: Mapping[str, str], devices: int):
-    """To be called first by a process: where it prints to, what it knows of the others, and its devices."""
+def set_up_process(out: Path, where: Mapping[str, str], devices: int):
+    """Call this first in a process: redirects its output, and sets its environment and its devices."""
     with out.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -144,28 +144,28 @@ def began(out: Path, where: Mapping[str, str], devices: int):
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-def _command(run: Together, index: int, where: Mapping[str, str]):
+def _command(run: ParallelRun, index: int, where: Mapping[str, str]):
     """What a process does: `python -m train` with the run's arguments."""
-    began(run._out(index), where, run.devices)
+    set_up_process(run._out(index), where, run.devices)
     jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
     jax.config.update("jax_compilation_cache_dir", str(run.folder / "jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    odd = run.odd.get(index, Odd())
-    if odd.folder is not None:
-        os.chdir(odd.folder)
-    if odd.at is not None:
-        training._Training._step = _signalled(training._Training._step, odd)
+    deviation = run.deviations.get(index, Deviation())
+    if deviation.folder is not None:
+        os.chdir(deviation.folder)
+    if deviation.at is not None:
+        training._Training._step = _signalled(training._Training._step, deviation)
     cli.join = partial(join, heartbeat=10)
-    cli.main([*run.arguments, *odd.words])
+    cli.main([*run.arguments, *deviation.words])
 
 
-def _signalled(step: Callable, odd: Odd) -> Callable:
-    """A step that is as before, but for a signal at one; and slow from there on, for that to be seen."""
+def _signalled(step: Callable, deviation: Deviation) -> Callable:
+    """The step function, with a signal before one step, and slower from then on so that it is noticed."""
 
     def signalled(training, number: int):
-        if number == odd.at and odd.signal is not None:
-            os.kill(os.getpid(), odd.signal)
-        if odd.at is not None and number >= odd.at:
+        if number == deviation.at and deviation.signal is not None:
+            os.kill(os.getpid(), deviation.signal)
+        if deviation.at is not None and number >= deviation.at:
             time.sleep(0.5)
         step(training, number)
 

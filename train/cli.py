@@ -134,7 +134,7 @@ def _train(arguments: Sequence[str], processes: Processes):
     except (OSError, NotFinite) as error:
         _stop(error, status=1)
     if processes.first:
-        print(f"\n{result}\n\nAll of the run lies in {session.folder.path}")
+        print(f"\n{result}\n\nAll files of the run are in {session.folder.path}")
 
 
 def _stop(error: Exception, *, status: int) -> NoReturn:

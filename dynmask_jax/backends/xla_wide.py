@@ -28,52 +28,67 @@ def _at_once(line, places):
     return jax.vmap(line)(places)
 
 
+class _Operands:
+    """The blocks of queries and keys that the backward pass reads, and the gradients of one tile."""
+
+    def __init__(self, scores, saved, cotangents):
+        q, k, v, self.plan, _, lse = saved
+        self.scores, self.dtype = scores, lse.dtype
+        self.heads, self.key_heads, self.tiles = q.shape[2], k.shape[2], tiles_of(self.plan)
+        others = cotangents[0], *levels_of(saved, cotangents)
+        block_q, block_k = self.plan.block_q, self.plan.block_k
+        self.of_queries = [Blocks.of_finite(q, block_q), *(Blocks.of(x, block_q) for x in others)]
+        self.of_keys = [Blocks.of_finite(x, block_k) for x in (k, v)]
+
+    def queries_at(self, b, i) -> QueryBlock:
+        queries, *others = (x.rows(b, i, self.key_heads).astype(self.dtype) for x in self.of_queries)
+        return QueryBlock(queries * self.scores.scale, *others)
+
+    def keys_at(self, b, j):
+        return tuple(x.rows(b, j, self.key_heads).astype(self.dtype) for x in self.of_keys)
+
+    def row(self, b):
+        """The plan's row for sequence b."""
+        return b if self.plan.rows > 1 else 0
+
+    def tile(self, at, block, keys, values, *, tested):
+        """`tile_gradients` of the block of queries i and of keys j of sequence b, `at` = (b, i, j)."""
+        b, i, j = at
+        visible = None
+        if tested:
+            visible = by_rows(self.tiles.visible(self.row(b), i, j), self.heads, self.key_heads)
+        return tile_gradients(self.scores, block, keys, values, visible)
+
+
 def gradients(scores, saved, cotangents):
     """The gradients of q, k and v from those of out and lse."""
-    q, k, v, plan, _, lse = saved
-    wide, heads, key_heads, tiles = lse.dtype, q.shape[2], k.shape[2], tiles_of(plan)
-    others = cotangents[0], *levels_of(saved, cotangents)
-    of_queries = [Blocks.of_finite(q, plan.block_q), *(Blocks.of(x, plan.block_q) for x in others)]
-    of_keys = [Blocks.of_finite(x, plan.block_k) for x in (k, v)]
-    q_blocks, k_blocks = of_queries[0], of_keys[0]
-
-    def queries_at(b, i):
-        queries, *others = (x.rows(b, i, key_heads).astype(wide) for x in of_queries)
-        return QueryBlock(queries * scores.scale, *others)
-
-    def keys_at(b, j):
-        return tuple(x.rows(b, j, key_heads).astype(wide) for x in of_keys)
-
-    def tile(b, i, j, block, keys, values, tested):
-        row = b if plan.rows > 1 else 0
-        visible = by_rows(tiles.visible(row, i, j), heads, key_heads) if tested else None
-        return tile_gradients(scores, block, keys, values, visible)
+    (q, k, v, plan, *_), of = saved, _Operands(scores, saved, cotangents)
+    q_blocks, k_blocks = of.of_queries[0], of.of_keys[0]
 
     def query_line(at):
         b, i = at // q_blocks.count, at % q_blocks.count
-        block = queries_at(b, i)
+        block = of.queries_at(b, i)
 
         def add(j, d_q, *, tested):
-            keys, values = keys_at(b, j)
-            d_products, _ = tile(b, i, j, block, keys, values, tested)
+            keys, values = of.keys_at(b, j)
+            d_products, _ = of.tile((b, i, j), block, keys, values, tested=tested)
             return d_q + jnp.einsum("ksr,ksh->krh", d_products, keys)
 
-        codes = plan.codes[b if plan.rows > 1 else 0, i]
-        return q_blocks.tokens(over_active(codes, add, jnp.zeros_like(block.q)) * scores.scale)
+        d_q = over_active(plan.codes[of.row(b), i], add, jnp.zeros_like(block.q))
+        return q_blocks.tokens(d_q * scores.scale)
 
     def key_line(at):
         b, j = at // k_blocks.count, at % k_blocks.count
-        keys, values = keys_at(b, j)
+        keys, values = of.keys_at(b, j)
 
         def add(i, sums, *, tested):
-            block, (d_k, d_v) = queries_at(b, i), sums
-            d_products, weights = tile(b, i, j, block, keys, values, tested)
+            block, (d_k, d_v) = of.queries_at(b, i), sums
+            d_products, weights = of.tile((b, i, j), block, keys, values, tested=tested)
             d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
             return d_k, d_v + jnp.einsum("ksr,krh->ksh", weights, block.d_out)
 
-        codes = plan.codes[b if plan.rows > 1 else 0, :, j]
         start = vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys)
-        return tuple(k_blocks.tokens(x) for x in over_active(codes, add, start))
+        return tuple(k_blocks.tokens(x) for x in over_active(plan.codes[of.row(b), :, j], add, start))
 
     d_q = q_blocks.whole(_at_once(query_line, q_blocks.every()))
     d_k, d_v = (k_blocks.whole(x) for x in _at_once(key_line, k_blocks.every()))

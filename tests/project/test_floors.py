@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 LIBRARY, TRAINER = ROOT / "dynmask_jax", ROOT / "train"
 FLOORS = [
     {"array_typing", "errors", "platforms", "vma"},
+    {"verdicts"},
     {"schedules", "spans", "online_softmax", "scores", "rotary", "finite"},
     {"context.arcs", "context.layouts", "context.machines", "context.torus"},
     {"tokens", "hashes", "leaves"},

@@ -150,7 +150,7 @@ def test_from_the_command_line_to_a_finished_folder_and_its_weights(tmp_path, ca
     said = capsys.readouterr()
     assert "A run of 3 steps begins in" in said.out
     assert "compilations of the train step" in said.out
-    assert f"lies in {folder}" in said.out
+    assert f"All files of the run are in {folder}" in said.out
 
     main(command)
     assert "is finished, all its 3 steps; --overwrite begins it anew" in capsys.readouterr().out

@@ -108,12 +108,16 @@ def test_beginning_anew_takes_the_runs_files_and_nothing_else(folder, run):
     assert names(folder.path) == ["checkpoint-damaged", "config.json", "notes.txt", "own"]
 
 
+CHANGES = ((Path, "rename"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"))
+
+
+class Killed(BaseException):
+    """In place of the end of a process."""
+
+
 def test_killed_while_beginning_anew_it_leaves_the_old_run_or_the_new_one(folder, run, monkeypatch):
     """Stopped before each of the calls that change something, in turn."""
     new, calls = replace(run, seed=1), 0
-
-    class Killed(BaseException):
-        pass
 
     def counted(function, at):
         def call(*arguments, **options):
@@ -133,12 +137,7 @@ def test_killed_while_beginning_anew_it_leaves_the_old_run_or_the_new_one(folder
         calls = 0
         try:
             with monkeypatch.context() as patch:
-                for owner, name in (
-                    (Path, "rename"),
-                    (Path, "replace"),
-                    (Path, "unlink"),
-                    (shutil, "rmtree"),
-                ):
+                for owner, name in CHANGES:
                     patch.setattr(owner, name, counted(getattr(owner, name), at))
                 folder.begin(new)
         except Killed:
