@@ -21,6 +21,7 @@ from train.config.operation import Checkpoints, Evaluation, Watch
 from train.config.sections import Curriculum, Optimizer
 from train.data.corpus import read_corpus
 from train.disk import WriteError
+from train.loop import prepare as preparation
 from train.loop.prepare import prepare
 from train.loop.training import NotFinite, train
 from train.metrics.log import read
@@ -147,11 +148,11 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(tmp_pat
 
     def meanwhile(run):
         with monkeypatch.context() as patch:
-            patch.setattr(session, "read_corpus", read_corpus)
+            patch.setattr(preparation, "read_corpus", read_corpus)
             train(prepare(run))
         return read_corpus(run)
 
-    monkeypatch.setattr(session, "read_corpus", meanwhile)
+    monkeypatch.setattr(preparation, "read_corpus", meanwhile)
     assert int(prepare(run).state.step) == 8
 
 
