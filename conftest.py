@@ -25,6 +25,25 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def pytest_configure(config):
+    """XLA optimizes little by default: most of a test's time is compilation. In `make test-all` it does."""
+    _optimize(config.option.markexpr != "not slow")
+
+
+@pytest.fixture
+def optimized(request):
+    """What the test compiles is optimized as a user's programs are, in the default run too."""
+    _optimize(True)
+    jax.clear_caches()
+    yield
+    pytest_configure(request.config)
+    jax.clear_caches()
+
+
+def _optimize(much: bool):
+    jax.config.update("jax_disable_most_optimizations", not much)
+
+
 @pytest.fixture(autouse=True)
 def _names_in_doctests(doctest_namespace):
     """What the examples use without an import: the library's own names, jax and jnp."""

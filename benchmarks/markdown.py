@@ -1,12 +1,6 @@
-"""Numbers and tables as Markdown."""
+"""Numbers as Markdown, and the trainer's tables."""
 
-from collections.abc import Sequence
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers, set to the right."""
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *rows))
+from train.report.markdown import table as table
 
 
 def seconds(value: float | str) -> str:

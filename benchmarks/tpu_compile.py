@@ -18,14 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.vliw import Kernel, blocks_of, folded, utilization_of
+from train.aot.topology import WITHOUT_TPU
 
-_WITHOUT_DEVICES = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
+_WITHOUT_DEVICES = {"JAX_PLATFORMS": "cpu", **WITHOUT_TPU}
 _SUMMARY = "schedule-analysis_final_bundles"
 
 

@@ -233,6 +233,7 @@ def test_calls_outside_jit_compile_once(backend, caplog):
     assert not compiled(4)
 
 
+@pytest.mark.usefixtures("optimized")  # XLA's vectorized maximum loses NaN, the plain one does not
 @pytest.mark.parametrize("head_dim", [1, 4, 8, 64, 128])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bad_rows_are_found_at_any_width(dtype, head_dim):

@@ -1,4 +1,10 @@
-"""The transfers between devices in a compiled program, and the work that goes on meanwhile."""
+"""The transfers between devices in a compiled program, and the work that goes on meanwhile.
+
+No API of JAX or XLA tells what a compiled program sends, which `python -m train compile` prints. So this
+file and `train.aot.hlo` read the program's text: XLA's opcodes, attributes and fusions, JAX's names of
+operations, and the named scopes of `train.step` and `train.model`. None of these is stable. A new JAX may ask
+for changes here, and in no other file; tests/trainer/aot/test_compile.py then fails.
+"""
 
 import math
 import re
@@ -214,3 +220,70 @@ def _work_of(module: Module, each: Instruction) -> str:
     if each.opcode in _PRODUCTS or any(one.opcode in _PRODUCTS for one in module.within(each)):
         return "products"
     return "others"
+
+
+@dataclass(frozen=True)
+class TransferSummary:
+    """Transfers of one kind and one place in the step, together.
+
+    Attributes:
+      phase: "forward", "forward again" (what rematerialisation repeats), "backward" or "update".
+      source: what they are for.
+      kind: of the collective.
+      meanwhile: what runs meanwhile: "kernels", "products", "loops", or "nothing".
+      count: how often they run in a step.
+      bytes: what a device sends for them in a step.
+      by_data: whether the mask decides how often they run: these count once a layer.
+    """
+
+    phase: str
+    source: str
+    kind: str
+    meanwhile: str
+    count: int
+    bytes: int
+    by_data: bool
+
+
+def summarize_transfers(found: tuple[Transfer, ...]) -> list[TransferSummary]:
+    """The transfers of a program by kind, those that send most first."""
+    counts: Counter[tuple] = Counter()
+    sizes: Counter[tuple] = Counter()
+    for each in found:
+        # What the partitioner made has no name of its own, but its loop has.
+        source = each.source or next((loop.source for loop in reversed(each.loops)), "")
+        key = (*_place(source), each.kind, _meanwhile(each), each.by_data)
+        counts[key] += each.times
+        sizes[key] += each.times * each.bytes
+    return [
+        TransferSummary(*key[:4], count=counts[key], bytes=size, by_data=key[4])
+        for key, size in sizes.most_common()
+    ]
+
+
+def _place(source: str) -> tuple[str, str]:
+    """The phase of the step, and what a transfer is for, by JAX's name of its operation.
+
+    The marks are JAX's own, and the named scopes of `train.step.program` and `train.model.transformer`.
+    """
+    phases = {"rematted_computation": "forward again", "transpose(": "backward", "jvp(": "forward"}
+    phase = next((phase for mark, phase in phases.items() if mark in source), "update")
+    purposes = {
+        "ppermute": "ring of keys",
+        "_attend": "attention",
+        "_plan": "plan",
+        "_visible_pairs": "plan",
+        "_travel": "plan",
+        "embedding": "embedding",
+        "loss": "loss",
+        "gathered": "weights",
+        "dot_general": "products",
+    }
+    return phase, next((purpose for mark, purpose in purposes.items() if mark in source), "other")
+
+
+def _meanwhile(each: Transfer) -> str:
+    if not each.overlaps:
+        return "nothing"
+    kernels = set(each.between) - {"products", "loops", "others"}
+    return "kernels" if kernels else "products" if "products" in each.between else "loops"

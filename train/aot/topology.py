@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-_ALONE = {
+WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -49,7 +49,7 @@ def devices_of(topology: str) -> list[Any]:
         raise ImportError(
             "libtpu, the TPU's compiler, is not installed: pip install 'dynmask_jax[tpu]'; no TPU is needed"
         )
-    os.environ.update(_ALONE)  # read once, when libtpu is loaded
+    os.environ.update(WITHOUT_TPU)  # read once, when libtpu is loaded
     jax.config.update("jax_platforms", "cpu")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)

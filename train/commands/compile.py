@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from train.aot.compiled import Compiled, Kind, compile_step, kinds
+from train.aot.collectives import TransferSummary, summarize_transfers
+from train.aot.compile_step import Compiled, compile_step
 from train.aot.topology import EXAMPLES
 from train.config.presets import PRESETS, TOPOLOGIES
 from train.config.run import Run
@@ -114,7 +115,7 @@ def _memory(found: Compiled) -> list[str]:
 
 def _transfers(found: Compiled) -> list[str]:
     """The transfers by kind, the small ones summed."""
-    every = kinds(found.transfers)
+    every = summarize_transfers(found.transfers)
     if not every:
         return []
     large = [kind for kind in every if kind.bytes >= SHARE * sum(each.bytes for each in every)]
@@ -129,7 +130,7 @@ def _transfers(found: Compiled) -> list[str]:
     ]
 
 
-def _line(kind: Kind) -> str:
+def _line(kind: TransferSummary) -> str:
     times = f"{kind.count:,}{'*' if kind.by_data else ''}"
     what = f"{kind.source}, {kind.phase}"
     return f"  {what:<38} {kind.kind:<20} {times:>6} {_size(kind.bytes):>11}  {kind.meanwhile}"

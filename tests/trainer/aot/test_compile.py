@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from train.aot import topology
-from train.aot.collectives import Transfer, transfers
-from train.aot.compiled import kinds
+from train.aot.collectives import Transfer, summarize_transfers, transfers
 from train.aot.hlo import bytes_of, parse
 from train.cli import main
 from train.commands.compile import with_preset
@@ -84,7 +83,7 @@ def test_kinds_sum_what_is_alike():
         )
         return replace(Transfer("all-gather", source, 10, 4, (), True, {"products": 2}), **changes)
 
-    again, backward = kinds(
+    again, backward = summarize_transfers(
         (transfer(), transfer(bytes=5), transfer(source="jit(f)/transpose(jvp())/ppermute", between={}))
     )
     assert (again.phase, again.source, again.meanwhile) == ("forward again", "weights", "products")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections import Counter
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.aot import topology
-from train.aot.collectives import Transfer, transfers
+from train.aot.collectives import Transfer, summarize_transfers, transfers
 from train.aot.hlo import parse
 from train.config.run import Run
 from train.config.sections import Reach
@@ -100,7 +99,10 @@ class Compiled:
 
     def to_json(self) -> str:
         """All of it, and the transfers by kind, as JSON."""
-        every = {**dataclasses.asdict(self), "kinds": [*map(dataclasses.asdict, kinds(self.transfers))]}
+        every = {
+            **dataclasses.asdict(self),
+            "kinds": [*map(dataclasses.asdict, summarize_transfers(self.transfers))],
+        }
         return json.dumps(every, indent=1) + "\n"
 
 
@@ -206,69 +208,3 @@ def _operations(run: Run, vocabulary: int) -> float:
     }
     shown: dict[Reach, float] = {reach: pairs[reach] for reach in set(run.model.pattern)}
     return mfu.work(run.model, vocabulary).of(rows * length, shown)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Transfers of one kind and one place in the step, together.
-
-    Attributes:
-      phase: "forward", "forward again" (what rematerialisation repeats), "backward" or "update".
-      source: what they are for.
-      kind: of the collective.
-      meanwhile: what runs meanwhile: "kernels", "products", "loops", or "nothing".
-      count: how often they run in a step.
-      bytes: what a device sends for them in a step.
-      by_data: whether the mask decides how often they run: these count once a layer.
-    """
-
-    phase: str
-    source: str
-    kind: str
-    meanwhile: str
-    count: int
-    bytes: int
-    by_data: bool
-
-
-def kinds(found: tuple[Transfer, ...]) -> list[Kind]:
-    """The transfers of a program by kind, those that send most first."""
-    counts: Counter[tuple] = Counter()
-    sizes: Counter[tuple] = Counter()
-    for each in found:
-        # What the partitioner made has no name of its own, but its loop has.
-        source = each.source or next((loop.source for loop in reversed(each.loops)), "")
-        key = (*_place(source), each.kind, _meanwhile(each), each.by_data)
-        counts[key] += each.times
-        sizes[key] += each.times * each.bytes
-    return [
-        Kind(*key[:4], count=counts[key], bytes=size, by_data=key[4]) for key, size in sizes.most_common()
-    ]
-
-
-def _place(source: str) -> tuple[str, str]:
-    """The phase of the step, and what a transfer is for, by JAX's name of its operation.
-
-    The marks are JAX's own, and the named scopes of `train.step.program` and `train.model.transformer`.
-    """
-    phases = {"rematted_computation": "forward again", "transpose(": "backward", "jvp(": "forward"}
-    phase = next((phase for mark, phase in phases.items() if mark in source), "update")
-    purposes = {
-        "ppermute": "ring of keys",
-        "_attend": "attention",
-        "_plan": "plan",
-        "_visible_pairs": "plan",
-        "_travel": "plan",
-        "embedding": "embedding",
-        "loss": "loss",
-        "gathered": "weights",
-        "dot_general": "products",
-    }
-    return phase, next((purpose for mark, purpose in purposes.items() if mark in source), "other")
-
-
-def _meanwhile(each: Transfer) -> str:
-    if not each.overlaps:
-        return "nothing"
-    kernels = set(each.between) - {"products", "loops", "others"}
-    return "kernels" if kernels else "products" if "products" in each.between else "loops"
