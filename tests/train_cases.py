@@ -89,16 +89,7 @@ def records_of(
     shares = {"0": 1.25, "64": 1.0, "128": 0.75} if positions is None else positions
 
     def validation(step: int) -> ValidationRecord:
-        bits = 2 + 6 * math.exp(-4 * step / run.steps)
-        nats = bits * math.log(2) * bytes_per_token
-        gain = {"gain/0.0": 0.5, "gain/1.0": step / run.steps}
-        return ValidationRecord(
-            step=step,
-            loss=nats,
-            bits_per_byte=bits,
-            positions={start: share and share * nats for start, share in shares.items()},
-            evaluators={"needle": {"found/0.0": 0.25, "found/1.0": 0.75, **gain}} if needles else {},
-        )
+        return _falling_validation(run, step, shares, needles, bytes_per_token)
 
     def trained(step: int) -> StepRecord:
         window = int(grown.window(min(step, grown.steps)))
@@ -121,3 +112,18 @@ def records_of(
         if step + 1 == run.steps or (every and (step + 1) % every == 0):
             records.append(validation(step + 1))
     return records
+
+
+def _falling_validation(
+    run: Run, step: int, shares, needles: bool, bytes_per_token: float
+) -> ValidationRecord:
+    bits = 2 + 6 * math.exp(-4 * step / run.steps)
+    nats = bits * math.log(2) * bytes_per_token
+    gain = {"gain/0.0": 0.5, "gain/1.0": step / run.steps}
+    return ValidationRecord(
+        step=step,
+        loss=nats,
+        bits_per_byte=bits,
+        positions={start: share and share * nats for start, share in shares.items()},
+        evaluators={"needle": {"found/0.0": 0.25, "found/1.0": 0.75, **gain}} if needles else {},
+    )

@@ -4,8 +4,10 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import jax
 
@@ -120,25 +122,22 @@ class Log:
 
     def _record(self, step: int, metrics: Metrics) -> StepRecord:
         data, times = self._run.data, self._times
-        loss = float(metrics.loss)
-        context = self._run.mesh.context > 1
-        return StepRecord(
-            step=step,
-            loss=_finite(loss),
-            bits_per_byte=self._bits(loss),
-            exposure=float(metrics.exposure),
-            window=int(metrics.window),
-            padding=1 - float(metrics.tokens) / (data.batch * data.length),
-            gradient_norm=_finite(float(metrics.gradient_norm)),
-            learning_rate=float(metrics.learning_rate),
-            hops=int(metrics.hops) if context else None,
-            bytes_moved=float(metrics.bytes_moved) if context else None,
-            skipped=int(metrics.skipped),
-            seconds=times.seconds / times.steps,
-            input_seconds=times.waited / times.steps,
-            tokens_per_second=None if self._compiles else times.tokens / times.seconds,
-            mfu=None if self._compiles else times.flops / times.seconds / self._peak.flops,
-        )
+        measured = {
+            each.name: _finite(getattr(metrics, each.name).item())
+            for each in fields(StepRecord)
+            if hasattr(metrics, each.name)
+        }
+        if self._run.mesh.context == 1:
+            measured |= {"hops": None, "bytes_moved": None}
+        timed: dict[str, Any] = {
+            "seconds": times.seconds / times.steps,
+            "input_seconds": times.waited / times.steps,
+            "tokens_per_second": None if self._compiles else times.tokens / times.seconds,
+            "mfu": None if self._compiles else times.flops / times.seconds / self._peak.flops,
+        }
+        padding = 1 - float(metrics.tokens) / (data.batch * data.length)
+        bits = self._bits(float(metrics.loss))
+        return StepRecord(step=step, bits_per_byte=bits, padding=padding, **measured, **timed)
 
     def _bits(self, nats: float) -> float | None:
         return _finite(nats / math.log(2) / self._bytes_per_token)
@@ -185,7 +184,7 @@ def open_log(folder: Path, run: Run, start: int, *, bytes_per_token: float, work
     return Log(writers, run, bytes_per_token=bytes_per_token, work=work, peak=peak)
 
 
-def _finite(number: float) -> float | None:
+def _finite(number: float) -> Any:
     """The number, or None, which JSON has a word for, where it is infinite or none."""
     return number if math.isfinite(number) else None
 

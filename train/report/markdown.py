@@ -27,5 +27,10 @@ def code(*lines: str) -> str:
     return "\n".join(["```sh", *lines, "```"])
 
 
+def or_dash(value: float | None, form: str) -> str:
+    """The number in a format; a dash for None."""
+    return "–" if value is None else format(value, form)
+
+
 def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")

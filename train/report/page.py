@@ -17,10 +17,10 @@ from train.config.command_line import command
 from train.config.run import Run, option_values
 from train.data.tasks import task_of
 from train.disk import write_atomically
-from train.evaluate.needle import by_depth
 from train.metrics.mfu import Peak
 from train.metrics.record import ValidationRecord
-from train.report.markdown import code, section, table
+from train.report.evaluators import needles, others
+from train.report.markdown import code, or_dash, section, table
 from train.report.outcome import Outcome, bits_in_words
 from train.report.pictures import bits_by_position, draw, draw_positions
 from train.step.curriculum import Growth
@@ -79,8 +79,8 @@ def report(folder: Path, facts: Facts, outcome: Outcome, pictures: Sequence[str]
         _opening(facts, outcome),
         section("Result", _result(outcome), shown.get("curriculum.png", "")),
         section("Use of context", _positions(outcome), shown.get("positions.png", "")),
-        section("Needles", _needles(outcome)),
-        section("Other evaluators", _evaluators(outcome)),
+        section("Needles", needles(outcome)),
+        section("Other evaluators", others(outcome)),
         section("Summaries", _rouge(outcome)),
         section("Time", _time(facts, outcome)),
         section("Data", _data(facts, outcome)),
@@ -149,44 +149,12 @@ def _positions(outcome: Outcome) -> str:
     if not found:
         return ""
     first, last = found[0], found[-1]
-    rows = [(f"{start:,}", _or_none(first.get(start), ".3f"), f"{last[start]:.3f}") for start in sorted(last)]
+    rows = [(f"{start:,}", or_dash(first.get(start), ".3f"), f"{last[start]:.3f}") for start in sorted(last)]
     words = (
         "Bits per byte at the full mask, by how many tokens of its document a token has before it. Where "
         "they go on falling, long contexts are used."
     )
     return f"{words}\n\n{table(('tokens before, at least', 'first validation', 'last'), rows)}"
-
-
-def _needles(outcome: Outcome) -> str:
-    probed = [record.evaluators["needle"] for record in outcome.validations if "needle" in record.evaluators]
-    if not probed:
-        return ""
-    first, last, gains = (
-        by_depth(probed[0], "found"),
-        by_depth(probed[-1], "found"),
-        by_depth(probed[-1], "gain"),
-    )
-    rows = [
-        (f"{depth:.0%}", f"{first[depth]:.0%}", f"{last[depth]:.0%}", _or_none(gains[depth], "+.3f"))
-        for depth in last
-    ]
-    head = ("depth in the text", "found, first", "found, last", "bits a token gained, last")
-    words = "Numbers hidden in held-out text and asked for at its end; gained is what the right one tells."
-    return f"{words}\n\n{table(head, rows)}"
-
-
-def _evaluators(outcome: Outcome) -> str:
-    """The evaluators that have no section of their own, each number at the first and the last validation."""
-    found = [record.evaluators for record in outcome.validations if record.evaluators]
-    if not found:
-        return ""
-    rows = [
-        (f"{name} {key}", _or_none(found[0].get(name, {}).get(key), ".4g"), _or_none(value, ".4g"))
-        for name, numbers in found[-1].items()
-        if name != "needle"
-        for key, value in numbers.items()
-    ]
-    return table(("", "first validation", "last"), rows) if rows else ""
 
 
 def _rouge(outcome: Outcome) -> str:
@@ -207,8 +175,8 @@ def _time(facts: Facts, outcome: Outcome) -> str:
     rows = [
         ("window, tokens", *(f"{speed.window:,}" for speed in speeds.values())),
         ("seconds a step", *(f"{speed.seconds:.4f}" for speed in speeds.values())),
-        ("tokens a second", *(_or_none(speed.tokens_per_second, ",.0f") for speed in speeds.values())),
-        ("model FLOP utilisation", *(_or_none(speed.mfu, ".1%") for speed in speeds.values())),
+        ("tokens a second", *(or_dash(speed.tokens_per_second, ",.0f") for speed in speeds.values())),
+        ("model FLOP utilisation", *(or_dash(speed.mfu, ".1%") for speed in speeds.values())),
     ]
     share = f"A step at the start took {first.seconds / full.seconds:.0%} of the time of one at the end. "
     words = (
@@ -226,10 +194,6 @@ def _duration(outcome: Outcome) -> str:
     # A record's seconds are a mean over the steps since the one before.
     seconds = sum(r.seconds * (r.step - b) for r, b in zip(outcome.steps, before, strict=False))
     return str(timedelta(seconds=round(seconds)))
-
-
-def _or_none(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _times(count: int) -> str:

@@ -74,6 +74,7 @@ def test_a_signal_to_one_saves_on_both_and_the_same_command_goes_on_on_another_m
     np.testing.assert_allclose(losses(again), losses(single), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_is_killed_both_end_and_both_started_again_go_on_bit_for_bit(undisturbed):
     killed = replace(undisturbed, name="killed", deviations={1: Deviation(at=7, signal=signal.SIGKILL)})
     first, second = killed.finish()
