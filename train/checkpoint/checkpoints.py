@@ -140,8 +140,7 @@ class Checkpoints:
             model, and the message says which.
         """
 
-        def accept(path: Path, about: dict[str, Any]):
-            self._check_run(path, about)
+        def set_position(about: dict[str, Any]):
             try:
                 batches.set_state(about["position"])
             except Exception as error:  # whatever grain raises
@@ -149,7 +148,9 @@ class Checkpoints:
                 raise DamagedCheckpoint(fault) from error
 
         try:
-            restored = restore_newest(self.folder, like, accept, processes=self._processes)
+            restored = restore_newest(
+                self.folder, like, self._check_run, set_position, processes=self._processes
+            )
         except NoIntactCheckpoint as error:
             raise NoIntactCheckpoint(
                 f"{error}. Begin anew with --overwrite, or under another --name"

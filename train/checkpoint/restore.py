@@ -45,6 +45,7 @@ def restore_newest(
     folder: Path,
     like: Any,
     accept: Callable[[Path, dict[str, Any]], None] = lambda path, about: None,
+    complete: Callable[[dict[str, Any]], None] = lambda about: None,
     *,
     partial: bool = False,
     processes: Processes = Processes(),
@@ -59,7 +60,9 @@ def restore_newest(
       like: a tree with the names of `train.step.state.State`, of arrays or `jax.ShapeDtypeStruct`s with
         shardings, which give the structure, shapes, types and devices of the result.
       accept: called with a checkpoint's path and its description (`train.checkpoint.checkpoints`) before
-        its arrays are read. It raises `ValueError` to refuse, `DamagedCheckpoint` to try an older one.
+        its arrays are read. It raises `ValueError` to refuse the checkpoint.
+      complete: called with the description once the arrays are read. It raises `DamagedCheckpoint` to try an
+        older checkpoint.
       partial: the checkpoint may have leaves that `like` lacks; they are not read.
       processes: all processes of the run, which call this together.
 
@@ -74,7 +77,9 @@ def restore_newest(
             about = _read_description(path, processes)
             accept(path, about)
             _check_structure(path, about["leaves"], like, partial)
-            return Restored(_read_arrays(path, about["leaves"], like, processes), damaged)
+            tree = _read_arrays(path, about["leaves"], like, processes)
+            complete(about)
+            return Restored(tree, damaged)
         except DamagedCheckpoint as damage:
             damaged[step] = damage
     if damaged:

@@ -5,17 +5,20 @@ have a `ValidationRecord`, and the summaries that are written after training a `
 finite is null. `from_json` alone tells the kind of a line, by its keys.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 Number = float | None
 """None: not finite, or not measured."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """A train step.
+
+    A field with a default may be missing in a file: records of older versions are read.
 
     Attributes:
       step: its number, from 0.
@@ -46,8 +49,8 @@ class StepRecord:
     padding: float
     gradient_norm: Number
     learning_rate: float
-    hops: int | None
-    bytes_moved: Number
+    hops: int | None = None
+    bytes_moved: Number = None
     skipped: int
     seconds: float
     input_seconds: float
@@ -89,6 +92,12 @@ class ValidationRecord:
     positions: Mapping[str, Number]
     pace_loss: Number = None
     evaluators: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if taken := _RESERVED & set(self.evaluators):
+            raise ValueError(
+                f"an evaluator cannot have the name {min(taken)!r}, which records and charts use"
+            )
 
     @property
     def steps_done(self) -> int:
@@ -158,6 +167,8 @@ Record = StepRecord | ValidationRecord | SummariesRecord
 
 _TRAVEL = ("hops", "bytes_moved")
 _VALIDATION = ("step", "validation_loss", "validation_bits_per_byte", "positions", "pace_loss")
+_RESERVED = {*_VALIDATION, "loss", "rouge", "train", "validation"}
+_STEP = re.compile(r'\{"step": \d+, "loss": ')
 
 
 def from_json(saved: Mapping[str, Any]) -> Record:
@@ -177,29 +188,31 @@ def from_json(saved: Mapping[str, Any]) -> Record:
 
 def is_step(line: str) -> bool:
     """Whether a line of the file is of a train step, found without parsing it: there may be millions."""
-    return '"loss": ' in line
+    return _STEP.match(line) is not None
 
 
 def _step(saved: Mapping[str, Any]) -> StepRecord:
-    values: dict[str, Any] = dict.fromkeys(_TRAVEL) | dict(saved)
-    names = [each.name for each in fields(StepRecord)]
-    if wrong := set(names) ^ set(values):
-        raise ValueError(f"it has no, or an unknown, {', '.join(sorted(wrong))}")
-    return StepRecord(**values)
+    needed = [each.name for each in fields(StepRecord) if each.default is MISSING]
+    if missing := [name for name in needed if name not in saved]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    return StepRecord(**{each.name: saved[each.name] for each in fields(StepRecord) if each.name in saved})
 
 
 def _validation(saved: Mapping[str, Any]) -> ValidationRecord:
     if missing := [name for name in _VALIDATION[:4] if name not in saved]:
         raise ValueError(f"it has no {', '.join(missing)}")
-    evaluators = {name: _by_depth(found) for name, found in saved.items() if name not in _VALIDATION}
+    evaluators = {name: found for name, found in saved.items() if name not in _VALIDATION}
+    for name, found in {"positions": saved["positions"], **evaluators}.items():
+        if not isinstance(found, dict):
+            raise ValueError(f"{name} is {found!r}, not an object")
+    if "depths" in evaluators.get("needle", {}):
+        evaluators["needle"] = _by_depth(evaluators["needle"])
     loss, bits, positions = (saved[name] for name in _VALIDATION[1:4])
     return ValidationRecord(saved["step"], loss, bits, positions, saved.get("pace_loss"), evaluators)
 
 
 def _by_depth(found: Mapping[str, Any]) -> Mapping[str, Number]:
-    """An evaluator's numbers; those of a needle probe in older files are lists along their depths."""
-    if "depths" not in found:
-        return found
+    """The numbers of a needle probe in older files, where they are lists along their depths."""
     depths, lists = found["depths"], {name: found[name] for name in found if name != "depths"}
     return {
         f"{name}/{depth}": value

@@ -141,8 +141,7 @@ class WeightsAndBiases(Writer):
         )
         known.write_text(self._run.id)
         self._run.define_metric("step")
-        for group in ("train", "validation", "positions", "needle", "rouge"):
-            self._run.define_metric(f"{group}/*", step_metric="step")
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record):
         self._run.log({"step": record.steps_done, **record.scalars()})

@@ -294,6 +294,36 @@ def test_of_many_steps_a_few_are_read_the_ends_among_them_and_all_else(tmp_path,
     assert [record for record in read(path, most) if record not in steps] == others
 
 
+def test_a_step_of_another_version_is_read():
+    older = {name: value for name, value in step_record(3).to_json().items() if name != "hops"}
+    assert from_json(older | {"a metric of tomorrow": 1.0}) == step_record(3)
+    with pytest.raises(ValueError, match="it has no window"):
+        from_json({name: value for name, value in older.items() if name != "window"})
+
+
+def test_an_evaluators_numbers_make_no_step_of_a_validation(tmp_path):
+    """Named loss or not: which lines are steps, and may be left out, is told by their beginning."""
+    path = tmp_path / "metrics.jsonl"
+    validations = [validation_record(step, evaluators={"recall": {"loss": 2.0}}) for step in range(9)]
+    written(path, [*validations, *map(step_record, range(9))])
+    found = read(path, most=3)
+    assert [record for record in found if record in validations] == validations
+    assert len(found) == 9 + 3
+
+
+@pytest.mark.parametrize("name", ["loss", "positions", "rouge", "step"])
+def test_an_evaluator_has_a_name_of_its_own(name):
+    with pytest.raises(ValueError, match=f"cannot have the name '{name}'"):
+        validation_record(3, evaluators={name: {"share": 1.0}})
+
+
+@pytest.mark.parametrize("wrong", [{"recall": 3}, {"positions": 3}, {"needle": None}])
+def test_what_is_no_object_corrupts_a_validation(tmp_path, wrong):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(validation_record(3).to_json() | wrong) + "\n")
+    with pytest.raises(ValueError, match=rf"line 1, is corrupted: {min(wrong)} is .*, not an object"):
+        read(tmp_path / "metrics.jsonl")
+
+
 def test_rewinding_keeps_what_led_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [validation_record(0, 5.5)]

@@ -226,7 +226,7 @@ def test_weights_and_biases_goes_on_with_the_run_of_the_folder(tmp_path, monkeyp
     assert fake.calls[0]["config"]["data"]["length"] == 32
     assert fake.logged[0]["step"] == 3
     assert fake.logged[0]["train/loss"] == 0.5
-    assert fake.axes["train/*"] == "step"
+    assert fake.axes["*"] == "step"
     assert fake.logged[-1] == "finished"
 
 
