@@ -14,7 +14,7 @@ test: $(VENV)/test.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
-# Every case and generation of TPU, and all of hypothesis's examples: about an hour on two cores.
+# Every case, every generation of TPU, and optimized programs: about an hour on two cores.
 test-all: $(VENV)/test.installed
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "slow or not slow" --hypothesis-profile=thorough
 

@@ -21,27 +21,41 @@ settings.register_profile("dynmask", deadline=None)
 settings.register_profile("thorough", deadline=None)  # `make test-all`; see tests/slow.py
 settings.load_profile("dynmask")
 # Most of a test's time is compilation; a second run finds it done.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".jax_cache"))
+CACHE = str(Path(__file__).parent / ".jax_cache")
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_configure(config):
-    """XLA optimizes little by default: most of a test's time is compilation. In `make test-all` it does."""
-    _optimize(config.option.markexpr != "not slow")
+    """XLA optimizes little by default: most of a test's time is compilation. In `make test-all` it does.
+
+    One comparison with the oracle for each backend, and for the ring, asks for `optimized` in either run.
+    """
+    jax.config.update("jax_disable_most_optimizations", _disabled(config))
+
+
+def _disabled(config) -> bool:
+    return config.option.markexpr == "not slow"
 
 
 @pytest.fixture
 def optimized(request):
     """What the test compiles is optimized as a user's programs are, in the default run too."""
-    _optimize(True)
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     yield
-    pytest_configure(request.config)
+    jax.config.update("jax_disable_most_optimizations", _disabled(request.config))
     jax.clear_caches()
 
 
-def _optimize(much: bool):
-    jax.config.update("jax_disable_most_optimizations", not much)
+@pytest.fixture
+def compiles_as_here(request) -> dict[str, str]:
+    """Environment variables with which another process compiles as this one does, bit for bit."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": CACHE,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(_disabled(request.config))),
+    }
 
 
 @pytest.fixture(autouse=True)

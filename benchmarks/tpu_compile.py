@@ -49,8 +49,8 @@ class Facts:
 
 def facts(topology: str, target: str, options: dict | None = None) -> Facts:
     """Compiles as `kernels` does, and tells what came out. Raises as it does."""
-    told = json.loads(_in_a_process(topology, target, options, {}).splitlines()[-1])
-    return Facts(**told | {"kernels": frozenset(told["kernels"])})
+    facts = json.loads(_in_a_process(topology, target, options, {}).splitlines()[-1])
+    return Facts(**facts | {"kernels": frozenset(facts["kernels"])})
 
 
 def _in_a_process(topology: str, target: str, options: dict | None, environment: dict[str, str]) -> str:
@@ -107,7 +107,7 @@ def compile_for(topology: str, target: str, options: dict):
         return jax.jit(program).lower(*placed).compile()
 
 
-def _told(program) -> str:
+def _facts(program) -> str:
     memory = program.memory_analysis()
     call = r'%(\w+?)(?:\.\d+)? = .*custom_call_target="tpu_custom_call"'
     names = set(re.findall(call, program.as_text()))
@@ -122,4 +122,4 @@ def _told(program) -> str:
 
 
 if __name__ == "__main__":
-    print(_told(compile_for(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))
+    print(_facts(compile_for(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))

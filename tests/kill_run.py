@@ -171,7 +171,7 @@ def ended(run: Run) -> tuple[State, grain.DatasetIterator]:
     _, like = begin(run, texts.tokenizer.vocabulary)
     batches, where = texts.batches(), RunFolder(Path(run.folder) / run.name)
     with Checkpoints(where.checkpoints, run, texts.fingerprint) as checkpoints:
-        state = checkpoints.restore_newest(like, batches)
+        state = checkpoints.resume(like, batches)
     if state is None or int(state.step) != run.steps:
         raise RuntimeError(f"no checkpoint of step {run.steps} in {where.checkpoints}")
     return state, batches

@@ -21,7 +21,7 @@ class Machine:
       name: as it is sold.
       flops: operations a second in bfloat16, at its best.
       link: bytes a second to a neighbour, one way.
-      switched: any device reaches any other over one port (NVLink); else devices form a torus, and
+      switched: any device reaches any other over one port (NVLink, PCIe); else devices form a torus, and
         each has a link of its own to the next and to the previous one of a ring.
       share: of `flops` that attention reaches.
       float32: operations a second of float32 products, where these are slower (TF32 on GPUs). None: as
@@ -45,13 +45,14 @@ V6E = Machine("TPU v6e", flops=918e12, link=100e9)
 V7X = Machine("TPU7x", flops=2307e12, link=100e9, cores=2)
 
 
-def _nvlink(name: str, flops: float, float32: float, link: float) -> Machine:
-    return Machine(name, flops, link, switched=True, float32=float32)
+def _gpu(name: str, flops: float, link: float) -> Machine:
+    return Machine(name, flops, link, switched=True, float32=flops / 2)
 
 
-A100 = _nvlink("A100 SXM, NVLink", 312e12, 156e12, 300e9)
-H100 = _nvlink("H100 SXM, NVLink", 989.4e12, 494.7e12, 450e9)
-H200 = _nvlink("H200 SXM, NVLink", 989.4e12, 494.7e12, 450e9)
+A100 = _gpu("A100 SXM, NVLink", 312e12, 300e9)
+A100_PCIE = _gpu("A100, PCIe 4", 312e12, 32e9)
+H100 = _gpu("H100 SXM, NVLink", 989.4e12, 450e9)
+H200 = _gpu("H200 SXM, NVLink", 989.4e12, 450e9)
 
 MACHINES: dict[str, Machine] = {
     "TPU v4": V4,
@@ -64,19 +65,20 @@ MACHINES: dict[str, Machine] = {
     "TPU7x": V7X,
     "NVIDIA A100-SXM4-40GB": A100,
     "NVIDIA A100-SXM4-80GB": A100,
-    "NVIDIA A100-PCIE-40GB": _nvlink("A100 PCIe, NVLink bridge", 312e12, 156e12, 300e9),
-    "NVIDIA A100 80GB PCIe": _nvlink("A100 PCIe, NVLink bridge", 312e12, 156e12, 300e9),
+    "NVIDIA A100-PCIE-40GB": A100_PCIE,
+    "NVIDIA A100 80GB PCIe": A100_PCIE,
     "NVIDIA H100 80GB HBM3": H100,
-    "NVIDIA H100 PCIe": _nvlink("H100 PCIe, NVLink bridge", 756e12, 378e12, 300e9),
-    "NVIDIA H100 NVL": _nvlink("H100 NVL, NVLink bridge", 835.5e12, 417.5e12, 300e9),
+    "NVIDIA H100 PCIe": _gpu("H100, PCIe 5", 756e12, 64e9),
+    "NVIDIA H100 NVL": _gpu("H100 NVL, PCIe 5", 835.5e12, 64e9),
     "NVIDIA H200": H200,
-    "NVIDIA H200 NVL": _nvlink("H200 NVL, NVLink bridge", 835.5e12, 417.5e12, 450e9),
+    "NVIDIA H200 NVL": _gpu("H200 NVL, PCIe 5", 835.5e12, 64e9),
 }
 """JAX's `device_kind` -> the machine.
 
 Sources: Google Cloud's page on each TPU's architecture (docs.cloud.google.com/tpu/docs/v5p and the like;
 a link has half of the chip's bandwidth both ways, over its 4 or 6 links), and NVIDIA's data sheets of the
-A100, H100 and H200 (dense figures, half of those with sparsity; half of NVLink's bandwidth both ways).
+A100, H100 and H200 (dense figures, half of those with sparsity; half of the bandwidth both ways). Cards for a
+PCIe slot have PCIe's: an NVLink bridge joins two of them, or four, and a ring over more passes the slot.
 """
 
 

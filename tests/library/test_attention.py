@@ -87,6 +87,13 @@ def test_every_mask(mask_name, backend):
     assert_backend_is_dense(MASKS[mask_name], SHAPES["ragged"], backend)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.usefixtures("optimized")
+def test_programs_that_xla_optimizes(backend):
+    """The other tests compile with little optimization by default, see conftest.py."""
+    assert_backend_is_dense(MASKS["same_segment"], SHAPES["ragged"], backend, soft_cap=3.0)
+
+
 @pytest.mark.parametrize("backend", mostly(KERNELS, ["xla", "tpu"]))
 @pytest.mark.parametrize("shape_name", SHAPES)
 def test_every_shape(shape_name, backend):

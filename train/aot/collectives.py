@@ -2,8 +2,8 @@
 
 No API of JAX or XLA tells what a compiled program sends, which `python -m train compile` prints. So this
 file and `train.aot.hlo` read the program's text: XLA's opcodes, attributes and fusions, JAX's names of
-operations, and the named scopes of `train.step` and `train.model`. None of these is stable. A new JAX may ask
-for changes here, and in no other file; tests/trainer/aot/test_compile.py then fails.
+operations, and the named scopes of `train.step` and `train.model`; `train.aot.topology` reads the compiler's
+refusals. None of these is stable: where a new JAX changes them, tests/trainer/aot/test_compile.py fails.
 """
 
 import math

@@ -187,14 +187,14 @@ def _share(tree: Any) -> int:
 
 def _measured(compiled: jax.stages.Compiled, memory: Memory) -> Memory:
     """The compiler's own figures, padding of layouts included."""
-    told = compiled.memory_analysis()
-    assert told is not None
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
     return dataclasses.replace(
         memory,
-        state=told.argument_size_in_bytes - memory.rows,
-        temporaries=told.temp_size_in_bytes,
-        results=told.output_size_in_bytes - told.alias_size_in_bytes,
-        program=told.generated_code_size_in_bytes,
+        state=analysis.argument_size_in_bytes - memory.rows,
+        temporaries=analysis.temp_size_in_bytes,
+        results=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        program=analysis.generated_code_size_in_bytes,
     )
 
 

@@ -47,7 +47,7 @@ def devices_of(topology: str) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
-            "libtpu, the TPU's compiler, is not installed: pip install 'dynmask_jax[tpu]'; no TPU is needed"
+            "libtpu, the TPU's compiler, is not installed: pip install -e '.[train,tpu]'; no TPU is needed"
         )
     os.environ.update(WITHOUT_TPU)  # read once, when libtpu is loaded
     jax.config.update("jax_platforms", "cpu")
@@ -82,8 +82,8 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         for said in _REFUSALS:
-            if told := re.search(said, str(error)):
-                used, limit = (round(float(told[i]) * _UNITS[told[i + 1]]) for i in (1, 3))
+            if match := re.search(said, str(error)):
+                used, limit = (round(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
                 raise OutOfMemory(_first_line(error), used, limit) from error
         raise
 

@@ -124,7 +124,7 @@ class Checkpoints:
         """
         return jax.distributed.is_initialized() and self._manager.reached_preemption(done)
 
-    def restore_newest(self, like: State, batches: grain.DatasetIterator) -> State | None:
+    def resume(self, like: State, batches: grain.DatasetIterator) -> State | None:
         """The newest state that is not damaged, with `batches` at its position; None without a checkpoint.
 
         Newer checkpoints, which are damaged, are moved to a folder beside, with a warning. If all are

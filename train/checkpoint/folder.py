@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON record per line, see `train.metrics.log`."""
+        """One JSON record per line, see `train.metrics.record`."""
         return self.path / "metrics.jsonl"
 
     @property

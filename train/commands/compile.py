@@ -18,7 +18,7 @@ from train.disk import write_atomically
 from train.parallel.mesh import AXES
 
 SHARE = 0.002
-"""Transfers that send less than this share of all bytes are told of together."""
+"""Transfers that send less than this share of all bytes are summed up in one line."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def compile_for(command: Compile):
     found = compile_step(command.run, command.topology, vocabulary)
     if command.json is not None:
         write_atomically(command.json, found.to_json())
-    print(told(found))
+    print(describe(found))
     if not found.fits:
         raise SystemExit(1)
 
 
-def told(found: Compiled) -> str:
+def describe(found: Compiled) -> str:
     """What there is to know of a compiled step, for a terminal."""
     axes = " × ".join(str(found.mesh[axis]) for axis in AXES)
     of_each = found.rows * found.length // found.devices * found.mesh["tensor"]

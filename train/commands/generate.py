@@ -8,9 +8,7 @@ import jax
 import tyro
 
 from train.checkpoint.load import load_model
-from train.commands.inference import SamplingOptions, Stopwatch, make_generator, read_text
-from train.config.command_line import PROGRAM
-from train.data.tasks import task_of
+from train.commands.inference import SamplingOptions, Stopwatch, check_task, make_generator, read_text
 
 SHOWN = 400
 """Characters of a prompt that are printed, its last."""
@@ -41,10 +39,7 @@ def generate(command: Generate):
     if not prompts:
         raise ValueError("generate needs a text to go on with: --prompt TEXT or --prompt-file FILE")
     weights, tokenizer = load_model(command.model, command.tokenizer)
-    task = task_of(weights.run)
-    if task.command != "generate":
-        usage = task.usage.format(folder=command.model)
-        raise ValueError(f"{command.model} was trained {task.purpose}: {PROGRAM} {usage}")
+    check_task(weights.run, "generate", command.model)
     options, generator = command.sampling.override(weights.run.generation), make_generator(weights, tokenizer)
     tokens = tokenizer.encode(prompts)
     with Stopwatch() as stopwatch:

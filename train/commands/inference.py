@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from train.checkpoint.export import Weights
+from train.config.command_line import PROGRAM
 from train.config.operation import Generation
+from train.config.run import Run
+from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer
 from train.evaluate.generation import Generator
 from train.step.program import program_of
@@ -54,6 +57,14 @@ class Stopwatch:
             "(with compilation and the reading of the prompts)",
             file=sys.stderr,
         )
+
+
+def check_task(run: Run, command: str, source: Path):
+    """Refuses a model that was trained for a task of another command, and names that."""
+    task = task_of(run)
+    if task.command != command:
+        usage = task.usage.format(folder=source)
+        raise ValueError(f"{source} was trained {task.purpose}: {PROGRAM} {usage}")
 
 
 def make_generator(weights: Weights, tokenizer: Tokenizer) -> Generator:

@@ -8,8 +8,7 @@ import jax
 import tyro
 
 from train.checkpoint.load import load_model
-from train.commands.inference import SamplingOptions, Stopwatch, make_generator, read_text
-from train.data.tasks import task_of
+from train.commands.inference import SamplingOptions, Stopwatch, check_task, make_generator, read_text
 from train.evaluate.summaries import Summarizer
 
 
@@ -38,8 +37,7 @@ def summarize(command: SummarizeFiles):
         raise ValueError("summarize needs a file: summarize FILE --run FOLDER")
     documents = list(map(read_text, command.files))
     weights, tokenizer = load_model(command.run, command.tokenizer)
-    if task_of(weights.run).command != "summarize":
-        raise ValueError(f"{command.run} was trained for the task {weights.run.task}, not summarize")
+    check_task(weights.run, "summarize", command.run)
     truncate = weights.run.summarize.truncate if command.truncate is None else command.truncate
     summarizer = Summarizer(make_generator(weights, tokenizer), tokenizer, truncate)
     options, key = command.sampling.override(weights.run.generation), jax.random.key(command.sampling.seed)

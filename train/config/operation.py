@@ -7,9 +7,9 @@ validations advance a curriculum of pace "loss".
 from dataclasses import dataclass
 from typing import Literal
 
+from dynmask_jax.context.partitioning import Strategy
 from train.config.checks import above_zero, at_least, one_of
 
-Strategy = Literal["ring", "all_gather", "ulysses"]
 LayoutChoice = Literal["auto", "contiguous", "zigzag", "striped"]
 
 

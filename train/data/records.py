@@ -216,7 +216,7 @@ def _dataset(
     except ImportError as error:
         raise ValueError(
             f"data.paths: {path} was saved by Hugging Face datasets, which is not installed: "
-            'pip install "dynmask_jax[hub]"'
+            'pip install -e ".[hub]"'
         ) from error
     rows: Any = load_from_disk(os.fspath(path))
     names = _columns(str(path), list(rows.column_names), task, columns)

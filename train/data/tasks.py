@@ -1,4 +1,4 @@
-"""What a model is trained for: a task is one record and one row of `TASKS`, the only place that names it."""
+"""What a model is trained for: a task is a row of `TASKS`, and its word in `train.config.run`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ TASKS: dict[TaskName, Task] = {
         model="language model",
         documents="documents",
         row="What each token sees",
-        usage_title="Text that goes on from a beginning:",
+        usage_title="To continue a text:",
     ),
     "summarize": Task(
         name="summarize",

@@ -101,8 +101,7 @@ class SentencePiece(Tokenizer):
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise ValueError(
-                f"data.tokenizer: {path} needs sentencepiece, which is not installed: "
-                'pip install "dynmask_jax[hub]"'
+                f'data.tokenizer: {path} needs sentencepiece, which is not installed: pip install -e ".[hub]"'
             ) from error
         content = path.read_bytes()
         self._library: Any = SentencePieceProcessor()

@@ -1,4 +1,4 @@
-"""The needle probe: a number is told somewhere in a long text and asked for at its end.
+"""The needle probe: a number is stated somewhere in a long text and asked for at its end.
 
 Kamradt 2023, "Needle in a Haystack"; here in the held-out text's own tokens, scored by the model's
 predictions of the answer. Each text is read twice, once with another number in the needle's place:
@@ -113,8 +113,10 @@ def riddle(tokenizer: Tokenizer, draw: random.Random) -> Riddle:
     name = draw.choice(NAMES)
     pairs = [draw.sample("0123456789", 2) for _ in range(5)]
     number, other = ("".join(digits) for digits in zip(*pairs, strict=True))
-    told = f"\nThe code of {name} is"
-    return Riddle(*tokenizer.encode([f"{told} {number}.\n", f"{told} {other}.\n", told, f" {number}"]))
+    statement = f"\nThe code of {name} is"
+    return Riddle(
+        *tokenizer.encode([f"{statement} {number}.\n", f"{statement} {other}.\n", statement, f" {number}"])
+    )
 
 
 def _rows(corpus: Corpus, run: Run) -> Iterator[Batch]:

@@ -28,7 +28,7 @@ from train.step.program import Program, program_of
 from train.step.state import State
 
 RECORDS = 20_000
-"""Of train steps, that the summary, the report and the pictures are made of: a long run has millions."""
+"""Of train steps, that the outcome, the report and the pictures are made of: a long run has millions."""
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,13 @@ class Session:
         if done == steps:
             return f"The run in {where} is finished, all its {steps:,} steps; --overwrite begins it anew."
         there, taken = jax.device_count(), self.run.mesh.size
-        spread = "--mesh.data, fsdp, context and tensor spread it"
-        alone = f" It takes {taken} of the {there} devices; {spread}." if there > taken else ""
+        shard = "--mesh.data, fsdp, context and tensor shard it"
+        devices = f" It takes {taken} of the {there} devices; {shard}." if there > taken else ""
         if (processes := self.processes.count) > 1:
-            alone = f" It takes {taken} devices, of {processes} processes."
+            devices = f" It takes {taken} devices, of {processes} processes."
         if done:
-            return f"The run in {where} goes on after step {done:,} of {steps:,}.{alone}"
-        return f"A run of {steps:,} steps begins in {where}.{alone}"
+            return f"The run in {where} goes on after step {done:,} of {steps:,}.{devices}"
+        return f"A run of {steps:,} steps begins in {where}.{devices}"
 
 
 def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = None) -> Session:
@@ -134,7 +134,7 @@ def _restored(
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
         for leaf in jax.tree.leaves(fresh):  # there may not be room for two
             leaf.delete()
-        return checkpoints.restore_newest(like, batches)
+        return checkpoints.resume(like, batches)
 
 
 def _check_space(folder: RunFolder, run: Run, state: State):

@@ -49,7 +49,7 @@ def train(session: Session) -> Outcome | Interrupted:
     SIGTERM, or SIGINT, ends it after the step at hand, with a checkpoint.
 
     Returns:
-      the whole run's summary, what came before a resumption included.
+      the outcome of the whole run, what came before a resumption included.
 
     Raises:
       NotFinite: so many steps in a row, as `optimizer.give_up` says, could not be taken.
@@ -57,8 +57,8 @@ def train(session: Session) -> Outcome | Interrupted:
         whole, as they are after every error.
     """
     devices = session.program.placement.devices
-    own = [device for device in devices if device.process_index == jax.process_index()]
-    peak = mfu.peak(session.run.watch, session.run.model.dtype, dict.fromkeys([*own, *devices]))
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    peak = mfu.peak(session.run.watch, session.run.model.dtype, dict.fromkeys([*local, *devices]))
     state, compilations = session.state, 0
     with closing(session.batches):
         if int(state.step) < session.run.steps:

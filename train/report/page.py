@@ -86,7 +86,7 @@ def report(folder: Path, facts: Facts, outcome: Outcome, pictures: Sequence[str]
         section("Data", _data(facts, outcome)),
         section("Config", _config(facts.run)),
         section("Versions and machine", _machine()),
-        section("Going on", *_commands(folder, facts.run)),
+        section("Next", *_commands(folder, facts.run)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -41,7 +41,7 @@ def draw(records: list[Record], growth: Growth, run: Run, path: Path) -> bool:
     steps = [record for record in records if isinstance(record, StepRecord)]
     if not steps:
         return False
-    shown = _spread(steps)
+    shown = _evenly_spaced(steps)
     figure = Figure(figsize=(13, 5.6), dpi=120, layout="constrained")
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.35))
     masks, loss = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
@@ -86,7 +86,7 @@ def _tokens(run: Run) -> Tokens:
     return Tokens.sequence(length)
 
 
-def _spread(steps: list[StepRecord]) -> list[StepRecord]:
+def _evenly_spaced(steps: list[StepRecord]) -> list[StepRecord]:
     """Up to PANELS of the steps, evenly spaced from the first to the first that shows the most."""
     most = max(record.exposure for record in steps)
     # Exposure is a share of what each batch could show: it need not be exactly the same twice.

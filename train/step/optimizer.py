@@ -13,8 +13,8 @@ DECAYED = ("kernel", "embedding")
 """The names of weights that are matrices. The scales of norms are vectors, though stacked over layers."""
 
 
-def adamw(options: sections.Optimizer, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine decay over a run of `steps`.
+def make_optimizer(options: sections.Optimizer, steps: int) -> optax.GradientTransformation:
+    """What a run trains with: AdamW with clipping, warm-up and cosine decay over a run of `steps`.
 
     An update whose gradient is not finite changes nothing but the counts of such updates in the state
     (`optax.ApplyIfFiniteState`); the learning rate's count stays too.
@@ -60,7 +60,7 @@ def running_mean(options: sections.Optimizer, params: optax.Params, mean, finite
 
 
 def skips(state: optax.OptState) -> optax.ApplyIfFiniteState:
-    """The state of `adamw`, as the record that counts the updates that were not finite."""
+    """The state of `make_optimizer`'s, as the record that counts the updates that were not finite."""
     return cast(optax.ApplyIfFiniteState, state)
 
 

@@ -19,7 +19,7 @@ from train.parallel.weights import constrain_weights, create_sharded, shapes_of
 from train.step.curriculum import growth
 from train.step.losses import batch_losses
 from train.step.masks import Masks
-from train.step.optimizer import adamw, learning_rate, running_mean, skips
+from train.step.optimizer import learning_rate, make_optimizer, running_mean, skips
 from train.step.pace import first_stage
 from train.step.state import Evaluated, Metrics, State
 
@@ -143,7 +143,7 @@ def program_of(run: Run, vocabulary: int, placement: Placement | None = None) ->
     placement = placement or Placement()
     model = nnx.eval_shape(lambda: _model(run, vocabulary, placement))
     masks = Masks(run, growth(run), placement)
-    return Program(run, nnx.split(model)[0], masks, adamw(run.optimizer, run.steps), placement)
+    return Program(run, nnx.split(model)[0], masks, make_optimizer(run.optimizer, run.steps), placement)
 
 
 def state_like(program: Program, vocabulary: int) -> State:

@@ -139,6 +139,12 @@ def test_every_backend(backend, strategy):
     assert_same(actual, expected)
 
 
+@pytest.mark.usefixtures("optimized")
+def test_a_program_that_xla_optimizes():
+    """The other tests compile with little optimization by default, see conftest.py."""
+    test_every_backend("xla", "ring")
+
+
 @pytest.mark.parametrize("backend", ["xla", "tpu"])
 def test_an_axis_of_the_mesh_that_nothing_lies_along(backend):
     """Its devices all do the same, and gradients are not added up over them."""

@@ -111,7 +111,7 @@ def refused(capsys, *words) -> str:
 
 def test_without_libtpu(capsys, monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'dynmask_jax[tpu]'" in refused(capsys, "lm-128k")
+    assert "pip install -e '.[train,tpu]'" in refused(capsys, "lm-128k")
 
 
 def test_a_preset_or_a_topology_that_is_missing(capsys):

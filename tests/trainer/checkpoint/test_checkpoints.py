@@ -74,7 +74,7 @@ def test_a_state_and_the_position_come_back_bit_for_bit(tmp_path):
     batches, expected = rows(), rows()
     next(expected)
     with opened(tmp_path) as checkpoints:
-        restored = checkpoints.restore_newest(toy(0), batches)
+        restored = checkpoints.resume(toy(0), batches)
     chex.assert_trees_all_equal(restored, toy(3), strict=True)
     assert batches.get_state() == positions[3]
     for _ in range(20):  # past the end of the epoch
@@ -90,13 +90,13 @@ def test_the_position_is_that_of_the_call_though_the_data_goes_on_at_once(tmp_pa
             next(batches)
     again = rows()
     with opened(tmp_path) as checkpoints:
-        checkpoints.restore_newest(toy(0), again)
+        checkpoints.resume(toy(0), again)
     assert again.get_state() == before
 
 
 def test_nothing_saved_is_none(tmp_path):
     with opened(tmp_path) as checkpoints:
-        assert checkpoints.restore_newest(toy(0), rows()) is None
+        assert checkpoints.resume(toy(0), rows()) is None
 
 
 def test_the_latest_are_kept_and_those_at_multiples(tmp_path):
@@ -109,7 +109,7 @@ def test_a_step_that_is_saved_is_not_saved_again(tmp_path):
         checkpoints.save(toy(1), rows())
         checkpoints.save(replace(toy(1), params=toy(2).params), rows())
     with opened(tmp_path) as checkpoints:
-        chex.assert_trees_all_equal(checkpoints.restore_newest(toy(0), rows()), toy(1))
+        chex.assert_trees_all_equal(checkpoints.resume(toy(0), rows()), toy(1))
 
 
 def test_the_next_steps_may_write_over_the_state_at_once(tmp_path):
@@ -127,7 +127,7 @@ def test_the_next_steps_may_write_over_the_state_at_once(tmp_path):
             state = Toy(jnp.int32(step), jnp.full(300_000, step, jnp.float32), jnp.full(3, step, jnp.float32))
     for step in range(4, 0, -1):
         with opened(tmp_path, keep=9) as checkpoints:
-            restored = checkpoints.restore_newest(Toy(*map(jnp.zeros_like, jax.tree.leaves(state))), rows())
+            restored = checkpoints.resume(Toy(*map(jnp.zeros_like, jax.tree.leaves(state))), rows())
         assert restored is not None
         assert {float(x) for leaf in jax.tree.leaves(restored) for x in jnp.unique(leaf)} == {step}
         shutil.rmtree(tmp_path / "checkpoint" / str(step))
@@ -168,7 +168,7 @@ def test_a_damaged_one_is_set_aside_by_name_and_the_next_older_is_taken(tmp_path
     )
     with opened(tmp_path) as checkpoints:
         with pytest.warns(UserWarning, match=words):
-            restored = checkpoints.restore_newest(toy(0), batches)
+            restored = checkpoints.resume(toy(0), batches)
         chex.assert_trees_all_equal(restored, toy(1))
         assert batches.get_state() == positions[1]
         checkpoints.save(toy(2), batches)  # and the run comes by here once more
@@ -199,7 +199,7 @@ def test_where_all_are_damaged_that_is_said_and_nothing_is_deleted(tmp_path):
                 ValueError, match=r"none of the checkpoints in .* is intact \(2: .*; 1: .*\)\. Begin"
             ),
         ):
-            checkpoints.restore_newest(toy(0), rows())
+            checkpoints.resume(toy(0), rows())
         assert names(tmp_path / "checkpoint") == ["1", "2"]
 
 
@@ -210,7 +210,7 @@ def test_damaged_ones_of_one_step_lie_side_by_side(tmp_path):
             checkpoints.save(toy(2), rows())
         DAMAGES["nothing it is about"](tmp_path / "checkpoint" / "2")
         with opened(tmp_path) as checkpoints, pytest.warns(UserWarning, match="damaged"):
-            checkpoints.restore_newest(toy(0), rows())
+            checkpoints.resume(toy(0), rows())
     assert names(tmp_path / "checkpoint-damaged") == ["2", "2-2"]
 
 
@@ -220,7 +220,7 @@ def test_what_interrupted_saves_left_is_removed(tmp_path):
     shutil.copytree(tmp_path / "checkpoint" / "1", left)
     with opened(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1]
-        chex.assert_trees_all_equal(checkpoints.restore_newest(toy(0), rows()), toy(1))
+        chex.assert_trees_all_equal(checkpoints.resume(toy(0), rows()), toy(1))
         checkpoints.save(toy(2), rows())
     assert names(tmp_path / "checkpoint") == ["1", "2"]
 
@@ -233,7 +233,7 @@ def test_one_of_another_config_is_refused_with_the_fields_and_kept(tmp_path):
         Checkpoints(tmp_path / "checkpoint", run, "texts") as checkpoints,
         pytest.raises(ValueError, match=words),
     ):
-        checkpoints.restore_newest(toy(0), rows())
+        checkpoints.resume(toy(0), rows())
     assert names(tmp_path / "checkpoint") == ["1"]
 
 
@@ -241,7 +241,7 @@ def test_one_of_other_texts_is_refused(tmp_path):
     saved(tmp_path, 1)
     words = r"data\.paths: the texts have changed since the checkpoint .*/1 was saved"
     with opened(tmp_path, data="other texts") as checkpoints, pytest.raises(ValueError, match=words):
-        checkpoints.restore_newest(toy(0), rows())
+        checkpoints.resume(toy(0), rows())
 
 
 def test_one_of_another_model_is_refused_with_the_leaves_and_kept(tmp_path):
@@ -251,8 +251,12 @@ def test_one_of_another_model_is_refused_with_the_leaves_and_kept(tmp_path):
         "checkpoint/1 is of another model: key: uint32[2] saved, nothing needed; "
         "params.w: float32[2000] saved, float32[7] needed"
     )
+    batches = rows()
+    next(batches)
+    before = batches.get_state()
     with opened(tmp_path) as checkpoints, pytest.raises(ValueError, match=words):
-        checkpoints.restore_newest(other, rows())
+        checkpoints.resume(other, batches)
+    assert batches.get_state() == before, "the data stays where it was"
     assert names(tmp_path / "checkpoint") == ["1"]
 
 
@@ -291,7 +295,7 @@ def test_a_disk_without_room_for_a_folder_stops_the_save_at_once(tmp_path, monke
         with pytest.raises(WriteError, match=r"checkpoint/2 could not be written: No space left on device$"):
             save_and_wait(checkpoints)
     with opened(tmp_path) as checkpoints:
-        chex.assert_trees_all_equal(checkpoints.restore_newest(toy(0), rows()), toy(1))
+        chex.assert_trees_all_equal(checkpoints.resume(toy(0), rows()), toy(1))
 
 
 def save_and_wait(checkpoints):

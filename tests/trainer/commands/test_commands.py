@@ -194,7 +194,7 @@ def test_what_summarize_refuses(lm, summaries, capsys, tmp_path):
     for file, run, words in [
         ("long.txt", summaries, "long.txt has 32 tokens, too many for a model of rows of 32 (data.length)"),
         ("empty.txt", summaries, "empty.txt is empty: there is nothing to summarise"),
-        ("long.txt", lm, "was trained for the task lm, not summarize"),
+        ("long.txt", lm, "was trained to continue text: python -m train generate"),
         ("gone.txt", summaries, "No such file or directory"),
     ]:
         assert words in refused(capsys, "summarize", tmp_path / file, "--run", run)

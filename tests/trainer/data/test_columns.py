@@ -32,6 +32,12 @@ def test_for_a_tokenizer_texts_do_where_there_is_no_pair():
     assert columns_of(["id", "text"], None, {}) == ("text",)
 
 
+def test_for_a_tokenizer_a_named_text_goes_before_a_pair():
+    there = ["document", "summary", "body"]
+    assert columns_of(there, None, {"text": "body"}) == ("body",)
+    assert columns_of(there, None, {"document": "body"}) == ("body", "summary")
+
+
 @pytest.mark.parametrize(
     ("there", "task", "words"),
     [

@@ -293,15 +293,10 @@ except OSError as error:
     ],
 )
 def test_a_disk_that_fills_up_stops_it_and_leaves_the_last_checkpoint(
-    finished, tmp_path, limit, what, request
+    finished, tmp_path, limit, what, compiles_as_here
 ):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*map(str, Path(__file__).parents[2:4]), *sys.path]),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        # As conftest.py sets it here: the run goes on in this process, bit for bit.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(request.config.option.markexpr == "not slow")),
-    }
+    path = os.pathsep.join([*map(str, Path(__file__).parents[2:4]), *sys.path])
+    environment = {**os.environ, **compiles_as_here, "PYTHONPATH": path}
     command = [sys.executable, "-c", FULL, str(tmp_path), str(limit)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

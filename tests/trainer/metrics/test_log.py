@@ -24,7 +24,7 @@ NEEDLE = {"found/0.0": 0.5, "found/1.0": 1.0, "gain/0.0": 2.5, "gain/1.0": 3.0}
 
 @pytree
 class Metrics:
-    """What a train step reports, with the fields of `train.step.program.Metrics`."""
+    """What a train step reports, with the fields of `train.step.state.Metrics`."""
 
     loss: Array
     weight: Array
@@ -233,7 +233,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["words.txt"]
 
 
-def test_a_sink_that_fails_leaves_no_other_open(kept, tmp_path):
+def test_a_writer_that_fails_leaves_no_other_open(kept, tmp_path):
     class Full(Kept):
         def close(self):
             raise OSError(28, "No space left on device")

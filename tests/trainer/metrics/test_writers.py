@@ -57,10 +57,10 @@ def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_json_lines_are_there_once_written_and_appended_to(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for record in (STEP, VALIDATION):
-        sink = JsonLines(path)
-        sink.write(record)
+        writer = JsonLines(path)
+        writer.write(record)
         assert json.loads(path.read_text().splitlines()[-1]) == record.to_json()
-        sink.close()
+        writer.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         STEP.to_json(),
         VALIDATION.to_json(),
@@ -68,22 +68,22 @@ def test_json_lines_are_there_once_written_and_appended_to(tmp_path):
 
 
 def test_a_number_that_json_has_no_word_for_is_refused(tmp_path):
-    sink = JsonLines(tmp_path / "metrics.jsonl")
+    writer = JsonLines(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        sink.write(step_record(0, float("nan")))
-    sink.close()
+        writer.write(step_record(0, float("nan")))
+    writer.close()
 
 
 def test_tensorboard_has_the_numbers_over_the_steps_done(tmp_path):
-    sink = TensorBoard(tmp_path / "tensorboard", 0)
+    writer = TensorBoard(tmp_path / "tensorboard", 0)
     for record in (
         replace(STEP, mfu=None),
         replace(VALIDATION, evaluators={"needle": {"found/0.5": 0.25}}),
         ROUGE,
     ):
-        sink.write(record)
+        writer.write(record)
     found = shown(tmp_path / "tensorboard")  # before it is closed: SIGKILL loses nothing
-    sink.close()
+    writer.close()
     assert found == {
         "train/loss": [(3, 0.5)],
         "train/bits_per_byte": [(3, 0.75)],
@@ -132,16 +132,16 @@ def test_steps_that_come_again_replace_those_in_tensorboard(tmp_path, start, kep
 
 
 def test_a_full_disk_is_raised_where_it_is_written_to(tmp_path, monkeypatch):
-    sink = TensorBoard(tmp_path, 0)
+    writer = TensorBoard(tmp_path, 0)
 
     def full():
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sink._events, "flush", full)
+    monkeypatch.setattr(writer._events, "flush", full)
     with pytest.raises(OSError, match="No space left"):
-        sink.write(STEP)
+        writer.write(STEP)
     monkeypatch.undo()
-    sink.close()
+    writer.close()
 
 
 def test_the_bar_shows_the_step_on_a_terminal():
@@ -216,9 +216,9 @@ def test_weights_and_biases_goes_on_with_the_run_of_the_folder(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run = replace(small_run(tmp_path), watch=Watch(wandb="masks"))
     for _ in range(2):
-        sink = WeightsAndBiases(tmp_path, run)
-        sink.write(STEP)
-        sink.close()
+        writer = WeightsAndBiases(tmp_path, run)
+        writer.write(STEP)
+        writer.close()
     assert [call["id"] for call in fake.calls] == [None, "abc123"]
     assert {(call["project"], call["name"], call["resume"]) for call in fake.calls} == {
         ("masks", "small", "allow")
@@ -241,7 +241,7 @@ def test_weights_and_biases_that_is_not_installed_is_refused(tmp_path, monkeypat
 
 def test_a_run_has_its_file_and_events_and_a_bar(tmp_path):
     found = open_writers(tmp_path, small_run(tmp_path), 3)
-    for sink in found:
-        sink.close()
-    assert [type(sink) for sink in found] == [JsonLines, TensorBoard, Bar]
+    for writer in found:
+        writer.close()
+    assert [type(writer) for writer in found] == [JsonLines, TensorBoard, Bar]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard", "words.txt"]

@@ -20,11 +20,11 @@ SLURM = {
 @pytest.fixture
 def tpu(monkeypatch):
     """As on the host of a TPU, whose metadata service says what the test puts into this."""
-    told = {}
+    metadata = {}
     before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_platforms", "tpu,cpu")
-    monkeypatch.setattr(initialize, "_metadata", lambda key: told.get(key, ""))
-    yield told
+    monkeypatch.setattr(initialize, "_metadata", lambda key: metadata.get(key, ""))
+    yield metadata
     jax.config.update("jax_platforms", before)
 
 
@@ -58,7 +58,7 @@ def test_clusters_that_jax_knows_are_left_to_it(several):
 
 
 @pytest.mark.parametrize(
-    ("environment", "told", "several"),
+    ("environment", "metadata", "several"),
     [
         ({}, {"worker-network-endpoints": "10.0.0.1"}, False),
         ({}, {"worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2"}, True),
@@ -72,8 +72,8 @@ def test_clusters_that_jax_knows_are_left_to_it(several):
         ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}, True),
     ],
 )
-def test_hosts_of_a_tpu_slice_are_counted(tpu, environment, told, several):
-    tpu |= told
+def test_hosts_of_a_tpu_slice_are_counted(tpu, environment, metadata, several):
+    tpu |= metadata
     assert find_arguments(environment) == ({} if several else None)
 
 

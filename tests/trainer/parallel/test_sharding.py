@@ -1,4 +1,4 @@
-"""A run on a mesh: the loss, gradient and update of one device, from arrays that are really spread."""
+"""A run on a mesh: the loss, gradient and update of one device, from arrays that are really sharded."""
 
 from dataclasses import dataclass, field, replace
 
@@ -106,10 +106,10 @@ def test_a_train_step_is_that_of_one_device(name):
     on_mesh = program_of(run, VOCABULARY, Placement.of(run.mesh))
     mesh, like = on_mesh.placement.mesh, state_like(on_mesh, VOCABULARY)
     order = layout_order(case.order, LENGTH, run.mesh.context)
-    expected, alone = jax.jit(program.train_step)(state, batch)
-    spread = jax.device_put(state, shardings_of(mesh, state))
-    after, measured = jax.jit(on_mesh.train_step)(spread, place_batch(mesh, batch, order))
-    assert_same_step((after, measured), (expected, alone))
+    expected, single = jax.jit(program.train_step)(state, batch)
+    sharded = jax.device_put(state, shardings_of(mesh, state))
+    after, measured = jax.jit(on_mesh.train_step)(sharded, place_batch(mesh, batch, order))
+    assert_same_step((after, measured), (expected, single))
     assert (int(measured.hops) > 0) == (float(measured.bytes_moved) > 0) == (run.mesh.context > 1)
     # So the next step is the same program, and nothing is whole that has a part to be.
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(like), strict=True):
@@ -118,9 +118,9 @@ def test_a_train_step_is_that_of_one_device(name):
 
 def assert_same_step(actual, expected):
     """One step's state and metrics, from the same weights."""
-    (after, measured), (expected, alone) = actual, expected
-    for name in set(vars(alone)) - {"hops", "bytes_moved"}:
-        chex.assert_trees_all_close(getattr(measured, name), getattr(alone, name), **FLOAT32)
+    (after, measured), (expected, single) = actual, expected
+    for name in set(vars(single)) - {"hops", "bytes_moved"}:
+        chex.assert_trees_all_close(getattr(measured, name), getattr(single, name), **FLOAT32)
     gradients = moments(expected, "mu")
     for moment in ("mu", "nu"):
         for a, b in zip(moments(after, moment), moments(expected, moment), strict=True):
@@ -181,17 +181,19 @@ def growing():
 def test_a_curriculum_in_changing_layouts_is_one_compilation(growing):
     program, layouts = growing
     run = program.run
-    alone, state = first_state(run)
-    spread = jax.device_put(state, shardings_of(program.placement.mesh, state))
+    single, state = first_state(run)
+    sharded = jax.device_put(state, shardings_of(program.placement.mesh, state))
     chex.clear_trace_counter()
     train_step = jax.jit(chex.assert_max_traces(program.train_step, n=1), donate_argnums=0)
-    reference, hops, names = jax.jit(alone.train_step), [], []
+    reference, hops, names = jax.jit(single.train_step), [], []
     for step in range(run.steps):
         batch = batch_of(run, seed=step)
         state, expected = reference(state, batch)
-        spread, measured = train_step(spread, place_batch(program.placement.mesh, batch, layouts.order(step)))
+        sharded, measured = train_step(
+            sharded, place_batch(program.placement.mesh, batch, layouts.order(step))
+        )
         if step == 0:
-            assert_same_step((spread, measured), (state, expected))
+            assert_same_step((sharded, measured), (state, expected))
         np.testing.assert_allclose(measured.loss, expected.loss, rtol=1e-4)
         np.testing.assert_allclose(measured.pairs["global"], expected.pairs["global"])
         hops.append(int(measured.hops))
@@ -232,26 +234,26 @@ def test_validation_and_needles_on_a_mesh_find_what_one_device_does(tmp_path):
     run = small_run(tmp_path, evaluation=evaluation, data=data, model=ALIKE, block=32)
     text = read_corpus(run)
     program, state = first_state(run, text.tokenizer.vocabulary)
-    alone = Validator(program, text)(state)
+    single = Validator(program, text)(state)
     run = replace(run, mesh=Mesh(data=2, context=4))
     program = program_of(run, text.tokenizer.vocabulary, Placement.of(run.mesh))
     state = jax.device_put(state, shardings_of(program.placement.mesh, state))
-    spread = Validator(program, text, layout_order("zigzag", 128, 4))(state)
-    assert spread.loss == pytest.approx(alone.loss, rel=1e-5)
-    assert spread.positions == pytest.approx(alone.positions, rel=1e-5)
-    (spread_needle, needle) = (each.evaluators["needle"] for each in (spread, alone))
-    assert by_depth(spread_needle, "found") == by_depth(needle, "found")
-    assert by_depth(spread_needle, "gain") == pytest.approx(by_depth(needle, "gain"), abs=1e-4)
+    sharded = Validator(program, text, layout_order("zigzag", 128, 4))(state)
+    assert sharded.loss == pytest.approx(single.loss, rel=1e-5)
+    assert sharded.positions == pytest.approx(single.positions, rel=1e-5)
+    (sharded_needle, needle) = (each.evaluators["needle"] for each in (sharded, single))
+    assert by_depth(sharded_needle, "found") == by_depth(needle, "found")
+    assert by_depth(sharded_needle, "gain") == pytest.approx(by_depth(needle, "gain"), abs=1e-4)
 
 
 def test_weights_come_back_to_one_device():
     run = run_of(Mesh(fsdp=2, context=4))
     _, state = first_state(run)
     mesh = Placement.of(run.mesh).mesh
-    spread = jax.device_put(state.params, shardings_of(mesh, state.params))
-    alone = to_one_device(mesh, spread)
-    chex.assert_trees_all_equal(alone, state.params)
-    assert {len(leaf.devices()) for leaf in jax.tree.leaves(alone)} == {1}
+    sharded = jax.device_put(state.params, shardings_of(mesh, state.params))
+    single = to_one_device(mesh, sharded)
+    chex.assert_trees_all_equal(single, state.params)
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(single)} == {1}
 
 
 def test_rows_go_to_their_devices_in_the_layouts_order():

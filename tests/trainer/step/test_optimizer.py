@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from train.config.sections import Optimizer
-from train.step.optimizer import adamw, learning_rate
+from train.step.optimizer import learning_rate, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 PARAMS = {"layer": {"kernel": jnp.ones((2, 2)), "scale": jnp.ones((3, 2))}, "embedding": jnp.ones((4, 2))}
@@ -22,7 +22,7 @@ def optax_promotion():
 
 
 def test_clipping_bounds_the_update_that_a_gradient_can_make():
-    optimizer = adamw(Optimizer(clip=1e-3, weight_decay=0.0), 8)
+    optimizer = make_optimizer(Optimizer(clip=1e-3, weight_decay=0.0), 8)
     # Twice the gradient, both beyond the clip, is the same gradient.
     states = [
         optimizer.update(jax.tree.map(lambda x, g=g: g * x, PARAMS), optimizer.init(PARAMS), PARAMS)
@@ -32,7 +32,7 @@ def test_clipping_bounds_the_update_that_a_gradient_can_make():
 
 
 def test_only_matrices_decay_and_stacked_scales_are_none():
-    optimizer = adamw(Optimizer(warmup=0.5, weight_decay=0.5), 8)
+    optimizer = make_optimizer(Optimizer(warmup=0.5, weight_decay=0.5), 8)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, state = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates)), "the first rate is 0"
@@ -57,7 +57,7 @@ def test_the_shortest_runs_have_a_rate(steps):
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 def test_gradients_that_are_not_finite_change_only_the_counts(value):
-    optimizer = adamw(Optimizer(warmup=0.0), 8)
+    optimizer = make_optimizer(Optimizer(warmup=0.0), 8)
     ones = jax.tree.map(jnp.ones_like, PARAMS)
     broken = {**ones, "embedding": ones["embedding"].at[1, 1].set(value)}
     _, before = optimizer.update(ones, optimizer.init(PARAMS), PARAMS)
