@@ -32,7 +32,7 @@ END = 1_000
 
 @dataclass(frozen=True)
 class Settings:
-    """A row, the devices that it is spread over, and the curricula.
+    """A row, the devices that it is split over, and the curricula.
 
     Attributes:
       start: tokens that curricula which grow in tokens begin with.

@@ -47,8 +47,8 @@ def _compiled(words: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         command = [sys.executable, "-m", "train", "compile", *words.split(), "--json", str(file)]
-        alone = os.environ | {"JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"compile {words}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         found = json.loads(file.read_text())

@@ -6,7 +6,7 @@ The model of each is what `context_parallel` does:
   hop while the shard that came before is attended to. The backward pass brings the shards home from
   where the forward pass left them, and the gradients of their keys with them, in float32.
 - all_gather: all keys and values are gathered, before either pass; gradients are summed and scattered.
-- ulysses: heads are spread instead of tokens, by an all-to-all of q, k, v before and of the output and
+- ulysses: heads are sharded instead of tokens, by an all-to-all of q, k, v before and of the output and
   its lse after; query heads and key heads must be multiples of the devices.
 """
 

@@ -45,7 +45,7 @@ def layout_order(
     Args:
       layout: one of `LAYOUTS`.
       length: tokens in a row.
-      devices: how many the row is spread over.
+      devices: how many the row is split over.
       stripe: tokens in a stripe of "striped", which must give each device whole stripes; by default
         `default_stripe`.
       work: of "dealt" alone, which needs it: what each stripe of the row costs, `[stripes]` numbers.

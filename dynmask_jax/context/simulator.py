@@ -72,7 +72,7 @@ class Balance:
 
     Attributes:
       choices: in the order of simplicity.
-      devices: how many the row is spread over.
+      devices: how many the row is split over.
       machine: what times are estimated for.
     """
 
@@ -130,7 +130,7 @@ def balance(
     Args:
       mask: any mask; a curriculum's at one step.
       tokens: of a row, `[T]`, or of the rows of a device, `[R, T]`; a number T is one document.
-      devices: how many each row is spread over.
+      devices: how many each row is split over.
       block: tokens in a block of queries and of keys.
       heads: the shape of the layer.
       machine: whose times are estimated.
@@ -187,7 +187,7 @@ def _tried(work_of: "_Work", layouts: Sequence[str]) -> Iterator[tuple[str, dict
     """Every layout with the options of `layout_order` that are tried.
 
     Stripes are tried from a block's size on, twice as large each time, down to four for each device
-    (two are zigzag): fewer keep keys near the queries that see them, more spread the work more evenly.
+    (two are zigzag): fewer keep keys near the queries that see them, more share the work more evenly.
     Groups are tried from all devices down, half as large each time.
     """
     devices, finest = work_of.devices, work_of.stripe

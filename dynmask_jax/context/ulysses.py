@@ -1,4 +1,4 @@
-"""Attention over a sequence that lies on several devices: heads are spread for a while instead of tokens.
+"""Attention over a sequence that lies on several devices: heads are sharded for a while instead of tokens.
 
 Each device trades its part of the sequence in all heads for the whole sequence in a part of the heads,
 attends, and trades back. So it needs at least as many heads as devices, query heads and key heads.
