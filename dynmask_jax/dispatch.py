@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -15,7 +16,8 @@ from dynmask_jax.backends.dense import DENSE
 from dynmask_jax.backends.tpu import TPU
 from dynmask_jax.backends.xla import XLA
 from dynmask_jax.backends.xla_wide import XLA_WIDE
-from dynmask_jax.mask_algebra import Mask, head_count
+from dynmask_jax.fields_read import fields_read
+from dynmask_jax.mask_algebra import Mask, check_mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.platforms import defaults_of
@@ -68,7 +70,7 @@ def attention(
     return_lse: Literal[True],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
 def attention(
-    q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, backend=None, return_lse=False
+    q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, backend=None, return_lse=False, **others
 ):
     """softmax(q·kᵀ · scale, over the keys that each query may see) · v.
 
@@ -77,7 +79,8 @@ def attention(
       k, v: keys and values, `[B, S, K, H]`; K divides N, and query head n reads key head
         n // (N // K) (grouped queries). All three have one floating dtype; sums are in float32.
       mask_or_plan: a `Plan` made once for all layers, or a `Mask`, for which one is made here with
-        both queries and keys at positions 0, 1, … of one segment.
+        queries and keys at positions 0, 1, …. Where their numbers differ, and for a mask that reads
+        segments, that would be a guess: such a call needs a plan, unless the mask reads neither.
       scale: what products are multiplied by; 1/√H by default.
       soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
       sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
@@ -105,9 +108,35 @@ def attention(
     >>> attention(q, k, v, Causal() & Window(2)).shape
     (1, 4, 2, 8)
     """
+    if others:
+        raise TypeError(_no_option(min(others)))
     call = checked(q, k, v, mask_or_plan, scale=scale, soft_cap=soft_cap, sinks=sinks, backend=backend)
     out, lse = attend(q, k, v, sinks, call.plan, backend=call.backend, scores=call.scores)
     return (out, lse) if return_lse else out
+
+
+MANY_HEADS = 128
+"""No model has more key heads in a layer, as far as we know; sequences have more tokens."""
+REMEDIES = {
+    "is_causal": "give the mask Causal(), or & Causal()",
+    "mask": "the mask is the fourth argument, an expression such as Causal() & Window(512)",
+    "bias": "there is none: jax.nn.dot_product_attention adds a bias to the logits",
+    "dropout_rate": "attention weights are never formed here, so none is dropped: drop out what follows",
+    "local_window_size": "give the mask Window(n), which counts the query's own token",
+    "window_size": "give the mask Window(n), which counts the query's own token",
+    "segment_ids": "give a plan: plan(mask & SameSegment(), Tokens(position, segment))",
+    "logits_soft_cap": "it is soft_cap here",
+    "softcap": "it is soft_cap here",
+    "sm_scale": "it is scale here",
+    "softmax_scale": "it is scale here",
+    "implementation": "it is backend here: " + ", ".join(BACKENDS),
+}
+"""What other libraries call an option -> what it is here."""
+
+
+def _no_option(name: str) -> str:
+    remedy = REMEDIES.get(name, "its options are scale, soft_cap, sinks, backend and return_lse")
+    return f"attention has no option {name!r}: {remedy}"
 
 
 @dataclass(frozen=True)
@@ -149,22 +178,42 @@ def attend(q, k, v, sinks, the_plan: Plan, *, backend: str, scores: Scores):
 
 
 def as_plan(mask_or_plan: Mask | Plan, batch: int, queries: int, keys: int) -> Plan:
-    """The plan itself, or one for the mask with queries and keys at positions 0, 1, … of one segment.
+    """The plan itself, or one for the mask with queries and keys at positions 0, 1, ….
 
     Raises:
       TypeError: it is neither.
-      ValueError: the plan is for another batch, or other numbers of queries and keys.
+      ValueError: the plan is for another batch, or other numbers of queries and keys; or the mask needs
+        tokens.
     """
     if isinstance(mask_or_plan, Plan):
         _check_plan(mask_or_plan, batch, queries, keys)
         return mask_or_plan
-    if not isinstance(mask_or_plan, Mask):
-        given = mask_or_plan.__name__ if isinstance(mask_or_plan, type) else type(mask_or_plan).__name__
-        raise TypeError(
-            f"mask_or_plan must be a Mask or a Plan, got {given}; a curriculum is called with the step "
-            "first: attention(q, k, v, curriculum(step))"
-        )
+    check_mask(mask_or_plan, "mask_or_plan must be a Mask or a Plan")
+    check_without_tokens(mask_or_plan, queries, keys)
     return plan(mask_or_plan, Tokens.sequence(queries), Tokens.sequence(keys))
+
+
+def check_without_tokens(mask: Mask, queries: int, keys: int):
+    """Refuses a mask that needs to be told more of queries and keys than their numbers.
+
+    Raises:
+      ValueError: it reads segments; or it reads positions, and there are more keys than queries, or fewer.
+    """
+    reads = fields_read(mask)
+    if "segment" in reads:
+        raise ValueError(
+            f"{mask!r} reads the segments of tokens, and there are none here, so packed documents would see "
+            "each other: make a plan of the tokens, plan(mask, Tokens.packed([300, 212])) or "
+            "plan(mask, Tokens(position, segment)), and give it in place of the mask"
+        )
+    if "position" in reads and queries != keys:
+        start = f"Tokens.sequence({queries}), Tokens.sequence({keys})"
+        end = f"Tokens.sequence({queries}, start={keys - queries}), Tokens.sequence({keys})"
+        raise ValueError(
+            f"{mask!r} reads positions, and where {queries} queries stand among {keys} keys is not said: "
+            f"give plan(mask, {end}) in place of the mask if the queries are the last tokens, "
+            f"plan(mask, {start}) if they start where the keys do"
+        )
 
 
 def _known(backend: str | None) -> str:
@@ -204,6 +253,17 @@ def _check_arrays(q, k, v):
         raise ValueError(f"q and k must have one head dim, got {q.shape[3]} and {k.shape[3]}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key heads ({k.shape[2]})")
+    _warn_of_layout(q, k)
+
+
+def _warn_of_layout(q, k):
+    """Says that arrays look as PyTorch lays them out, [batch, heads, tokens, head_dim]."""
+    if q.shape[2] > q.shape[1] and k.shape[2] > max(k.shape[1], MANY_HEADS):
+        warnings.warn(
+            f"q {q.shape} and k {k.shape} have more heads than tokens: arrays are [batch, tokens, heads, "
+            "head_dim] here; those of PyTorch, [batch, heads, tokens, head_dim], need .swapaxes(1, 2)",
+            stacklevel=4,
+        )
 
 
 def _check_plan(the_plan: Plan, batch: int, queries: int, keys: int):

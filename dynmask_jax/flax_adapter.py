@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dynmask_jax.array_typing import Array, Float, Int
 from dynmask_jax.dispatch import attention
 from dynmask_jax.errors import Unsupported
+from dynmask_jax.fields_read import fields_read
 from dynmask_jax.masks import Causal, Mask, SameSegment
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.tokens import Tokens
@@ -49,6 +50,16 @@ def head_shape(
     return num_kv_heads, features // num_heads if head_dim is None else head_dim
 
 
+def check_reads_no_segments(mask: Mask):
+    """Refuses a mask for which Flax's layers, which pass on no tokens, would take all for one."""
+    if "segment" in fields_read(mask):
+        raise ValueError(
+            f"attention_fn: {mask!r} reads segments, and Flax's layers pass on none: packed documents would "
+            "see each other: give a plan, plan(mask, Tokens.packed([300, 212])), to the layers of "
+            "dynmask_jax.nnx or dynmask_jax.linen, or to linen.attention_fn"
+        )
+
+
 def attend_for_flax(
     original: Callable,
     query: Float[Array, "*B T N H"],
@@ -60,7 +71,8 @@ def attend_for_flax(
     """Attention for a Flax layer, with the keyword arguments that Flax passes to `original`.
 
     A mask array is taken for a single query only, as Flax makes one to decode with a cache: the last
-    key that it shows is the query's own place, and keys that it hides stay hidden.
+    key that it shows is the query's own place, and keys that it hides stay hidden. So a row that hides the
+    query's own key, as padding does, is read as if the query stood at the last key that it shows.
 
     Raises:
       Unsupported: an option that would change the result and that we have not, by name.
@@ -100,7 +112,7 @@ def _shown_to_one_query(mask, batch, queries: int, keys: int) -> Int[Array, "B S
         )
     if mask.shape[-3:] != (1, 1, keys):
         raise Unsupported(f"attention_fn takes one mask for all heads, [..., 1, 1, {keys}], got {mask.shape}")
-    return jnp.broadcast_to(mask != 0, (*batch, 1, 1, keys)).reshape(-1, keys)
+    return jnp.broadcast_to(mask.astype(bool), (*batch, 1, 1, keys)).reshape(-1, keys)
 
 
 def _decoding_plan(mask_or_plan: Mask | Plan, shown) -> Plan:

@@ -7,8 +7,8 @@ import flax.linen as nn
 
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.dispatch import as_plan, attention
-from dynmask_jax.flax_adapter import attend_for_flax, head_shape
-from dynmask_jax.mask_algebra import Mask
+from dynmask_jax.flax_adapter import attend_for_flax, check_reads_no_segments, head_shape
+from dynmask_jax.mask_algebra import Mask, check_mask
 from dynmask_jax.plans import Plan
 from dynmask_jax.rotary import rotary
 
@@ -61,6 +61,8 @@ def attention_fn(mask_or_plan: Mask | Plan) -> Callable:
 
     Raises:
       TypeError: neither a mask nor a plan.
+      ValueError: a mask that reads segments, which only a plan has; or, when called with other numbers of
+        queries and keys, a mask that reads positions.
       Unsupported: when called with dropout, a bias, a mask array for several queries, sown weights,
         or a precision.
 
@@ -69,11 +71,9 @@ def attention_fn(mask_or_plan: Mask | Plan) -> Callable:
     >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 16, 8)))[0].shape
     (1, 16, 8)
     """
-    if not isinstance(mask_or_plan, Mask | Plan):
-        raise TypeError(
-            f"attention_fn needs a mask or a plan, got {type(mask_or_plan).__name__}; a curriculum is "
-            "called with the step first: attention_fn(curriculum(step))"
-        )
+    if not isinstance(mask_or_plan, Plan):
+        check_mask(mask_or_plan, "attention_fn needs a mask or a plan")
+        check_reads_no_segments(mask_or_plan)
 
     def attend(query, key, value, **options):
         return attend_for_flax(nn.dot_product_attention, query, key, value, mask_or_plan, options)

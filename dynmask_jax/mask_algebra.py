@@ -9,8 +9,9 @@ A mask is a frozen pytree whose leaves are numbers, so it may hold traced values
 data, never a new compilation. A leaf is a scalar, or an array `[N]` with a value for each query head.
 """
 
+import types
 import warnings
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,22 @@ from dynmask_jax.spans import Span, Verdict, lift
 from dynmask_jax.tokens import Tokens, check_tokens
 
 
-class Mask(ABC):
+class _MaskClass(ABCMeta):
+    """Says of `Causal & Window(4)` that a mask is an instance. `|` stays Python's: unions of types."""
+
+    def __and__(cls, other):
+        raise _no_mask(cls)
+
+    __rand__ = __and__
+
+    def __invert__(cls):
+        raise _no_mask(cls)
+
+
+class Mask(metaclass=_MaskClass):
     """Which keys a query may see. Subclass it with `@pytree`, numbers as fields, and `visible`."""
+
+    __array_ufunc__ = None  # numpy must leave `array & mask` to us
 
     @abstractmethod
     def visible(self, q: Tokens, k: Tokens) -> Any:
@@ -38,10 +53,18 @@ class Mask(ABC):
         """
 
     def __and__(self, other: "Mask") -> "Mask":
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
+        check_mask(other)
+        return And(self, other)
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+        check_mask(other)
+        return Or(self, other)
+
+    def __rand__(self, other) -> "Mask":
+        raise _no_mask(other)
+
+    def __ror__(self, other) -> "Mask":
+        raise _no_mask(other)
 
     def __invert__(self) -> "Mask":
         return Not(self)
@@ -50,21 +73,40 @@ class Mask(ABC):
         raise TypeError("a mask has no single truth value: combine masks with & | ~")
 
 
-def check_mask(value):
+def check_mask(value, needed: str = "mask must be a Mask"):
     """Refuses what is no mask.
 
+    Args:
+      value: what was given.
+      needed: the first words of the message: the argument's name, and what it takes.
+
     Raises:
-      TypeError: with the remedy, where it is a mask's class or a curriculum.
+      TypeError: with the remedy, for what is often given in place of a mask.
     """
-    if isinstance(value, Mask):
-        return
+    if not isinstance(value, Mask):
+        raise _no_mask(value, needed)
+
+
+def _no_mask(value: Any, needed: str = "mask must be a Mask") -> TypeError:
     given = value.__name__ if isinstance(value, type) else type(value).__name__
     remedy = ""
     if isinstance(value, type) and issubclass(value, Mask):
         remedy = f": an instance, {given}(…)"
+    elif isinstance(value, types.UnionType):
+        remedy = ": of classes `|` makes a union of types; masks are instances, Causal() | Prefix(4)"
+    elif value is None:
+        remedy = "; that all keys are visible is Everything()"
+    elif hasattr(value, "dtype") or isinstance(value, list | tuple):
+        given = f"an array of {getattr(value, 'dtype', 'lists')}"
+        remedy = (
+            ": masks are expressions over positions and segments, such as Causal() & Window(512), so that "
+            "blocks are skipped and no T × S array is made; a padding mask [B, T] is the segment of "
+            "Tokens(position, segment), 1 for tokens and 0 for padding; any other array goes to "
+            "jax.nn.dot_product_attention"
+        )
     elif callable(value):
         remedy = "; a curriculum is called with the step first: curriculum(step)"
-    raise TypeError(f"mask must be a Mask, got {given}{remedy}")
+    return TypeError(f"{needed}, got {given}{remedy}")
 
 
 @pytree
@@ -113,14 +155,17 @@ def evaluate(mask: Mask, q: Tokens, k: Tokens) -> Any:
 
     Over spans, a mask that uses an operation without a span rule may be anything: verdict "some".
     """
-    if not isinstance(q.position, Span):
-        return lift(mask.visible(q, k), q.position)
     try:
         return lift(mask.visible(q, k), q.position)
     except Exception as cause:
+        if not isinstance(q.position, Span):
+            if (remedy := _remedy(cause)) is not None:
+                raise TypeError(f"{mask!r} {remedy}") from cause
+            raise
         _check_on_arrays(mask)
+        reason = "it indexes an array with tokens" if isinstance(cause, IndexError) else cause
         warnings.warn(
-            f"{mask!r} cannot be read over blocks ({cause}); it is right, but skips no block",
+            f"{mask!r} cannot be read over blocks ({reason}); it is right, but skips no block",
             stacklevel=2,
         )
         return Verdict(jnp.asarray(True), jnp.asarray(False))
@@ -129,7 +174,25 @@ def evaluate(mask: Mask, q: Tokens, k: Tokens) -> Any:
 def _check_on_arrays(mask: Mask):
     """Raises what the mask raises on plain tokens: then it is wrong, not merely unreadable."""
     q, k = Tokens.sequence(2)[:, None], Tokens.sequence(2)[None, :]
-    jax.eval_shape(lambda: jnp.asarray(mask.visible(q, k), bool))
+    jax.eval_shape(lambda q, k: evaluate(mask, q, k), q, k)
+
+
+def _remedy(error: Exception) -> str | None:
+    """What to write instead, where tokens were used as if they were one pair."""
+    truth = "truth value of an array" in str(error)  # of arrays that are not traced
+    if truth or isinstance(error, jax.errors.TracerBoolConversionError):
+        return (
+            "asks for the truth of a condition on tokens (`and`, `or`, `not`, `if`, `a < b < c`), which "
+            "stands for many pairs at once: combine conditions with & | ~, each in parentheses"
+        )
+    tables = jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError
+    if isinstance(error, tables) or "converted to a scalar index" in str(error):
+        return (
+            "uses tokens where plain numbers are needed, as to index a NumPy array or a list: make it "
+            "jnp.asarray(table)[q.position]. Document ids belong in Tokens(position, segment), by which "
+            "SameSegment() skips blocks"
+        )
+    return None
 
 
 def visible_pairs(mask: Mask, q: Tokens, k: Tokens) -> Bool[Array, "*N T S"]:

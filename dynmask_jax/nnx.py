@@ -6,11 +6,11 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from dynmask_jax.array_typing import Array, Float, is_traced
+from dynmask_jax.array_typing import Array, Float, is_concrete, is_traced
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.dispatch import as_plan, attention
-from dynmask_jax.flax_adapter import attend_for_flax, head_shape
-from dynmask_jax.mask_algebra import Mask
+from dynmask_jax.flax_adapter import attend_for_flax, check_reads_no_segments, head_shape
+from dynmask_jax.mask_algebra import Mask, check_mask
 from dynmask_jax.plans import Plan
 from dynmask_jax.rotary import rotary
 from dynmask_jax.schedules import Step as StepLike
@@ -91,8 +91,30 @@ class Attention(nnx.Module):
         return heads if self.rope_theta is None else rotary(heads, tokens.position, self.rope_theta)
 
 
+NEVER_SET = -1
+"""The step of a new `attention_fn`."""
+
+
 class Step(nnx.Variable):
     """The training step that a curriculum reads inside a Flax model. Set it with `set_step`."""
+
+
+class _EverSet:
+    """Whether a step was ever set: a part of a module's structure, so that a trace can tell.
+
+    All copies of a module, in and outside `jit`, hold the same object. So it changes once, where `set_step`
+    is first called, and no call is compiled anew for it: equal objects are those in the same state, and what
+    was never set cannot have been compiled.
+    """
+
+    def __init__(self):
+        self.yes = False
+
+    def __eq__(self, other):
+        return isinstance(other, _EverSet) and self.yes == other.yes
+
+    def __hash__(self):
+        return hash(_EverSet)
 
 
 class CurriculumAttention(nnx.Module):
@@ -100,25 +122,57 @@ class CurriculumAttention(nnx.Module):
 
     def __init__(self, curriculum: Curriculum):
         self.curriculum = curriculum
-        self.step = Step(jnp.zeros((), jnp.int32))
+        self.step = Step(jnp.full((), NEVER_SET, jnp.int32))
+        self.ever_set = _EverSet()
 
     def __call__(self, query, key, value, **options):
-        """Attention under the curriculum's mask at the step, for what `nnx.MultiHeadAttention` passes."""
-        mask = self.curriculum(self.step[...])
+        """Attention under the curriculum's mask at the step, for what `nnx.MultiHeadAttention` passes.
+
+        Raises:
+          ValueError: no step was ever set. Restored weights do not bring one.
+        """
+        step = self.step[...]
+        # A concrete step tells by itself: a whole state may have been restored.
+        if not (self.ever_set.yes if is_traced(step) else bool((step >= 0).all())):
+            raise ValueError(
+                "the model follows a curriculum, and no step was set: set_step(model, step) in training, "
+                "set_final(model) for the full mask, as in evaluation and generation"
+            )
+        mask = self.curriculum(step)
         return attend_for_flax(nnx.dot_product_attention, query, key, value, mask, options)
 
 
-def attention_fn(curriculum: Curriculum | Mask) -> CurriculumAttention:
+class MaskAttention(nnx.Module):
+    """An `attention_fn` under one mask, without state. Made by `attention_fn`."""
+
+    def __init__(self, mask: Mask):
+        self.mask = lambda: mask  # behind a function NNX keeps its numbers out of the state
+
+    def __call__(self, query, key, value, **options):
+        """Attention under the mask, for what `nnx.MultiHeadAttention` passes."""
+        return attend_for_flax(nnx.dot_product_attention, query, key, value, self.mask(), options)
+
+
+def attention_fn(curriculum: Curriculum | Mask) -> CurriculumAttention | MaskAttention:
     """An `attention_fn` for `nnx.MultiHeadAttention`, under a curriculum or one mask.
 
     Make one for each layer: NNX's tree mode refuses a module that two layers share. Positions are
     0, 1, …; decoding with Flax's cache works. A whole curriculum is one compilation: the step is a
-    variable, moved by `set_step`. Numbers that the mask or curriculum keeps must outlive the
-    transformation that the model is made in: use NumPy arrays for per-head values, not jnp.
+    variable, moved by `set_step`, and until it is called the model refuses to run. Numbers that the mask or
+    curriculum keeps must outlive the transformation that the model is made in: use NumPy arrays for per-head
+    values, not jnp.
+
+    The step is state beside the parameters, as that of dropout and batch norm is:
+    `nnx.split(model, nnx.Param, ...)`, with the dots. Under one mask there is no step, and no state.
+
+    A checkpoint from before the model had an `attention_fn` holds parameters and no step: restore it into
+    `nnx.state(model, nnx.Param)`, then call `set_step` or `set_final`. Call one of them after restoring a
+    whole state too: `jit` cannot read the restored step.
 
     Raises:
       TypeError: neither a curriculum nor a mask.
-      ValueError: a mask with traced numbers.
+      ValueError: a mask with traced numbers, or one that reads segments, which Flax's layers do not pass on;
+        when called with other numbers of queries and keys and a mask that reads positions.
       Unsupported: when called with dropout, a bias, a mask array for several queries, sown weights,
         or a precision.
 
@@ -135,25 +189,51 @@ def attention_fn(curriculum: Curriculum | Mask) -> CurriculumAttention:
                 "attention_fn keeps its mask, whose numbers must outlive the transformation that the model "
                 "is made in: use Python or NumPy numbers, not jnp arrays"
             )
-        return CurriculumAttention(lambda step: curriculum)
-    if not callable(curriculum):
-        raise TypeError(f"attention_fn needs a curriculum or a mask, got {type(curriculum).__name__}")
+        check_reads_no_segments(curriculum)
+        return MaskAttention(curriculum)
+    if isinstance(curriculum, type) or not callable(curriculum):
+        check_mask(curriculum, "attention_fn needs a curriculum or a mask")
+    check_reads_no_segments(_mask_of(curriculum))
     return CurriculumAttention(curriculum)
+
+
+def _mask_of(curriculum: Curriculum) -> Mask:
+    """The curriculum's mask, with shapes and types in place of its numbers."""
+    found = jax.eval_shape(curriculum, jax.ShapeDtypeStruct((), jnp.int32))
+    if not isinstance(found, Mask):
+        given = "a number" if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
+        raise TypeError(
+            f"attention_fn needs a curriculum, step -> Mask; this one gives {given}: a schedule is given to "
+            "a curriculum, attention_fn(growing_window(schedule))"
+        )
+    return found
 
 
 def set_step(model: nnx.Module, step: StepLike) -> None:
     """Moves every `attention_fn` in the model to a training step, which may be traced.
 
     Raises:
-      ValueError: the model has none.
+      ValueError: the model has none that follows a curriculum; or the step is negative.
       TypeError: the step is not one whole number.
     """
     if not (isinstance(step, int) or hasattr(step, "dtype")) or jnp.shape(step) != ():
         raise TypeError(f"step must be one whole number, got {step!r}")
     if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
         raise TypeError(f"step must be a whole number, got {step!r}")
-    steps = [node for _, node in nnx.iter_graph(model) if isinstance(node, Step)]
-    if not steps:
-        raise ValueError("set_step found no dynmask_jax.nnx.attention_fn in the model")
-    for variable in steps:
-        variable[...] = jnp.broadcast_to(step, variable[...].shape).astype(jnp.int32)
+    if is_concrete(step) and int(step) < 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    followers = [node for _, node in nnx.iter_graph(model) if isinstance(node, CurriculumAttention)]
+    if not followers:
+        raise ValueError("set_step found no dynmask_jax.nnx.attention_fn of a curriculum in the model")
+    for follower in followers:
+        follower.ever_set.yes = True
+        follower.step[...] = jnp.broadcast_to(step, follower.step[...].shape).astype(jnp.int32)
+
+
+def set_final(model: nnx.Module) -> None:
+    """Moves every `attention_fn` in the model to the curriculum's end: the full mask.
+
+    For evaluation and generation, and wherever weights were restored without a step. The step becomes
+    2³¹ − 1, the last that int32 holds. Raises as `set_step` does.
+    """
+    set_step(model, 2**31 - 1)

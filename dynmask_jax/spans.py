@@ -136,7 +136,10 @@ def opaque(function: Callable, lowest: float, highest: float, *operands):
 def lift(value, like):
     """A plain truth value in the reading of the token field `like`: a Verdict beside a Span."""
     if not isinstance(like, Span):
-        return jnp.asarray(value, bool)
+        if not is_boolean(value):
+            dtype = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"a mask must give booleans, got {dtype}: compare, as in (…) != 0")
+        return jnp.asarray(value)
     if isinstance(value, Verdict):
         return value
     if not is_boolean(value) or jnp.ndim(value) != 0:

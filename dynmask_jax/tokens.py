@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dynmask_jax.array_typing import fits_int32, is_concrete, pytree
+from dynmask_jax.array_typing import fits_int32, is_boolean, is_concrete, pytree
 from dynmask_jax.spans import Span
 
 
@@ -17,13 +17,14 @@ class Tokens:
     Attributes:
       position: whole numbers; a mask compares them, so any origin and any order will do.
       segment: the document that a token belongs to, counted from 1; 0 is padding. Left out, every
-        token is of segment 1.
+        token is of segment 1. A padding mask of 0 and 1, as Hugging Face's, is such a segment. Ids that
+        count documents from 0, as splash attention's may, need 1 added.
 
     Both have one shape; they are kept as int32. Inside a plan the fields are `Span`s instead: the
     range that each takes over a block.
 
     Raises:
-      ValueError: position and segment differ in shape.
+      ValueError: position and segment differ in shape, or a segment is negative.
       TypeError: a field is not of integers.
 
     >>> Tokens.packed([2, 3], length=6)[1:].segment.tolist()
@@ -44,6 +45,8 @@ class Tokens:
             raise ValueError(
                 f"position and segment must have one shape, got {position.shape} and {segment.shape}"
             )
+        if is_concrete(segment) and segment.size and (least := int(segment.min())) < 0:
+            raise ValueError(f"segment must count documents from 1, with 0 for padding, got {least}")
         object.__setattr__(self, "position", position)
         object.__setattr__(self, "segment", segment)
 
@@ -73,12 +76,18 @@ class Tokens:
         Positions count from 0 within each document, and within the padding.
 
         Raises:
+          TypeError: a length is no whole number: one row is packed at a time.
           ValueError: a length is below 1, or together they exceed `length`.
 
         >>> tokens = Tokens.packed([2, 3], length=6)
         >>> tokens.position.tolist(), tokens.segment.tolist()
         ([0, 1, 0, 1, 2, 0], [1, 1, 2, 2, 2, 0])
         """
+        if wrong := [n for n in lengths if isinstance(n, bool) or not isinstance(n, int | np.integer)]:
+            several = isinstance(wrong[0], list | tuple | np.ndarray)
+            batch = "jax.tree.map(lambda *rows: jnp.stack(rows), *map(Tokens.packed, batch))"
+            remedy = f"; for a batch of rows of equal length: {batch}" if several else ""
+            raise TypeError(f"lengths must be whole numbers, got {wrong[0]!r}{remedy}")
         if any(n < 1 for n in lengths):
             raise ValueError(f"lengths must each be at least 1, got {list(lengths)}")
         total = sum(lengths)
@@ -94,7 +103,12 @@ class Tokens:
 def _whole(name: str, values):
     dtype = jnp.result_type(values) if hasattr(values, "dtype") else np.asarray(values).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"{name} must hold integers, got {dtype}")
+        remedy = (
+            ": a mask of padding is .astype(int)"
+            if is_boolean(np.zeros((), dtype)) and name == "segment"
+            else ""
+        )
+        raise TypeError(f"{name} must hold integers, got {dtype}{remedy}")
     if is_concrete(values) and np.size(values) and not fits_int32(values):
         raise ValueError(f"{name} must fit int32, got {np.min(values)} … {np.max(values)}")
     return jnp.asarray(values).astype(jnp.int32)

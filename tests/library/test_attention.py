@@ -150,9 +150,10 @@ def test_random_compositions(backend, mask):
 def test_the_oracle_is_softmax_attention():
     q, k, v = SHAPES["ragged"].qkv()
     mask = Causal() & Window(12)
-    visible = mask_tensor(mask, Tokens.sequence(37), Tokens.sequence(53))
+    tokens = Tokens.sequence(37), Tokens.sequence(53)
+    visible = mask_tensor(mask, *tokens)
     expected = jax.nn.dot_product_attention(q, k, v, mask=visible[None, None])
-    assert_same([attention(q, k, v, mask, backend="dense")], [expected], jnp.float32)
+    assert_same([attention(q, k, v, plan(mask, *tokens), backend="dense")], [expected], jnp.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -234,7 +235,7 @@ def test_a_sink_of_minus_infinity_is_no_sink(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_calls_outside_jit_compile_once(backend, caplog):
-    q, k, v = Shape(queries=31).qkv()
+    q, k, v = Shape(queries=31, keys=31).qkv()
 
     def compiled(length):
         caplog.clear()
@@ -379,7 +380,8 @@ def test_a_whole_curriculum_is_one_compilation(curriculum, backend):
 def test_parts_over_disjoint_keys_merge(backend):
     q, k, v = Shape(keys=30).qkv()
     mask, half = Causal() & Chunks(16), 13
-    whole = attention(q, k, v, mask, backend=backend, return_lse=True)
+    all_keys = plan(mask, Tokens.sequence(40), Tokens.sequence(30))
+    whole = attention(q, k, v, all_keys, backend=backend, return_lse=True)
 
     def part(keys, start):
         the_plan = plan(mask, Tokens.sequence(40), Tokens.sequence(keys.stop - keys.start, start=start))
@@ -460,7 +462,7 @@ Q = (1, 4, 4, 8)
         ),
         ({"dtype": jnp.bfloat16}, TypeError, "one dtype, got float32, bfloat16"),
         ({"dtype": jnp.int32}, TypeError, "k must be floating, got int32"),
-        ({"mask": jnp.ones((4, 4), bool)}, TypeError, "must be a Mask or a Plan, got ArrayImpl"),
+        ({"mask": jnp.ones((4, 4), bool)}, TypeError, "must be a Mask or a Plan, got an array of bool"),
         ({"mask": Causal}, TypeError, "must be a Mask or a Plan, got Causal"),
         ({"mask": growing_window(linear(1, 4, 2))}, TypeError, r"curriculum\(step\)"),
         ({"mask": Window(jnp.array([1, 2, 3]))}, ValueError, "leaves for 3 heads, got 4 query heads"),

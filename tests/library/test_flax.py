@@ -318,7 +318,7 @@ def test_an_unreadable_mask_warns_inside_a_layer_too():
             r"num_heads must divide features \(32\), got 5; or give head_dim",
         ),
         (lambda: our_nnx.attention_fn(3), TypeError, "needs a curriculum or a mask, got int"),
-        (lambda: our_linen.attention_fn(CURRICULUM), TypeError, r"attention_fn\(curriculum\(step\)\)"),
+        (lambda: our_linen.attention_fn(CURRICULUM), TypeError, r"curriculum\(step\)"),
         (
             lambda: our_nnx.set_step(Stack(lambda: our_nnx.attention_fn(CURRICULUM)), 2.5),
             TypeError,
@@ -365,3 +365,130 @@ def test_per_head_curricula_reach_every_head():
     expected = linen_layer(inputs(), curriculum(3))
     np.testing.assert_array_equal(layer(inputs(), curriculum(3)), expected)
     assert (np.asarray(expected) != np.asarray(layer(inputs(), Causal()))).any()
+
+
+def restored():
+    """A model that follows a curriculum, with weights of another and no step."""
+    trained, fresh = (Stack(lambda: our_nnx.attention_fn(CURRICULUM)) for _ in range(2))
+    our_nnx.set_step(trained, 9)
+    nnx.update(fresh, nnx.state(trained, nnx.Param))
+    return fresh, trained
+
+
+NO_STEP = r"no step was set: set_step\(model, step\) in training, set_final\(model\) for the full mask"
+
+
+def gradient(run):
+    return nnx.grad(lambda model, x: run(model, x).sum())
+
+
+@pytest.mark.parametrize("call", [lambda run: run, nnx.jit, gradient])
+def test_weights_without_their_step_do_not_run_at_the_curriculums_start(call):
+    model, _ = restored()
+    run = call(lambda model, x: model(x))
+    with pytest.raises(ValueError, match=NO_STEP):
+        run(model, inputs())
+    our_nnx.set_step(model, 0)
+    run(model, inputs())
+
+
+def test_a_functional_call_without_a_step_is_refused_too():
+    graph, state = nnx.split(restored()[0])
+    with pytest.raises(ValueError, match=NO_STEP):
+        jax.jit(lambda state: nnx.merge(graph, state)(inputs()))(state)
+
+
+def test_the_end_of_the_curriculum_is_the_full_mask():
+    model, _ = restored()
+    our_nnx.set_final(model)
+    full = Stack(lambda: our_nnx.attention_fn(CURRICULUM(10**6)))
+    nnx.update(full, nnx.state(model, nnx.Param))
+    np.testing.assert_array_equal(model(inputs()), full(inputs()))
+    with pytest.raises(ValueError, match="set_step found no"):
+        our_nnx.set_final(full)
+
+
+def test_a_step_set_first_inside_jit_is_one_compilation():
+    model, traces = Stack(lambda: our_nnx.attention_fn(CURRICULUM)), []
+
+    @nnx.jit
+    def train(model, step):
+        traces.append(step)
+        our_nnx.set_step(model, step)
+        return model(inputs())
+
+    outs = [train(model, jnp.int32(step)) for step in (0, 3, 9)]
+    assert len(traces) == 1
+    assert not np.allclose(outs[0], outs[2])
+    np.testing.assert_allclose(model(inputs()), outs[2], rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_state_restored_brings_its_step():
+    fresh, trained = restored()
+    nnx.update(fresh, nnx.state(trained))
+    np.testing.assert_array_equal(fresh(inputs()), trained(inputs()))
+    # What is traced cannot be read, so `jit` wants to be told; a copy was told.
+    with pytest.raises(ValueError, match=NO_STEP):
+        nnx.jit(lambda model: model(inputs()))(fresh)
+    copy = nnx.clone(trained)
+    np.testing.assert_array_equal(nnx.jit(lambda model: model(inputs()))(copy), trained(inputs()))
+
+
+def test_a_state_from_before_attention_fn_is_restored_into_the_parameters():
+    """As `attention_fn` documents it: such a state has no step."""
+    before = Stack(lambda: nnx.dot_product_attention)
+    state = nnx.state(before)
+    after = Stack(lambda: our_nnx.attention_fn(CURRICULUM))
+    nnx.update(after, state)
+    our_nnx.set_final(after)
+    expected = nnx.state(before, nnx.Param)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), nnx.state(after, nnx.Param), expected))
+
+
+def test_one_mask_has_no_state_beside_the_parameters():
+    model = Stack(lambda: our_nnx.attention_fn(Causal()))
+    graph, params = nnx.split(model, nnx.Param)
+    np.testing.assert_array_equal(nnx.merge(graph, params)(inputs()), model(inputs()))
+    curriculum = Stack(lambda: our_nnx.attention_fn(CURRICULUM))
+    graph, params, rest = nnx.split(curriculum, nnx.Param, ...)
+    assert {type(leaf) for leaf in jax.tree.leaves(rest, is_leaf=lambda x: isinstance(x, nnx.Variable))} == {
+        our_nnx.Step
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (Causal, TypeError, r"needs a curriculum or a mask, got Causal: an instance, Causal\(…\)"),
+        (
+            linear(1, 8, 5),
+            TypeError,
+            r"this one gives a number: .* attention_fn\(growing_window\(schedule\)\)",
+        ),
+        (lambda step: (Causal(), step), TypeError, "this one gives tuple"),
+        (Causal() & SameSegment(), ValueError, "Flax's layers pass on none"),
+        (growing_window(linear(1, 8, 5), base=SameSegment()), ValueError, "Flax's layers pass on none"),
+        (None, TypeError, r"got NoneType; .* Everything\(\)"),
+    ],
+)
+def test_what_attention_fn_cannot_follow_is_refused_where_it_is_made(value, error, words):
+    with pytest.raises(error, match=words):
+        our_nnx.attention_fn(value)
+
+
+def test_linens_attention_fn_refuses_segments_without_a_plan():
+    with pytest.raises(ValueError, match="Flax's layers pass on none"):
+        our_linen.attention_fn(SameSegment())
+    our_linen.attention_fn(plan(SameSegment(), Tokens.packed([3, 5])))
+
+
+def test_a_query_whose_own_key_is_hidden_while_it_decodes_sees_the_others():
+    """As padding in one row of a batch: no NaN, and under Causal() what the array shows."""
+    x = inputs().reshape(2, LENGTH, HEADS, -1)
+    shown = np.arange(LENGTH) <= 5
+    hidden = np.stack([shown, shown & (np.arange(LENGTH) != 5)])[:, None, None]
+    out = our_linen.attention_fn(Causal())(x[:, 5:6], x, x, mask=jnp.asarray(hidden))
+    expected = nn.dot_product_attention(x[:, 5:6], x, x, mask=jnp.asarray(hidden))
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=5e-6)
+    nothing = our_linen.attention_fn(Causal())(x[:, 5:6], x, x, mask=jnp.zeros_like(hidden))
+    assert not np.asarray(nothing).any()

@@ -248,7 +248,7 @@ def test_a_new_mask_is_one_class():
         (lambda: Predicate(3), TypeError, "Predicate: function must be callable, got 3"),
         (lambda: bool(Causal()), TypeError, "combine masks with & | ~"),
         (lambda: Causal() and Window(3), TypeError, "no single truth value"),
-        (lambda: Causal() & True, TypeError, "unsupported operand"),
+        (lambda: Causal() & True, TypeError, "mask must be a Mask, got bool"),
         (
             lambda: head_count(Window(jnp.ones((2, 2), jnp.int32))),
             ValueError,

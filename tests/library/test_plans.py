@@ -152,7 +152,7 @@ def test_a_plan_prints_its_blocks():
         (
             lambda: plan(jnp.ones((4, 4), bool), Tokens.sequence(4)),
             TypeError,
-            "mask must be a Mask, got ArrayImpl",
+            "mask must be a Mask, got an array of bool",
         ),
         (
             lambda: plan(Causal(), 4),

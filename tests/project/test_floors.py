@@ -18,7 +18,7 @@ FLOORS = [
     {"context.arcs", "context.layouts", "context.machines", "context.torus"},
     {"tokens", "hashes", "leaves"},
     {"mask_algebra"},
-    {"masks"},
+    {"fields_read", "masks"},
     {"curricula", "plans"},
     {"backends.backend", "backends.blocks", "backends.tpu_grid", "nonfinite"},
     {"backends.dense", "backends.tpu_tile"},
