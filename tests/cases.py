@@ -99,5 +99,6 @@ SHAPES: dict[str, Shape] = {
 TOLERANCE = {
     jnp.dtype("float32"): {"rtol": 2e-5, "atol": 4e-6},
     jnp.dtype("bfloat16"): {"rtol": 2.0**-7, "atol": 2.0**-7},
+    jnp.dtype("float16"): {"rtol": 2.0**-9, "atol": 2.0**-9},
 }
 """By the dtype of q, k and v; sums are float32 in all. Set at 2 to 4 times the errors measured."""

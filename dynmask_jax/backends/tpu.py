@@ -70,7 +70,11 @@ def _kernel(active, mask, tokens, line, column, out, state, *, tile):
     def hide(logits):
         return tile.hide(logits, mask, head, (state.tokens[...], tokens[1][...]))
 
-    by_code(code, lambda hide: _add(state, hide(tile.logits(dot(q[...], k[...], 1, 1))), v[...]), hide)
+    def add(hide):
+        logits = tile.logits(dot(q[...], k[...], 1, 1))
+        _add(state, logits if hide is None else hide(logits), v[...])
+
+    by_code(code, add, hide)
 
     @pl.when(ends)
     def _():

@@ -49,6 +49,11 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     )
 
 
+def _of_shown(d_products, weights, hide):
+    """Zero where the weight is: a hidden key or value may be so great that its products overflow."""
+    return d_products if hide is None else jnp.where(weights > 0.0, d_products, 0.0)
+
+
 @pytree
 class QueryState:
     """What a line of queries keeps over its blocks of keys; level and delta are alike in all lanes."""
@@ -74,11 +79,12 @@ def _query_kernel(active, mask, tokens, line, column, out, state, *, tile):
     def add(hide):
         logits = tile.logits(dot(q[...], k[...], 1, 1))  # [bq, bk]
         width = logits.shape[1]
-        weights = jnp.exp2(hide(logits) - widened(state.level[...], width))
+        shown = logits if hide is None else hide(logits)
+        weights = jnp.exp2(shown - widened(state.level[...], width))
         d_weights = dot(d_out[...], v[...], 1, 1)
         d_logits = weights * (d_weights - widened(state.delta[...], width))
-        d_products = tile.slope(logits, d_logits).astype(k.dtype)
-        state.dq[...] += dot(d_products, k[...], 1, 0)
+        d_products = _of_shown(tile.slope(logits, d_logits), weights, hide)
+        state.dq[...] += dot(d_products.astype(k.dtype), k[...], 1, 0)
 
     by_code(code, add, lambda logits: tile.hide(logits, mask, head, (state.tokens[...], tokens[1][...])))
 
@@ -130,11 +136,11 @@ def _key_kernel(active, mask, tokens, line, column, out, state, *, tile, group):
 
     def add(hide):
         logits = tile.logits(dot(k[...], q[...], 1, 1))  # [bk, bq]
-        weights = jnp.exp2(hide(logits) - shared[:1])
+        weights = jnp.exp2((logits if hide is None else hide(logits)) - shared[:1])
         state.dv[...] += dot(weights.astype(d_out.dtype), d_out[...], 1, 0)
         d_logits = weights * (dot(v[...], d_out[...], 1, 1) - shared[1:])
-        d_products = tile.slope(logits, d_logits).astype(q.dtype)
-        state.dk[...] += dot(d_products, q[...], 1, 0)
+        d_products = _of_shown(tile.slope(logits, d_logits), weights, hide)
+        state.dk[...] += dot(d_products.astype(q.dtype), q[...], 1, 0)
 
     def hide(logits):
         return tile.hide(logits, mask, head * group + inner, (state.tokens[...], tokens[1][...]))

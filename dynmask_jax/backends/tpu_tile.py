@@ -149,8 +149,8 @@ def dot(a, b, a_axis: int, b_axis: int):
 
 
 def by_code(code, add, hide):
-    """Runs `add(hide)` on a block to test, and with nothing hidden on a full one."""
-    pl.when(code == FULL)(lambda: add(lambda logits: logits))
+    """Runs `add(hide)` on a block to test, and `add(None)` on a full one, where nothing is hidden."""
+    pl.when(code == FULL)(lambda: add(None))
     pl.when(code == TEST)(lambda: add(hide))
 
 

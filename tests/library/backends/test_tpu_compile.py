@@ -35,6 +35,7 @@ def test_attention_and_its_gradient(topology):
 @pytest.mark.parametrize(
     "options",
     [
+        pytest.param({"head_dim": 192, "kv_heads": 2}, marks=pytest.mark.slow),
         pytest.param({"dtype": "float32", "head_dim": 256, "kv_heads": 2}, marks=pytest.mark.slow),
         {"head_dim": 64, "kv_heads": 1, "soft_cap": 30.0},
         pytest.param({"dtype": "float32", "head_dim": 64, "soft_cap": 30.0}, marks=pytest.mark.slow),
