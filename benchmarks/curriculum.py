@@ -106,7 +106,7 @@ def _train_steps(settings: Settings) -> dict[str, _Steps]:
         jnp.arange(settings.tokens, dtype=jnp.int32)[None],
         jnp.ones((1, settings.tokens), jnp.int32),
     )
-    batch = Batch(row[:, :-1], row[:, 1:], ones.astype(jnp.float32), place, ones, place)
+    batch = Batch(row[:, :-1], row[:, 1:], ones.astype(jnp.float32), place, ones, place, ones)
     width = settings.heads * settings.head_dim
     shape = sections.Model(settings.layers, width, settings.heads, settings.heads, hidden=3 * width)
     growing = sections.Curriculum(schedule="linear", start=settings.start, chunk=settings.chunk)

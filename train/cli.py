@@ -127,9 +127,7 @@ def _train(arguments: Sequence[str], processes: Processes):
     except (ValueError, OSError, ImportError) as error:
         _stop(error, status=2)
     if processes.first:
-        for fault in session.corpus.reports:
-            print(f"left out: {fault}", file=sys.stderr)
-        print(session.opening)
+        print(f"{session.corpus.description}\n{session.opening}")
     try:
         result = train(session)
     except (OSError, NotFinite) as error:

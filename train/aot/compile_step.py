@@ -174,7 +174,7 @@ def _rows(run: Run, mesh: Mesh) -> Batch:
     shape, on = (run.data.batch, run.data.length), sharding_over(mesh, ROWS, TOKENS)
     whole: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=on)
     real: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on)
-    return Batch(whole, whole, real, whole, whole, whole)
+    return Batch(whole, whole, real, whole, whole, whole, whole)
 
 
 def _share(tree: Any) -> int:

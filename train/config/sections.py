@@ -77,8 +77,8 @@ class Data:
     """The texts, and how they are cut into rows."""
 
     paths: tuple[str, ...] = ()
-    """Text files, JSONL files (.jsonl, .jsonl.gz), folders of them, globs, or folders that Hugging
-    Face `datasets` saved. Left out: the Python standard library's source."""
+    """Text files, JSON lines, CSV, each also with gzip, folders of them, globs, or folders that Hugging Face
+    `datasets` saved. Left out: the Python standard library's source."""
     held_out_paths: tuple[str, ...] = ()
     """The same for validation. Left out: the share held_out of data.paths."""
     held_out: float = 0.05
@@ -87,11 +87,15 @@ class Data:
     """The columns of records, where they do not have their usual names: text body, or document article
     summary highlights."""
     skip_malformed: bool = False
-    """Skip and count lines that cannot be read, instead of stopping at the first."""
+    """Skip and count what cannot be read, instead of stopping at the first. Empty rows, and files of a folder
+    that are not text, are skipped and counted in any case."""
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json or a sentencepiece model."""
     end_token: str | None = None
     """The token between documents. None: found in the tokenizer by its usual names."""
+    unknown: float = 0.05
+    """Share of the texts' bytes, white space aside, that the tokenizer may leave out or turn into its unknown
+    token; above it the run is refused."""
     rows: RowKind = "packed"
     """packed: documents are packed first-fit into rows and do not see each other; documents longer than a row
     are cut. chunked: documents are concatenated and cut into rows; tokens see earlier documents of a row."""
@@ -107,6 +111,8 @@ class Data:
     def __post_init__(self):
         at_least("data.", self, length=2, batch=1, packing_bins=1)
         one_of("data.", self, rows=RowKind)
+        if not 0 <= self.unknown <= 1:
+            raise ValueError(f"data.unknown must lie in 0…1, got {self.unknown}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out must lie between 0 and 1, got {self.held_out}")
         if unknown := set(self.columns) - {"text", "document", "summary"}:
@@ -152,9 +158,9 @@ class Optimizer:
     learning_rate: float = 2e-3
     """Peak learning rate, after the warm-up."""
     warmup: float = 0.05
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises to its peak: of W, step n has (n + 1) / W."""
     final: float = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate of the last step, as a share of the peak."""
     weight_decay: float = 0.1
     """Weight decay of matrices; vectors are not decayed."""
     beta2: float = 0.95

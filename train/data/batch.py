@@ -22,6 +22,7 @@ class Batch:
         prefix ends just before `data.length` in every segment, and the rest starts there.
       segments: the document within the row, from 1; 0 for padding.
       context: the number of tokens of the same document before each, in this row.
+      target_bytes: the bytes of text that each target spells, `Tokenizer.token_bytes`; 0 for end tokens.
     """
 
     inputs: Int[Anywhere, "B T"]
@@ -30,3 +31,4 @@ class Batch:
     positions: Int[Anywhere, "B T"]
     segments: Int[Anywhere, "B T"]
     context: Int[Anywhere, "B T"]
+    target_bytes: Int[Anywhere, "B T"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,14 @@ from train.data.split import Split, everything, hold_out
 from train.data.tasks import task_of
 from train.data.token_cache import TokenCache, token_caches
 from train.data.tokenizers import Tokenizer, load_tokenizer
+
+KINDS = {
+    "text": ("text file", "text files"),
+    "lines": ("file of JSON lines", "files of JSON lines"),
+    "table": ("table", "tables"),
+    "dataset": ("saved dataset", "saved datasets"),
+}
+"""Kinds of sources, in words: one, and several."""
 
 
 class Examples(Sequence[tuple[str, str]]):
@@ -47,10 +56,13 @@ class Corpus:
       size: bytes of text. This and the next three count held-out text too.
       documents: texts, or pairs.
       tokens: end tokens included.
-      malformed: texts left out because they cannot be read.
+      malformed: files and records that are left out.
       reports: the first few of these in words.
+      kinds: how many files of each kind of `train.data.sources.Source` gave documents.
+      first: how the first document begins.
+      unknown: share of the text's bytes, without white space, that the tokenizer does not spell: the greater
+        of training and held-out text.
       truncated: documents cut to fit a row with their summary.
-      bytes_per_token: of the predicted text: the texts, or the summaries. End tokens are not counted.
       lead_words: the median number of words in a training summary; None without summaries.
       fingerprint: equal only for the same tokens in the same rows in the same order.
     """
@@ -64,10 +76,37 @@ class Corpus:
     tokens: int
     malformed: int
     reports: tuple[str, ...]
+    kinds: dict[str, int]
+    first: str
+    unknown: float
     truncated: int
-    bytes_per_token: float
     lead_words: int | None
     fingerprint: str
+
+    @property
+    def description(self) -> str:
+        """What was found, in lines for the opening of a run."""
+        files = ", ".join(
+            f"{count:,} {KINDS[kind][count != 1]}" for kind, count in sorted(self.kinds.items())
+        )
+        unknown = f", {self.unknown:.2%} of the text unknown to the tokenizer" if self.unknown else ""
+        lines = [
+            f"Texts: {files}; {self.documents:,} documents, {self.size:,} bytes, {self.tokens:,} tokens"
+            f"{unknown}.",
+            f"The first begins: {self.first}",
+        ]
+        if self.malformed:
+            more = self.malformed - len(self.reports)
+            lines.append(f"Left out: {self.malformed:,}")
+            lines += [f"  {report}" for report in self.reports]
+            lines += [f"  and {more:,} more"] if more else []
+        return "\n".join(lines)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the targets that are scored in `held_out`, end tokens included, which spell none."""
+        scored = [batch.target_bytes[batch.weights > 0] for batch in self.held_out]
+        return float(np.concatenate(scored).mean())
 
     def batches(self) -> grain.DatasetIterator:
         """Endless batches, NumPy arrays `[data.batch, T]`, the same in all processes.
@@ -100,8 +139,8 @@ def read_corpus(run: Run) -> Corpus:
     _check_size(run, held_out_cut, held_out, "hold out")
     return Corpus(
         tokenizer=tokenizer,
-        rows=batches.batches(train_cut, run),
-        held_out=batches.held_out_batches(held_out_cut, run),
+        rows=batches.batches(train_cut, run, tokenizer.token_bytes),
+        held_out=batches.held_out_batches(held_out_cut, run, tokenizer.token_bytes),
         examples=Examples(caches[-1], held_out.documents) if kept else (),
         truncated=sum(int((each < cache.bodies).sum()) for each, cache in zip(kept, caches, strict=False)),
         lead_words=int(np.median(caches[0].summary_words[train.documents])) if kept else None,
@@ -148,7 +187,9 @@ def _facts(caches: list[TokenCache]) -> dict[str, Any]:
         "tokens": sum(len(cache.tokens) for cache in caches),
         "malformed": sum(cache.malformed for cache in caches),
         "reports": tuple(report for cache in caches for report in cache.reports),
-        "bytes_per_token": sum(c.predicted_bytes for c in caches) / sum(c.predicted_tokens for c in caches),
+        "kinds": dict(sum((Counter(cache.kinds) for cache in caches), Counter())),
+        "first": caches[0].first,
+        "unknown": max(cache.unknown for cache in caches),
     }
 
 

@@ -1,18 +1,21 @@
 """Sources in, records out: each text, or document and summary, with its file and line."""
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from train.config.run import TaskName
 from train.data.columns import columns_of
-from train.data.sources import LINES, Source
+from train.data.file_kinds import BOM, LINES, opens_gzip, separator
+from train.data.sources import Source
 from train.data.tasks import TASKS
 
 PART = 1 << 20  # bytes of a text file that are read and tokenized at a time
@@ -40,8 +43,8 @@ class Malformed:
     """Text that cannot be read, and why. `str` names the file and the line.
 
     Attributes:
-      asked_for: whether the file was named, or holds lines of JSONL. Other files, such as a picture among a
-        folder's texts, are left out and counted, and do not stop the run.
+      asked_for: whether it stops the run: the file was named, or holds lines of JSONL. Other files, such as a
+        picture among a folder's texts, and empty rows are left out and counted.
     """
 
     path: Path
@@ -77,27 +80,39 @@ def records(
         file; or a saved dataset needs a library that is not installed.
     """
     for source in found:
-        if source.kind == "lines":
-            yield from _lines(source.path, task, columns)
+        if source.kind == "none":
+            yield Malformed(source.path, None, source.reason or "", asked_for=source.named)
+        elif source.kind == "lines":
+            yield from _records(source, _lines(source.path), task, columns)
+        elif source.kind == "table":
+            yield from _records(source, _rows(source.path), task, columns)
         elif source.kind == "dataset":
             yield from _dataset(source.path, task, columns)
         elif task is not None and (needs := TASKS[task].needs):
-            raise ValueError(
-                f"data.paths: {source.path} is no JSONL: {task} needs {needs}, from "
-                f"{', '.join(LINES)} files or folders that Hugging Face datasets saved"
-            )
+            if source.named:
+                raise ValueError(
+                    f"data.paths: {source.path} is no JSONL: {task} needs {needs}, from JSON lines, CSV, or "
+                    "folders that Hugging Face datasets saved"
+                )
+            yield Malformed(source.path, None, f"it is text, and {task} needs {needs}", asked_for=False)
         else:
             yield from _text(source)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb") if opens_gzip(path) else path.open("rb"))
+
+
+DAMAGED = EOFError, gzip.BadGzipFile, zlib.error
 
 
 def _text(source: Source) -> Iterator[TextRecord | Malformed]:
     """The file as one document, in parts that end with a line where it is large."""
     if (malformed := _not_text(source.path)) is not None:
-        if source.named or malformed.line is not None:  # of an empty file nothing is lost
-            yield replace(malformed, asked_for=source.named)
+        yield replace(malformed, asked_for=source.named)
         return
-    decoder, rest, part = codecs.getincrementaldecoder("utf-8")(), "", 0
-    with source.path.open("rb") as file:
+    decoder, rest, part = codecs.getincrementaldecoder("utf-8-sig")(), "", 0
+    with _opened(source.path) as file:
         while block := file.read(PART):
             text = rest + decoder.decode(block)
             line_end = text.rfind("\n") + 1 if len(block) == PART else 0
@@ -111,14 +126,16 @@ def _text(source: Source) -> Iterator[TextRecord | Malformed]:
 
 def _not_text(path: Path) -> Malformed | None:
     """Why a file is not text, or None."""
-    decoder, line, empty = codecs.getincrementaldecoder("utf-8")(), 1, True
-    with path.open("rb") as file:
+    decoder, line, empty = codecs.getincrementaldecoder("utf-8-sig")(), 1, True
+    with _opened(path) as file:
         while True:
-            block = file.read(PART)
             try:
+                block = file.read(PART)
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 return Malformed(path, line + _newlines(error), f"it is not UTF-8 text ({error.reason})")
+            except DAMAGED as error:
+                return Malformed(path, None, _damaged(error))
             if "\0" in text:
                 before = text[: text.index("\0")].count("\n")
                 return Malformed(path, line + before, "it is not text: it has a null byte")
@@ -131,31 +148,86 @@ def _newlines(error: UnicodeDecodeError) -> int:
     return bytes(error.object[: error.start]).count(b"\n")
 
 
-def _lines(path: Path, task: TaskName | None, columns: Mapping[str, str]) -> Iterator[TextRecord | Malformed]:
-    """A record for each line of a JSONL file; blank lines are none."""
+def _damaged(error: Exception) -> str:
+    return f"the gzip file is damaged or cut off here, the rest is lost ({error})"
+
+
+Fields = dict[str, Any]
+
+
+def _records(
+    source: Source,
+    rows: Iterator[tuple[int, Fields | str]],
+    task: TaskName | None,
+    columns: Mapping[str, str],
+) -> Iterator[TextRecord | Malformed]:
+    """A record for each row that holds one, of its own columns: not all rows of a file have the same."""
     names: tuple[str, ...] | None = None
+    for number, fields in rows:
+        if isinstance(fields, str):
+            yield Malformed(source.path, number, fields)
+            continue
+        if names is None or not set(names) <= set(fields):
+            try:
+                names = columns_of(list(fields), task, columns)
+            except ValueError as error:
+                if not _promised(source):
+                    yield Malformed(source.path, number, str(error), asked_for=False)
+                    continue
+                if names is None:
+                    raise ValueError(f"data.columns: {place(source.path, number)}: {error}") from error
+        yield _record(fields, names, source.path, number)
+
+
+def _promised(source: Source) -> bool:
+    """Whether the file is asked to hold texts: by its name, or by that of its kind."""
+    return source.named or source.path.name.lower().endswith(LINES)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Fields | str]]:
+    """The object on each line of a file, or why it is none; blank lines are left out."""
     for number, line in _numbered(path):
-        if isinstance(line, Malformed):
-            yield line
+        if isinstance(line, str):
+            yield number, line
         elif line.strip():
-            fields = _object(line)
-            if isinstance(fields, str):
-                yield Malformed(path, number, fields)
+            yield number, _object(line)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Fields | str]]:
+    """The fields of each row of a table, by the names in its first line; numbered by their last lines."""
+    with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter=separator(path), strict=True)
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield reader.line_num, f"it is no row of a table ({error})"
                 continue
-            names = names or _columns(place(path, number), list(fields), task, columns)
-            yield _record(fields, names, path, number)
+            except (UnicodeDecodeError, *DAMAGED) as error:
+                yield reader.line_num + 1, f"the rest of the file cannot be read ({error})"
+                return
+            extra = fields.pop(None, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            missing = [name for name, value in fields.items() if value is None]
+            if extra or missing:
+                yield (
+                    reader.line_num,
+                    f"it has not the {len(reader.fieldnames or ())} columns of the first line",
+                )
+            else:
+                yield reader.line_num, dict(fields)
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes | Malformed]]:
+def _numbered(path: Path) -> Iterator[tuple[int, bytes | str]]:
     number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    with _opened(path) as file:
         try:
             for line in file:
                 number += 1
-                yield number, line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            reason = f"the gzip file is damaged or cut off here, the rest is lost ({error})"
-            yield number + 1, Malformed(path, number + 1, reason)
+                yield number, line.removeprefix(BOM) if number == 1 else line
+        except DAMAGED as error:
+            yield number + 1, _damaged(error)
 
 
 def _object(line: bytes) -> dict[str, Any] | str:
@@ -171,21 +243,12 @@ def _object(line: bytes) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f"it is not a JSON object but {type(value).__name__}"
 
 
-def _columns(
-    where: str, there: Sequence[str], task: TaskName | None, named: Mapping[str, str]
-) -> tuple[str, ...]:
-    try:
-        return columns_of(there, task, named)
-    except ValueError as error:
-        raise ValueError(f"data.columns: {where}: {error}") from error
-
-
 def _record(
     fields: Mapping[str, Any], names: tuple[str, ...], path: Path, number: int
 ) -> TextRecord | Malformed:
     for name in names:
         if reason := _fault(fields, name):
-            return Malformed(path, number, reason)
+            return Malformed(path, number, reason, asked_for=reason != _empty(name))
     return TextRecord(tuple(fields[name] for name in names), path, number)
 
 
@@ -197,7 +260,7 @@ def _fault(fields: Mapping[str, Any], name: str) -> str | None:
     if not isinstance(text, str):
         return f"its column {name!r} holds {type(text).__name__}, not text"
     if not text.strip():
-        return f"its column {name!r} is empty"
+        return _empty(name)
     if "\0" in text:
         return f"its column {name!r} has a null character"
     try:
@@ -205,6 +268,11 @@ def _fault(fields: Mapping[str, Any], name: str) -> str | None:
     except UnicodeEncodeError:
         return f"its column {name!r} is not Unicode text: it has half a surrogate pair"
     return None
+
+
+def _empty(name: str) -> str:
+    """Why a row is left out that holds nothing: it is counted, and stops no run."""
+    return f"its column {name!r} is empty"
 
 
 def _dataset(
@@ -219,7 +287,10 @@ def _dataset(
             'pip install -e ".[hub]"'
         ) from error
     rows: Any = load_from_disk(os.fspath(path))
-    names = _columns(str(path), list(rows.column_names), task, columns)
+    try:
+        names = columns_of(list(rows.column_names), task, columns)
+    except ValueError as error:
+        raise ValueError(f"data.columns: {path}: {error}") from error
     if missing := sorted(set(names) - set(rows.column_names)):
         raise ValueError(
             f"data.columns: {path} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}"

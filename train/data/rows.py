@@ -7,7 +7,7 @@ Each class is a `grain` source: it has a length, and an item is a dict of
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Int
@@ -157,18 +157,19 @@ def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, "
     )
 
 
-def as_batch(rows: Mapping[str, np.ndarray], loss_from: int) -> Batch:
+def as_batch(rows: Mapping[str, np.ndarray], loss_from: int, token_bytes: Int[np.ndarray, " ids"]) -> Batch:
     """The batch of packed rows.
 
     Args:
       rows: tokens `[B, T, 3]`, segments and context `[B, T]`.
       loss_from: the first position whose target is in the loss: 0, or data.length for summaries.
+      token_bytes: the bytes of text that each id spells.
     """
     inputs, targets, positions = (np.ascontiguousarray(rows[TOKENS][..., field]) for field in range(3))
     segments = rows[SEGMENTS]
     asked = (segments > 0) & (positions >= loss_from)
-    leaves: list[Any] = [inputs, targets, asked.astype(np.float32), positions, segments, rows[CONTEXT]]
-    return Batch(*leaves)
+    context, weights = rows[CONTEXT], asked.astype(np.float32)
+    return Batch(inputs, targets, weights, positions, segments, context, token_bytes[targets])
 
 
 def _item(ids: np.ndarray, first: int) -> Item:

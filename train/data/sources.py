@@ -1,4 +1,4 @@
-"""Paths in, sources out: the text files, JSONL files and saved datasets to read."""
+"""Paths in, sources out: text files, files of records and saved datasets to read, and what is left out."""
 
 import glob
 import json
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-LINES = (".jsonl", ".jsonl.gz", ".json.gz")
+from train.data.file_kinds import Kind, kind_of
+
+SourceKind = Kind | Literal["dataset", "none"]
 
 
 @dataclass(frozen=True)
@@ -17,31 +19,41 @@ class Source:
 
     Attributes:
       path: the file, or the folder of a saved dataset.
-      kind: "text": the file is one document; "lines": each line of JSONL is one; "dataset": each row is one.
+      kind: "text": the file is one document; "lines": each line of JSONL is one; "table": each row of CSV or
+        TSV is one; "dataset": each row is one; "none": it is left out.
       named: whether the path was given itself, not found in a folder. Files found in a folder that are not
         text are skipped.
+      reason: why it is left out.
     """
 
     path: Path
-    kind: Literal["text", "lines", "dataset"]
+    kind: SourceKind
     named: bool
+    reason: str | None = None
 
 
 def sources(paths: Iterable[str], option: str = "data.paths") -> list[Source]:
     """The sources at the paths: files, folders (searched recursively), globs and saved datasets.
 
-    Files of a folder and of a glob are sorted. Hidden files and folders in a folder are skipped.
+    What a file is, its content says, not only its name: see `kind_of`. Files of a folder and of a glob are
+    sorted. Links in a folder are followed. What is left out of a folder is a source too, of kind "none":
+    hidden files and folders, files that describe the data, links to nothing or to what was found before.
 
     Raises:
       FileNotFoundError: a path does not exist, or a glob matches no file.
       ValueError: a file is given twice, or the folder of a saved dataset holds several splits.
     """
-    found = [source for path in paths for source in _at(path, option)]
-    seen = set()
-    for source in found:
-        if (real := source.path.resolve()) in seen:
-            raise ValueError(f"{option}: {source.path} is there twice: name each file once")
-        seen.add(real)
+    found: list[Source] = []
+    seen: dict[Path, Source] = {}
+    for path in paths:
+        for source in _at(path, option):
+            first = None if source.kind == "none" else seen.setdefault(source.path.resolve(), source)
+            if first is None or first is source:
+                found.append(source)
+            elif source.path.is_symlink() and not source.named:
+                found.append(Source(source.path, "none", False, f"it is a link to {first.path}"))
+            else:
+                raise ValueError(f"{option}: {source.path} is there twice: name each file once")
     return found
 
 
@@ -74,13 +86,14 @@ def _at(path: str, option: str) -> Iterator[Source]:
 
 
 def _file(path: Path, named: bool) -> Source:
-    return Source(path, "lines" if path.name.endswith(LINES) else "text", named)
+    kind, reason = kind_of(path, named)
+    return Source(path, kind or "none", named, reason)
 
 
-def _below(folder: Path, option: str) -> Iterator[Source]:
-    """What is in a folder and below it; symbolic links to folders are not followed."""
+def _below(folder: Path, option: str, seen: dict[Path, Path] | None = None) -> Iterator[Source]:
+    """What is in a folder and below it; a folder that links lead to again is left out there."""
     if (splits := folder / "dataset_dict.json").exists():
-        names = json.loads(splits.read_text())["splits"]
+        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
         if len(names) != 1:
             raise ValueError(
                 f"{option}: {folder} holds the splits {', '.join(names)}: name one, {folder / names[0]} say"
@@ -90,10 +103,14 @@ def _below(folder: Path, option: str) -> Iterator[Source]:
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
         yield Source(folder, "dataset", named=True)
         return
+    seen = {} if seen is None else seen
+    seen[folder.resolve()] = folder
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _below(path, option)
-        elif path.is_file():
+            yield Source(path, "none", False, "it is hidden")
+        elif not path.is_dir():
             yield _file(path, named=False)
+        elif (before := seen.get(path.resolve())) is not None:
+            yield Source(path, "none", False, f"it is the folder {before} again")
+        else:
+            yield from _below(path, option, seen)

@@ -22,7 +22,7 @@ from train.data.tasks import task_of
 from train.data.token_writer import DOCUMENT, DOCUMENTS, FACTS, TEXTS, TOKENS, encode_records, write, writing
 from train.data.tokenizers import Tokenizer
 
-VERSION = 2  # of the files; a cache of another version is not read
+VERSION = 3  # of the files; a cache of another version is not read
 UNFINISHED = ".unfinished-"
 CLAIM = ".claim-"
 ABANDONED = 24 * 3600  # seconds without a write after which an unfinished folder is deleted
@@ -40,6 +40,9 @@ class TokenCache:
       malformed: texts left out because they cannot be read.
       reports: the first few of these in words.
       fingerprint: hash of the tokens and of the documents' bounds.
+      kinds: how many files of each kind of `Source` gave documents.
+      first: how the first document begins.
+      unknown: share of the text's bytes, without white space, that the tokenizer does not spell.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -49,6 +52,9 @@ class TokenCache:
     malformed: int
     reports: tuple[str, ...]
     fingerprint: str
+    kinds: Mapping[str, int]
+    first: str
+    unknown: float
 
     @property
     def starts(self) -> Int[np.ndarray, " documents"]:
@@ -79,17 +85,6 @@ class TokenCache:
     def size(self) -> int:
         """Bytes of text."""
         return int(self.documents["text_stop"][-1])
-
-    @property
-    def predicted_bytes(self) -> int:
-        """Bytes of the summaries; of the texts where there are none."""
-        return int(self.documents["summary_bytes"].sum()) if self.pairs else self.size
-
-    @property
-    def predicted_tokens(self) -> int:
-        """Tokens of the summaries, of the texts where there are none; end tokens are not counted."""
-        documents, bodies = len(self.documents), int(self.bodies.sum())
-        return len(self.tokens) - bodies - 2 * documents if self.pairs else bodies
 
     def origin(self, index: int) -> str:
         """The file, and the line where it has several, that a document was read from."""
@@ -122,10 +117,18 @@ def token_caches(run: Run, tokenizer: Tokenizer) -> list[TokenCache]:
         found.append(sources(data.held_out_paths, "data.held_out_paths"))
         _check_disjoint(*found)
     folder = Path(data.cache or Path(run.folder) / "cache")
-    return [
+    caches = [
         token_cache(each, run.task, data.columns, tokenizer, folder, skip_malformed=data.skip_malformed)
         for each in found
     ]
+    for cache, option in zip(caches, ("data.paths", "data.held_out_paths"), strict=False):
+        if cache.unknown > data.unknown:
+            raise ValueError(
+                f"data.tokenizer: {data.tokenizer} cannot spell {cache.unknown:.1%} of the text of {option}, "
+                f"and data.unknown allows {data.unknown:.1%}: take another, such as one that `python -m "
+                "train tokenizer` trains on these texts, or bytes; or raise --data.unknown"
+            )
+    return caches
 
 
 def _check_disjoint(train: list[Source], held_out: list[Source]):
@@ -233,7 +236,7 @@ def _delete_abandoned(folder: Path):
 
 def _open(folder: Path) -> TokenCache:
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in (TOKENS, DOCUMENTS, TEXTS)}
     except (FileNotFoundError, ValueError) as error:
         raise _damaged(folder, f"it has no whole {FACTS}, or a file is missing") from error
@@ -255,6 +258,9 @@ def _open(folder: Path) -> TokenCache:
         facts["malformed"],
         tuple(facts["reports"]),
         facts["fingerprint"],
+        facts["kinds"],
+        facts["first"],
+        facts["unknown"],
     )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +15,7 @@ import numpy as np
 from train.data.records import Malformed, TextRecord, place
 from train.data.sources import Source
 from train.data.tokenizers import Ids, Tokenizer
+from train.data.words import word_count
 
 DOCUMENT = np.dtype(
     [
@@ -27,7 +29,9 @@ DOCUMENT = np.dtype(
     ]
 )
 TOKENS, DOCUMENTS, TEXTS, FACTS = "tokens.bin", "documents.bin", "texts.bin", "facts.json"
-REPORTS = 5  # malformed texts that are described
+REPORTS = 12  # texts left out that are described
+NAMED = 5  # files that a message names
+FIRST = 100  # characters of the first document that are kept to show
 BATCH = 1 << 22  # characters that are tokenized at a time
 BATCH_RECORDS = 4096
 
@@ -81,7 +85,7 @@ def write(
       OSError: the folder cannot be written to.
     """
     malformed, reports = 0, []
-    with _Writer(folder, [str(source.path) for source in found], tokenizer) as writer:
+    with _Writer(folder, found, tokenizer) as writer:
         for item in documents:
             if not isinstance(item, Malformed):
                 writer.add(*item)
@@ -92,11 +96,11 @@ def write(
             reports = [*reports, str(item)][:REPORTS]
         facts = writer.finish()
     if not facts["documents"]:
-        left_out = f", {malformed} malformed lines left out, the first {reports[0]}" if malformed else ""
-        named = ", ".join(str(source.path) for source in found[:REPORTS])
+        left_out = f"; {malformed} files or lines are left out, the first {reports[0]}" if malformed else ""
+        named = ", ".join(str(source.path) for source in found[:NAMED])
         raise ValueError(f"data.paths has no text: {named or 'the folders are empty'}{left_out}")
     facts |= {"malformed": malformed, "reports": reports}
-    with writing(folder), (folder / FACTS).open("w") as file:
+    with writing(folder), (folder / FACTS).open("w", encoding="utf-8") as file:
         file.write(json.dumps(facts))
         file.flush()
         os.fsync(file.fileno())
@@ -118,9 +122,12 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
 class _Writer:
     """Appends documents to the files of a cache."""
 
-    def __init__(self, folder: Path, files: Sequence[str], tokenizer: Tokenizer):
-        self._folder, self._names = folder, list(files)
-        self._numbers = {name: number for number, name in enumerate(files)}
+    def __init__(self, folder: Path, found: Sequence[Source], tokenizer: Tokenizer):
+        self._folder, self._sources, self._tokenizer = folder, found, tokenizer
+        self._numbers = {str(source.path): number for number, source in enumerate(found)}
+        self._read: set[int] = set()
+        self._first = ""
+        self._letters = self._spelled = 0
         self._dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
         self._end = np.array([tokenizer.end], self._dtype).tobytes()
         self._hash = hashlib.sha256()
@@ -147,14 +154,18 @@ class _Writer:
             self._document["body"] = 0
             self._document["file"] = self._numbers[str(record.path)]
             self._document["line"] = record.line or 0
+            self._read.add(int(self._document["file"]))
+            self._first = self._first or " ".join(record.texts[0][: 8 * FIRST].split())[:FIRST]
         self._document["body"] += len(ids[0])
         self._put_tokens(ids[0].astype(self._dtype).tobytes())
         if self._pairs:
             self._document["summary_bytes"] = len(texts[1])
-            self._document["summary_words"] = len(record.texts[1].split())
+            self._document["summary_words"] = word_count(record.texts[1])
             self._put_tokens(self._end + ids[1].astype(self._dtype).tobytes())
             self._put(TEXTS, b"".join(texts))
         self._size += sum(map(len, texts))
+        self._letters += sum(len(b"".join(text.split())) for text in texts)
+        self._spelled += sum(int(self._tokenizer.token_letters[part].sum()) for part in ids)
 
     def finish(self) -> dict[str, Any]:
         """Closes the last document; returns the facts about all of them."""
@@ -168,7 +179,10 @@ class _Writer:
             "dtype": self._dtype.name,
             "documents": self._count,
             "texts": self._size if self._pairs else 0,
-            "files": self._names,
+            "files": [str(source.path) for source in self._sources],
+            "kinds": Counter(self._sources[number].kind for number in self._read),
+            "first": self._first,
+            "unknown": 1 - min(1.0, self._spelled / self._letters) if self._letters else 0.0,
             "fingerprint": self._hash.hexdigest(),
         }
 

@@ -4,12 +4,14 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from train.data.pieces import pieces_of_library, pieces_of_sentencepiece
 from train.data.records import Malformed, records
 from train.data.sources import sources
 from train.disk import check_writable
@@ -33,11 +35,24 @@ class Tokenizer(ABC):
       vocabulary: the number of ids.
       end: the id that follows each text and is in none.
       fingerprint: equal only for tokenizers that give the same ids.
+      pieces: the bytes of text that each id spells; none for special tokens, and for the unknown one, which
+        stands for text that the tokenizer cannot spell.
     """
 
     vocabulary: int
     end: int
     fingerprint: str
+    pieces: Sequence[bytes]
+
+    @cached_property
+    def token_bytes(self) -> Int[np.ndarray, " ids"]:
+        """The number of bytes of text that each id spells, int32."""
+        return np.array([len(piece) for piece in self.pieces], np.int32)
+
+    @cached_property
+    def token_letters(self) -> Int[np.ndarray, " ids"]:
+        """The same without white space, which some tokenizers do not keep."""
+        return np.array([len(b"".join(piece.split())) for piece in self.pieces], np.int32)
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -58,6 +73,7 @@ class Bytes(Tokenizer):
     vocabulary = ALPHABET
     end = 0
     fingerprint = "bytes"
+    pieces = (b"", *(bytes([byte]) for byte in range(1, ALPHABET)))
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
@@ -84,6 +100,7 @@ class Subwords(Tokenizer):
         name = _end_token(ids, end_token, path)
         self.vocabulary, self.end = max(ids.values()) + 1, ids[name]
         self.fingerprint = _fingerprint("tokenizer.json", name, content)
+        self.pieces = pieces_of_library(self._library, self.vocabulary)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -116,6 +133,7 @@ class SentencePiece(Tokenizer):
         name = _end_token(ids, name, path)
         self.end = ids[name]
         self.fingerprint = _fingerprint("sentencepiece", name, content)
+        self.pieces = pieces_of_sentencepiece(self._library)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         return [np.array(ids, np.int32) for ids in self._library.EncodeAsIds(list(texts))]

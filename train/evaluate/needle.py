@@ -9,7 +9,7 @@ retrieves the whole number.
 import itertools
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.nnx as nnx
 import jax
@@ -137,7 +137,8 @@ def _rows(corpus: Corpus, run: Run) -> Iterator[Batch]:
                 )
             around, cut = np.take(hay, range(start, start + room), mode="wrap"), round(depth * room)
             tokens = np.concatenate([around[:cut], needle, around[cut:], tail]).astype(np.int32)
-            yield _row(tokens, answer=len(asked.answer), after=len(tail) if ends else None)
+            row = _row(tokens, answer=len(asked.answer), after=len(tail) if ends else None)
+            yield replace(row, target_bytes=corpus.tokenizer.token_bytes[row.targets])
 
 
 def _row(tokens: np.ndarray, *, answer: int, after: int | None) -> Batch:
@@ -155,6 +156,7 @@ def _row(tokens: np.ndarray, *, answer: int, after: int | None) -> Batch:
         positions=context if after is None else context + after - 1,
         segments=np.ones(length, np.int32),
         context=context,
+        target_bytes=np.zeros_like(context),
     )
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from dynmask_jax.array_typing import Array
 from train.config.operation import Generation
 from train.data.tokenizers import Tokenizer
+from train.data.words import first_words
 from train.disk import write_atomically
 from train.evaluate.generation import Generator
-from train.evaluate.rouge import lead, rouge
+from train.evaluate.rouge import rouge
 
 SHOWN = 60  # words of a document in `summaries.jsonl`
 
@@ -95,9 +96,14 @@ def evaluate_summaries(
     """
     documents, references = [example[0] for example in examples], [example[1] for example in examples]
     generated = summarizer.summaries(documents, options, key)
-    leads = [lead(document, lead_words) for document in documents]
+    leads = [first_words(document, lead_words) for document in documents]
     records = [
-        {"document": lead(document, SHOWN), "reference": reference, "generated": summary, "lead": first}
+        {
+            "document": first_words(document, SHOWN),
+            "reference": reference,
+            "generated": summary,
+            "lead": first,
+        }
         for document, reference, summary, first in zip(documents, references, generated, leads, strict=True)
     ]
     write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

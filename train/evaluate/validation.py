@@ -13,7 +13,7 @@ from train.data.corpus import Corpus
 from train.evaluate.evaluators import evaluators
 from train.parallel.feed import pad_rows, place_batch
 from train.step.program import Program
-from train.step.state import Evaluated, State
+from train.step.state import Evaluated, State, bits_per_byte
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Validation:
 
     Attributes:
       loss: mean nats a token under the full mask.
+      bits_per_byte: the nats of all scored targets, in bits, over the bytes of text that they spell.
       positions: the same for tokens with so many of their document before them, by the least of
         them: "64" for 64 … 127. Where there were none, the key is missing.
       pace_loss: mean nats a token under the mask of now, where the curriculum's pace follows it.
@@ -29,6 +30,7 @@ class Validation:
     """
 
     loss: float
+    bits_per_byte: float
     positions: dict[str, float]
     pace_loss: float | None = None
     evaluators: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Validator:
         now = self._measured(params, self._program.masks.at(state)) if self._by_loss else None
         return Validation(
             loss=_mean(full),
+            bits_per_byte=bits_per_byte(np.sum(full.loss_sum), np.sum(full.text_bytes)),
             positions=_by_position(self._program.masks.bucket_starts, full),
             pace_loss=None if now is None else _mean(now),
             evaluators={name: evaluator(params) for name, evaluator in self._evaluators.items()},

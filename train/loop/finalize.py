@@ -105,9 +105,6 @@ class Finalize:
             self.folder.summaries,
             jax.random.wrap_key_data(key),
         )
-        texts = self.corpus.bytes_per_token
         model = work(run.model, tokenizer.vocabulary)
-        with open_log(
-            self.folder.path, run, run.steps, bytes_per_token=texts, work=model, peak=self.peak
-        ) as log:
+        with open_log(self.folder.path, run, run.steps, work=model, peak=self.peak) as log:
             log.rouge(run.steps, scores)

@@ -180,7 +180,6 @@ def _opened_log(session: Session, peak: mfu.Peak) -> Log:
         session.folder.path,
         run,
         int(session.state.step),
-        bytes_per_token=session.corpus.bytes_per_token,
         work=mfu.work(run.model, vocabulary),
         peak=peak,
     )

@@ -15,7 +15,7 @@ from train.config.run import Run
 from train.metrics.mfu import Peak, Work
 from train.metrics.record import Record, StepRecord, SummariesRecord, ValidationRecord, from_json, is_step
 from train.metrics.writers import Writer, open_writers
-from train.step.state import Metrics
+from train.step.state import Metrics, bits_per_byte
 
 
 class Log:
@@ -27,16 +27,13 @@ class Log:
     Args:
       writers: where the records go; closed at the end.
       run: the config.
-      bytes_per_token: on average, in what is predicted.
       work: what a step computes.
       peak: what the devices can do.
     """
 
-    def __init__(
-        self, writers: Sequence[Writer], run: Run, *, bytes_per_token: float, work: Work, peak: Peak
-    ):
+    def __init__(self, writers: Sequence[Writer], run: Run, *, work: Work, peak: Peak):
         self._writers, self._run = writers, run
-        self._bytes_per_token, self._work, self._peak = bytes_per_token, work, peak
+        self._work, self._peak = work, peak
         self._pending: tuple[int, Metrics, float] | None = None
         self._times = _Times()
         self._compiles = True
@@ -75,6 +72,7 @@ class Log:
         self,
         steps_done: int,
         loss: float,
+        bits_per_byte: float,
         positions: Mapping[str, float],
         pace_loss: float | None = None,
         evaluators: Mapping[str, Mapping[str, float]] | None = None,
@@ -84,7 +82,7 @@ class Log:
             ValidationRecord(
                 step=steps_done,
                 loss=_finite(loss),
-                bits_per_byte=self._bits(loss),
+                bits_per_byte=_finite(bits_per_byte),
                 positions=_all_finite(positions),
                 pace_loss=None if pace_loss is None else _finite(pace_loss),
                 evaluators={name: _all_finite(found) for name, found in (evaluators or {}).items()},
@@ -136,11 +134,8 @@ class Log:
             "mfu": None if self._compiles else times.flops / times.seconds / self._peak.flops,
         }
         padding = 1 - float(metrics.tokens) / (data.batch * data.length)
-        bits = self._bits(float(metrics.loss))
-        return StepRecord(step=step, bits_per_byte=bits, padding=padding, **measured, **timed)
-
-    def _bits(self, nats: float) -> float | None:
-        return _finite(nats / math.log(2) / self._bytes_per_token)
+        bits = bits_per_byte(float(metrics.loss) * float(metrics.weight), float(metrics.text_bytes))
+        return StepRecord(step=step, bits_per_byte=_finite(bits), padding=padding, **measured, **timed)
 
     def _write(self, record: Record):
         for writer in self._writers:
@@ -171,7 +166,7 @@ class _Times:
         self.flops += flops
 
 
-def open_log(folder: Path, run: Run, start: int, *, bytes_per_token: float, work: Work, peak: Peak) -> Log:
+def open_log(folder: Path, run: Run, start: int, *, work: Work, peak: Peak) -> Log:
     """The log of a run that goes on after `start` steps, in the run's folder.
 
     Only the first process writes. `rewind` has taken out what will be written again.
@@ -181,7 +176,7 @@ def open_log(folder: Path, run: Run, start: int, *, bytes_per_token: float, work
       OSError: the folder cannot be written to.
     """
     writers = open_writers(folder, run, start) if jax.process_index() == 0 else []
-    return Log(writers, run, bytes_per_token=bytes_per_token, work=work, peak=peak)
+    return Log(writers, run, work=work, peak=peak)
 
 
 def _finite(number: float) -> Any:

@@ -23,8 +23,7 @@ class StepRecord:
     Attributes:
       step: its number, from 0.
       loss: mean over the step's targets, nats a token.
-      bits_per_byte: the same in bits, over the mean bytes of a token in what is predicted: the run's texts,
-        or its summaries.
+      bits_per_byte: the nats of the step's targets, in bits, over the bytes of text that these targets spell.
       exposure: visible pairs ÷ those of the full mask, 0…1.
       window: tokens of the window or chunk.
       padding: share of the batch's tokens that are padding.
@@ -79,7 +78,8 @@ class ValidationRecord:
     Attributes:
       step: how many train steps were done before it.
       loss: mean nats a token; `validation_loss` in the file.
-      bits_per_byte: the same in bits, over the mean bytes of a token; `validation_bits_per_byte` in the file.
+      bits_per_byte: the nats of the targets, in bits, over the bytes of text that they spell;
+        `validation_bits_per_byte` in the file.
       positions: nats a token by where in its document the token stands: {"0": …, "64": …}.
       pace_loss: under the mask of the stage, where the loss moves the curriculum; else not in the file.
       evaluators: what each evaluator of `train.evaluate.evaluators` found, by its name, under which it stands

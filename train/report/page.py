@@ -17,12 +17,13 @@ from train.config.command_line import command
 from train.config.run import Run, option_values
 from train.data.tasks import task_of
 from train.disk import write_atomically
+from train.evaluate.rouge import SEGMENTATION
 from train.metrics.mfu import Peak
 from train.metrics.record import ValidationRecord
 from train.report.evaluators import needles, others
 from train.report.markdown import code, or_dash, section, table
 from train.report.outcome import Outcome, bits_in_words
-from train.report.pictures import bits_by_position, draw, draw_positions
+from train.report.pictures import draw, draw_positions, losses_by_position
 from train.step.curriculum import Growth
 
 if TYPE_CHECKING:
@@ -145,13 +146,13 @@ def _nats(record: ValidationRecord) -> str:
 
 
 def _positions(outcome: Outcome) -> str:
-    found = [bits for bits in map(bits_by_position, outcome.validations) if bits]
+    found = [losses for losses in map(losses_by_position, outcome.validations) if losses]
     if not found:
         return ""
     first, last = found[0], found[-1]
     rows = [(f"{start:,}", or_dash(first.get(start), ".3f"), f"{last[start]:.3f}") for start in sorted(last)]
     words = (
-        "Bits per byte at the full mask, by how many tokens of its document a token has before it. Where "
+        "Nats a token at the full mask, by how many tokens of its document a token has before it. Where "
         "they go on falling, long contexts are used."
     )
     return f"{words}\n\n{table(('tokens before, at least', 'first validation', 'last'), rows)}"
@@ -162,7 +163,10 @@ def _rouge(outcome: Outcome) -> str:
         return ""
     measures = list(next(iter(scores.values())))
     rows = [(name, *(f"{found[measure]:.2f}" for measure in measures)) for name, found in scores.items()]
-    words = "ROUGE of held-out documents' summaries, in percent; lead is the document's beginning."
+    words = (
+        "ROUGE of held-out documents' summaries, in percent; lead is the document's beginning. "
+        f"{SEGMENTATION}"
+    )
     return f"{words}\n\n{table(('', *measures), rows)}"
 
 
@@ -210,7 +214,8 @@ def _data(facts: Facts, outcome: Outcome) -> str:
         ("tokens", f"{corpus.tokens:,}"),
         ("bytes a token, of what is predicted", f"{corpus.bytes_per_token:.3f}"),
         ("rows held out for validation", f"{_held_out(corpus):,}"),
-        ("left out, for they could not be read", f"{corpus.malformed:,}"),
+        ("files and records left out", f"{corpus.malformed:,}"),
+        ("unknown to the tokenizer, of the bytes", f"{corpus.unknown:.2%}"),
     ]
     if run.summarize.truncate:
         rows.append(("documents cut to fit their row", f"{corpus.truncated:,}"))

@@ -143,7 +143,7 @@ def draw_positions(records: list[Record], path: Path) -> bool:
     Returns:
       whether there was anything to draw.
     """
-    validations = [r for r in records if isinstance(r, ValidationRecord) and bits_by_position(r)]
+    validations = [r for r in records if isinstance(r, ValidationRecord) and losses_by_position(r)]
     if not validations:
         return False
     lines = _chosen(validations)
@@ -167,12 +167,13 @@ def draw_positions(records: list[Record], path: Path) -> bool:
 
 
 def _draw_positions(ax: Axes, validations: list[ValidationRecord]):
-    found = [bits_by_position(record) for record in validations]
-    starts = sorted({start for bits in found for start in bits})
-    _draw_lines(ax, validations, [([starts.index(s) for s in bits], list(bits.values())) for bits in found])
+    found = [losses_by_position(record) for record in validations]
+    starts = sorted({start for losses in found for start in losses})
+    points = [([starts.index(start) for start in losses], list(losses.values())) for losses in found]
+    _draw_lines(ax, validations, points)
     # Buckets double: places side by side are a logarithmic scale that has room for 0.
     ax.set_xticks(range(len(starts)), [f"{start:,}" for start in starts], rotation=30)
-    ax.set(xlabel="tokens of the document before, at least", ylabel="bits per byte")
+    ax.set(xlabel="tokens of the document before, at least", ylabel="nats a token")
     ax.set_title("Validation by context, at the full mask")
 
 
@@ -191,10 +192,9 @@ def _chosen(validations: list[ValidationRecord]) -> list[ValidationRecord]:
     return [near[i] for i in sorted({last * n // (LINES - 1) for n in range(LINES)})]
 
 
-def bits_by_position(record: ValidationRecord) -> dict[int, float]:
-    """Bits per byte by the least tokens before; empty where the record has no finite ones."""
-    bits, nats = record.bits_per_byte, record.loss
-    if bits is None or not nats:
-        return {}
-    losses = record.positions.items()
-    return {int(start): loss * bits / nats for start, loss in losses if loss is not None}
+def losses_by_position(record: ValidationRecord) -> dict[int, float]:
+    """Nats a token by the least tokens before, of those that are finite.
+
+    Not bits per byte: tokens at the beginnings of documents spell more or fewer bytes than others.
+    """
+    return {int(start): loss for start, loss in record.positions.items() if loss is not None}

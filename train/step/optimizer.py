@@ -30,13 +30,26 @@ def make_optimizer(options: sections.Optimizer, steps: int) -> optax.GradientTra
 
 
 def learning_rate(options: sections.Optimizer, steps: int) -> optax.Schedule:
-    """The rate of an update, by the number of updates before it: up from 0, then down a cosine."""
+    """The rate of an update, by the number n of updates before it, in a run of N `steps`.
+
+    With W = max(1, round(warmup · N)) and the peak P = learning_rate:
+
+        n < W:  P · (n + 1) / W
+        else:   P · (final + (1 − final) · (1 + cos(π · (n − W + 1) / (N − W))) / 2)
+
+    So the first update has a rate above 0, update W − 1 the peak, and the last, N − 1, the final rate; in a
+    run of one step it is the peak. A step that is skipped is no update: the rate waits for it.
+    """
+    peak = options.learning_rate
+    warmup = min(max(1, round(steps * options.warmup)), max(1, steps - 1))
+    if steps == 1:
+        return optax.constant_schedule(peak)
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=options.learning_rate,
-        warmup_steps=min(round(steps * options.warmup), steps - 1),
-        decay_steps=steps,
-        end_value=options.learning_rate * options.final,
+        init_value=peak / warmup,
+        peak_value=peak,
+        warmup_steps=warmup - 1,
+        decay_steps=steps - 1,
+        end_value=peak * options.final,
     )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dynmask_jax import Mask
+from dynmask_jax.array_typing import Array, Int
 from train.config.run import Run
 from train.data.batch import Batch
 from train.model.loss import TokenLosses
@@ -63,6 +64,7 @@ class Program:
         metrics = Metrics(
             loss=loss,
             weight=weight,
+            text_bytes=_scored_bytes(batch).sum(),
             tokens=(batch.segments > 0).sum(),
             exposure=masks.exposure(pairs, batch),
             window=jnp.asarray(masks.growth.window(masks.clock(state))),
@@ -88,7 +90,8 @@ class Program:
         def by_bucket(values):
             return jax.ops.segment_sum(values.ravel(), buckets, len(self.masks.bucket_starts))
 
-        return replicate(self.placement.mesh, Evaluated(by_bucket(weights * losses.nats), by_bucket(weights)))
+        sums = map(by_bucket, (weights * losses.nats, weights, _scored_bytes(batch)))
+        return replicate(self.placement.mesh, Evaluated(*sums))
 
     def weights(self, state: State) -> optax.Params:
         """The weights for validation and export: the running mean, where the run has one."""
@@ -122,6 +125,11 @@ class Program:
 
     def _losses(self, params, batch: Batch, plans: Plans) -> TokenLosses:
         return batch_losses(self.graph, params, batch, plans, self.run.loss, self.placement)
+
+
+def _scored_bytes(batch: Batch) -> Int[Array, "B T"]:
+    """The bytes of text that each target in the loss spells."""
+    return jnp.where(jnp.asarray(batch.weights) > 0, jnp.asarray(batch.target_bytes), 0)
 
 
 def begin(run: Run, vocabulary: int, placement: Placement | None = None) -> tuple[Program, State]:

@@ -1,5 +1,7 @@
 """The state of training, and what its steps report: the records that `train.step.program` makes."""
 
+import math
+
 import optax
 
 from dynmask_jax.array_typing import Array, Float, Int, pytree
@@ -35,6 +37,7 @@ class Metrics:
     Attributes:
       loss: the weighted mean, nats a token, without the z-loss.
       weight: the number of tokens in the loss.
+      text_bytes: the bytes of text that these tokens spell.
       tokens: the number of tokens that are not padding.
       exposure: visible pairs of all layers ÷ those at the full mask, 0…1.
       window: tokens of the window or chunk.
@@ -50,6 +53,7 @@ class Metrics:
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
+    text_bytes: Int[Array, ""]
     tokens: Int[Array, ""]
     exposure: Float[Array, ""]
     window: Array
@@ -69,7 +73,17 @@ class Evaluated:
     Attributes:
       loss_sum: weighted, in nats, `[buckets]`.
       weight: the sum of the weights, `[buckets]`.
+      text_bytes: the bytes of text that the targets of weight above 0 spell, `[buckets]`.
     """
 
     loss_sum: Float[Array, " buckets"]
     weight: Float[Array, " buckets"]
+    text_bytes: Int[Array, " buckets"]
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """Nats of scored targets, in bits, over the bytes that the same targets spell; NaN where these are 0.
+
+    It compares models of different tokenizers: Gao et al. 2020, "The Pile", arXiv:2101.00027, section 3.1.
+    """
+    return float(nats) / math.log(2) / float(text_bytes) if text_bytes else math.nan

@@ -99,7 +99,7 @@ def train_step():
     )
     program, state = begin(run, vocabulary=32_768)
     row = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-    batch = Batch(row, row, jax.ShapeDtypeStruct((1, LENGTH), jnp.float32), row, row, row)
+    batch = Batch(row, row, jax.ShapeDtypeStruct((1, LENGTH), jnp.float32), row, row, row, row)
     return program.train_step, (jax.eval_shape(lambda: state), batch)
 
 

@@ -16,6 +16,7 @@ from train.data.batches import batches, held_out_batches
 from train.data.rows import DocumentPieces, Pairs, Spans, Stream
 
 LENGTH = 12
+BYTES = np.arange(1_000, dtype=np.int32) % 4
 DOCUMENTS = (30, 3, 5, 2, 9, 14, 4, 7, 25, 6)
 
 
@@ -36,7 +37,7 @@ def cut(kind, lengths=DOCUMENTS):
 
 
 def first(count: int, source, asked: Run) -> list:
-    iterator = iter(batches(source, asked))
+    iterator = iter(batches(source, asked, BYTES))
     found = [next(iterator) for _ in range(count)]
     iterator.close()
     return found
@@ -121,7 +122,7 @@ def test_the_seed_chooses_the_order_and_seeds_may_be_large():
 def test_a_run_resumed_at_any_batch_reads_the_same_batches(kind, options):
     source = cut(kind, (6, 5, 7, 5, 6, 8, 9) if kind is Pairs else DOCUMENTS)
     asked = run(task="summarize" if kind is Pairs else "lm", data=options)
-    pipeline = batches(source, asked)
+    pipeline = batches(source, asked, BYTES)
     iterator, states, expected = iter(pipeline), [], []
     for _ in range(25):  # more than two epochs; 3 bins are open, and 2 rows are in a batch
         states.append(json.dumps(iterator.get_state()))
@@ -145,7 +146,7 @@ def test_held_out_batches_have_one_shape_and_the_last_is_filled_up(kind, rows, b
         data={"rows": "chunked" if kind is Stream else "packed", "batch": batch},
         evaluation=Evaluation(rows=rows),
     )
-    found = held_out_batches(source, asked)
+    found = held_out_batches(source, asked, BYTES)
     real = sum(int((held.segments > 0).any(axis=1).sum()) for held in found)
     assert {held.inputs.shape for held in found} == {(min(batch, real), LENGTH)}
     assert real <= rows
@@ -154,7 +155,7 @@ def test_held_out_batches_have_one_shape_and_the_last_is_filled_up(kind, rows, b
     if rows == 99:
         read = [int(token) for tokens in segments(found) for token in tokens]
         assert len(read) == len(set(read)) == sum(len(source[i]["tokens"]) for i in range(len(source)))
-    again = held_out_batches(source, asked)
+    again = held_out_batches(source, asked, BYTES)
     jax.tree.map(np.testing.assert_array_equal, found, again)
 
 
@@ -162,4 +163,4 @@ def test_held_out_rows_of_a_stream_are_spread_evenly():
     source = cut(Stream)
     asked = run(data={"rows": "chunked"}, evaluation=Evaluation(rows=2))
     assert len(source) == 8
-    assert [int(held.inputs[0, 0]) for held in held_out_batches(source, asked)] == [0, 4 * LENGTH]
+    assert [int(held.inputs[0, 0]) for held in held_out_batches(source, asked, BYTES)] == [0, 4 * LENGTH]

@@ -59,7 +59,9 @@ def test_texts_are_trained_on_or_held_out(tmp_path, lines):
     assert not train & held_out
     assert sum(map(len, held_out)) == pytest.approx(0.2 * 200, abs=2)
     assert (text.size, text.documents, text.tokens, text.malformed) == (200, 20, 220, 0)
-    assert (text.bytes_per_token, text.lead_words, list(text.examples)) == (1.0, None, [])
+    assert (text.bytes_per_token, text.lead_words, list(text.examples)) == (0.9, None, []), (
+        "of 10 letters and ends, 9"
+    )
 
 
 def test_one_large_file_is_divided(tmp_path):
@@ -85,7 +87,7 @@ def test_summaries_are_read_with_their_documents(tmp_path, pairs):
     assert words(text.held_out) == {f"{d}\0{s}" for d, s in text.examples}
     train = [pair for pair in examples if pair not in set(text.examples)]
     assert words(first(text, 40)) == {f"{d}\0{s}" for d, s in train}
-    assert (text.bytes_per_token, text.truncated, text.documents) == (1.0, 0, 10)
+    assert (text.truncated, text.documents) == (0, 10)
     assert list(text.examples[1:]) == [text.examples[1]]
 
 
@@ -99,16 +101,25 @@ def test_lead_words_are_those_of_training_summaries(tmp_path, pairs):
     assert len(found) > 1
 
 
-def test_bytes_per_token_are_those_of_what_is_predicted(tmp_path, pairs):
+def spelled(text, batch) -> list[bytes]:
+    """The bytes that the scored targets of each row spell, by the tokenizer's own decoding."""
+    return [
+        text.tokenizer.decode(targets[weights > 0]).encode()
+        for targets, weights in zip(batch.targets, batch.weights, strict=True)
+    ]
+
+
+def test_bytes_of_targets_are_those_of_what_is_scored(tmp_path, pairs):
     (tmp_path / "x.txt").write_text("a a a a a a a a a a " * 50 + "xyz")
     train_bpe([str(tmp_path / "x.txt")], 260, {}, tmp_path / "bpe.json")
     named = {"tokenizer": str(tmp_path / "bpe.json")}
-    text = read_corpus(run(tmp_path, tmp_path / "x.txt", **named))
-    assert text.bytes_per_token == text.size / (text.tokens - 1) > 1.5
-    text = read_corpus(run(tmp_path, pairs, task="summarize", length=64, **named))
-    summaries = [" ".join([chr(97 + i)] * (i + 1)) for i in range(10)]
-    tokens = sum(len(ids) for ids in text.tokenizer.encode(summaries))
-    assert text.bytes_per_token == sum(map(len, summaries)) / tokens
+    for text in (
+        read_corpus(run(tmp_path, tmp_path / "x.txt", **named)),
+        read_corpus(run(tmp_path, pairs, task="summarize", length=64, **named)),
+    ):
+        for batch in [*text.held_out, next(text.batches())]:
+            counted = np.where(batch.weights > 0, batch.target_bytes, 0).sum(axis=1)
+            assert counted.tolist() == list(map(len, spelled(text, batch)))
 
 
 def test_long_documents_are_refused_or_cut_and_counted(tmp_path, pairs):

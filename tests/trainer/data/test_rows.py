@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from train.data.rows import CONTEXT, SEGMENTS, TOKENS, DocumentPieces, Pairs, Spans, Stream, as_batch, fitting
 
+BYTES = np.arange(1_000, dtype=np.int32) % 4
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
@@ -120,10 +121,11 @@ def test_a_batch_is_weighted_where_a_token_is_asked_for():
     tokens = np.stack([pair(3, 2, 3, 8), np.zeros((6, 3), np.int64)])
     segments = np.array([[1] * 6, [0] * 6], np.int32)
     context = np.tile(np.arange(6, dtype=np.int32), (2, 1))
-    batch = as_batch({TOKENS: tokens, SEGMENTS: segments, CONTEXT: context}, loss_from=8)
+    batch = as_batch({TOKENS: tokens, SEGMENTS: segments, CONTEXT: context}, 8, BYTES)
     assert batch.weights.tolist() == [[0, 0, 0, 1, 1, 1], [0] * 6]  # the summary and the end after it
     assert batch.weights.dtype == np.float32
-    everything = as_batch({TOKENS: tokens, SEGMENTS: segments, CONTEXT: context}, loss_from=0)
+    np.testing.assert_array_equal(batch.target_bytes, batch.targets % 4)
+    everything = as_batch({TOKENS: tokens, SEGMENTS: segments, CONTEXT: context}, 0, BYTES)
     assert everything.weights.tolist() == [[1] * 6, [0] * 6]
     assert everything.positions.tolist() == [[5, 6, 7, 8, 9, 10], [0] * 6]
     assert (everything.segments.tolist(), everything.context.tolist()) == (

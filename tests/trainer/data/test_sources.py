@@ -29,8 +29,10 @@ def found(folder: Path, *paths: str) -> list[tuple[str, str, bool]]:
     return [(str(s.path.relative_to(folder)), s.kind, s.named) for s in sources(asked)]
 
 
-def test_a_folder_is_searched_through_in_order_without_hidden_files(folder):
+def test_a_folder_is_searched_through_in_order_and_what_is_hidden_left_out(folder):
     assert found(folder, "") == [
+        (".g", "none", False),
+        (".hidden", "none", False),
         ("a.md", "text", False),
         ("b.txt", "text", False),
         ("e.json.gz", "lines", False),
@@ -61,9 +63,29 @@ def test_a_name_with_the_letters_of_a_glob_is_that_file(folder):
     assert found(folder, "x[1].txt") == [("x[1].txt", "text", True)]
 
 
-def test_links_to_folders_are_not_followed(folder):
+def test_links_to_folders_are_followed_but_not_in_circles(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "h.txt").write_text("text")
     (folder / "inner" / "loop").symlink_to(folder)
-    assert len(found(folder, "")) == 5
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "nothing").symlink_to(folder / "gone")
+    before = found(folder, "inner/c.jsonl")
+    reasons = {s.path.name: s.reason for s in sources([str(folder)]) if s.kind == "none"}
+    assert reasons == {
+        ".g": "it is hidden",
+        ".hidden": "it is hidden",
+        "loop": f"it is the folder {folder} again",
+        "nothing": "it is a link to nothing",
+    }
+    assert ("linked/h.txt", "text", False) in found(folder, "")
+    assert len([kind for _, kind, _ in found(folder, "") if kind != "none"]) == 6
+    assert found(folder, "inner/c.jsonl") == before
+
+
+def test_a_link_to_a_file_that_was_found_is_left_out(folder):
+    (folder / "inner" / "again.jsonl").symlink_to(folder / "a.md")
+    reasons = [s.reason for s in sources([str(folder)]) if s.path.name == "again.jsonl"]
+    assert reasons == [f"it is a link to {folder / 'a.md'}"]
 
 
 @pytest.mark.parametrize(
@@ -87,9 +109,9 @@ def test_the_option_that_named_it_is_named():
 def test_a_file_that_is_there_twice_is_refused(folder):
     with pytest.raises(ValueError, match=r"data\.paths: .*c\.jsonl is there twice"):
         found(folder, "inner/c.jsonl", "")
-    (folder / "inner" / "again.jsonl").symlink_to(folder / "inner" / "c.jsonl")
+    (folder / "again.jsonl").symlink_to(folder / "inner" / "c.jsonl")
     with pytest.raises(ValueError, match="is there twice"):
-        found(folder, "inner")
+        found(folder, "again.jsonl", "inner/c.jsonl")
 
 
 def saved(folder: Path) -> Path:
@@ -109,7 +131,7 @@ def test_the_folder_of_a_saved_dataset_is_one_source(folder):
 
 def test_a_folder_with_one_of_its_files_is_no_dataset(folder):
     (folder / "state.json").write_text("{}")
-    assert ("state.json", "text", False) in found(folder, "")
+    assert ("state.json", "lines", False) in found(folder, "")
 
 
 def test_of_several_splits_one_must_be_named(folder):

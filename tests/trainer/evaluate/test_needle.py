@@ -33,7 +33,9 @@ def text() -> Text:
     words = " ".join(random.Random(1).choices(["mask", "key", "query", "step"], k=100)).encode()
     inputs = np.frombuffer(words[:300] + b"9" * 20, np.uint8).astype(np.int32).reshape(2, 160)
     segments = (np.arange(320).reshape(2, 160) < 300).astype(np.int32)
-    return Text([Batch(inputs, inputs, np.ones((2, 160), np.float32), segments, segments, segments)])
+    return Text(
+        [Batch(inputs, inputs, np.ones((2, 160), np.float32), segments, segments, segments, segments)]
+    )
 
 
 def run_of(tmp_path, **options):

@@ -13,8 +13,9 @@ from dynmask_jax import mask_tensor
 from train.config.operation import Generation
 from train.config.sections import Data
 from train.data.tokenizers import Bytes
+from train.data.words import first_words
 from train.evaluate.generation import Generator
-from train.evaluate.rouge import lead, rouge
+from train.evaluate.rouge import rouge
 from train.evaluate.summaries import Summarizer, evaluate_summaries
 from train.step.program import begin
 
@@ -63,7 +64,7 @@ def test_rouge_and_lead_beside_each_other(summarizer, tmp_path):
     assert [record["lead"] for record in records] == ["The mask", "Keys are", "Nobody sees"]
     assert [record["generated"] for record in records] == summarizer.summaries(documents, OPTIONS)
     generated = rouge([record["generated"] for record in records], references)
-    first = rouge([lead(document, 2) for document in documents], references)
+    first = rouge([first_words(document, 2) for document in documents], references)
     assert scores == {"model": generated, "lead, 2 words": first}
     assert first["rouge1"] > 0
 

@@ -28,6 +28,7 @@ class Metrics:
 
     loss: Array
     weight: Array
+    text_bytes: Array
     tokens: Array
     exposure: Array
     window: Array
@@ -58,6 +59,7 @@ def metrics(loss: float = 1.0, *, tokens: float = 48.0, skipped: int = 0, in_a_r
     return Metrics(
         loss=jnp.float32(loss),
         weight=jnp.float32(tokens),
+        text_bytes=jnp.int32(2 * tokens),
         tokens=jnp.float32(tokens),
         exposure=jnp.float32(0.5),
         window=jnp.int32(8),
@@ -87,7 +89,7 @@ def kept():
 def begin(kept: Writer, tmp_path, **watch) -> Log:
     """The log of a run of 8 steps, of 64 tokens each."""
     run = replace(small_run(tmp_path), watch=Watch(**watch))
-    return Log([kept], run, bytes_per_token=2.0, work=WORK, peak=PEAK)
+    return Log([kept], run, work=WORK, peak=PEAK)
 
 
 def test_a_step_is_written_when_the_next_has_begun(kept, tmp_path):
@@ -133,7 +135,7 @@ def test_what_a_record_of_a_step_holds(kept, tmp_path, clock):
 @pytest.mark.parametrize("context", [1, 2])
 def test_what_travels_is_written_where_a_row_lies_on_several_devices(kept, tmp_path, context):
     run = replace(small_run(tmp_path), mesh=Mesh(context=context))
-    with Log([kept], run, bytes_per_token=2.0, work=WORK, peak=PEAK) as log:
+    with Log([kept], run, work=WORK, peak=PEAK) as log:
         log.step(0, metrics(), 0.0)
         log.step(1, metrics(), 0.0)
     travel = {"hops": 2, "bytes_moved": 4096.0}
@@ -158,7 +160,7 @@ def test_a_pause_counts_for_no_step(kept, tmp_path, clock):
         clock[0] += 2
         with log.paused():
             clock[0] += 50
-            log.validation(1, 0.5, {})
+            log.validation(1, 0.5, 0.36, {})
         log.step(1, metrics(), 0.0)
         clock[0] += 4
         log.step(2, metrics(), 0.0)
@@ -208,14 +210,13 @@ def test_skipped_steps_in_a_row_are_known_when_read(kept, tmp_path):
 
 def test_a_validation_holds_what_there_is(kept, tmp_path):
     with begin(kept, tmp_path) as log:
-        log.validation(3, 0.5, {"0": 0.7, "64": math.nan})
-        log.validation(4, math.inf, {"0": 0.7}, 0.25, {"needle": NEEDLE})
+        log.validation(3, 0.5, 0.36, {"0": 0.7, "64": math.nan})
+        log.validation(4, math.inf, math.inf, {"0": 0.7}, 0.25, {"needle": NEEDLE})
         log.rouge(4, {"model": {"rouge1": 30.0}, "lead": {"rouge1": 20.0}})
-    bits = pytest.approx(0.5 / 0.6931472 / 2)
     plain = {
         "step": 3,
         "validation_loss": 0.5,
-        "validation_bits_per_byte": bits,
+        "validation_bits_per_byte": 0.36,
         "positions": {"0": 0.7, "64": None},
     }
     assert kept.records[0] == plain
@@ -226,7 +227,7 @@ def test_a_validation_holds_what_there_is(kept, tmp_path):
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with open_log(tmp_path, small_run(tmp_path), 0, bytes_per_token=1.0, work=WORK, peak=PEAK) as log:
+    with open_log(tmp_path, small_run(tmp_path), 0, work=WORK, peak=PEAK) as log:
         log.step(0, metrics(in_a_row=1), 0.0)
         log.step(1, metrics(), 0.0)
         assert log.skipped_in_a_row == 1
@@ -238,7 +239,7 @@ def test_a_writer_that_fails_leaves_no_other_open(kept, tmp_path):
         def close(self):
             raise OSError(28, "No space left on device")
 
-    log = Log([Full(), kept, Full()], small_run(tmp_path), bytes_per_token=1.0, work=WORK, peak=PEAK)
+    log = Log([Full(), kept, Full()], small_run(tmp_path), work=WORK, peak=PEAK)
     with pytest.raises(OSError, match="No space left"), log:
         pass
     assert kept.closed
@@ -251,7 +252,7 @@ def written(path, records) -> list:
 
 def test_numbers_of_a_probe_that_are_not_finite_are_null(tmp_path):
     with begin(JsonLines(tmp_path / "metrics.jsonl"), tmp_path) as log:
-        log.validation(3, 0.5, {}, evaluators={"needle": {"gain/0.0": math.nan, "gain/1.0": 3.0}})
+        log.validation(3, 0.5, 0.36, {}, evaluators={"needle": {"gain/0.0": math.nan, "gain/1.0": 3.0}})
     (found,) = read(tmp_path / "metrics.jsonl")
     assert found.evaluators == {"needle": {"gain/0.0": None, "gain/1.0": 3.0}}
 

@@ -60,7 +60,9 @@ def batch_of(run: Run, seed=0) -> Batch:
         positions = np.where(place < cut, place, place - cut)
         segments = np.where(place < cut, 1, np.where(place < LENGTH - cut // 8, 2, 0)).astype(np.int32)
     words = random.integers(0, VOCABULARY, (2, *shape), dtype=np.int32)
-    return Batch(*words, (segments > 0).astype(np.float32), positions, segments, positions)
+    return Batch(
+        *words, (segments > 0).astype(np.float32), positions, segments, positions, np.ones_like(positions)
+    )
 
 
 def first_state(run: Run, vocabulary: int = VOCABULARY):

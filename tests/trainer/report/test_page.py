@@ -26,7 +26,7 @@ from train.step.curriculum import growth
 def held_out() -> list[Batch]:
     """Two batches of two rows, the last row of which is padding."""
     leaf = np.zeros((2, 4), np.int32)
-    full = Batch(leaf, leaf, leaf.astype(np.float32), leaf, leaf + 1, leaf)
+    full = Batch(leaf, leaf, leaf.astype(np.float32), leaf, leaf + 1, leaf, leaf)
     return [full, replace(full, segments=np.array([[1, 1, 0, 0], [0, 0, 0, 0]]))]
 
 
@@ -39,6 +39,7 @@ class Corpus:
     tokens: int = 23_456
     malformed: int = 3
     truncated: int = 7
+    unknown: float = 0.0
     bytes_per_token: float = 2.5
     held_out: list[Batch] = field(default_factory=held_out)
 
@@ -70,15 +71,14 @@ def test_a_report_says_what_a_run_was_and_came_to(tmp_path):
     assert "trained for 20 steps on rows of 32 tokens, about 960 tokens in all." in text
     assert "Chunks grew from 4 to 32 tokens (exponential), over the first 50% of the steps." in text
     assert "skipped" not in text
-    last = 2 + 6 * math.exp(-4)
+    last, nats = 2 + 6 * math.exp(-4), 2.5 * math.log(2)  # nats a token for each bit per byte
     assert rows(text, "Result")[1:] == [
         ["first", "0", "8.000", f"{8 * math.log(2) * 2.5:.4f}"],
         ["last", "20", f"{last:.3f}", f"{last * math.log(2) * 2.5:.4f}"],
     ]
     assert rows(text, "Use of context")[1:] == [
-        ["0", "10.000", f"{1.25 * last:.3f}"],
-        ["64", "8.000", f"{last:.3f}"],
-        ["128", "6.000", f"{0.75 * last:.3f}"],
+        [start, f"{8 * share * nats:.3f}", f"{last * share * nats:.3f}"]
+        for start, share in (("0", 1.25), ("64", 1.0), ("128", 0.75))
     ]
     assert rows(text, "Time")[:3] == [
         ["medians", "at the start", "at the end"],
@@ -89,7 +89,7 @@ def test_a_report_says_what_a_run_was_and_came_to(tmp_path):
     assert "against 2e+12 operations a second (a test)" in text
     data = dict(rows(text, "Data")[1:])
     assert (data["documents"], data["tokens"], data["padding in batches"]) == ("1,234", "23,456", "25.00%")
-    assert (data["rows held out for validation"], data["left out, for they could not be read"]) == ("3", "3")
+    assert (data["rows held out for validation"], data["files and records left out"]) == ("3", "3")
     assert ["`model.width`", "`16`", "`256`"] in rows(text, "Config")
     assert not any(name == "`model.rope_theta`" for name, *_ in rows(text, "Config"))
     assert f"python -m train generate {tmp_path} --prompt" in text

@@ -142,7 +142,7 @@ def test_a_document_and_its_summary_meet_at_the_boundary(tmp_path, figures):
     assert first[:8, :8].all()  # its own chunk, both ways
 
 
-def test_the_loss_by_position_is_in_bits_per_byte(tmp_path, figures):
+def test_the_loss_by_position_is_in_nats_a_token(tmp_path, figures):
     run = small_run(tmp_path, steps=4)
     records = records_of(run, every=2, bytes_per_token=2.0, positions={"0": 1.5, "64": 1.0, "128": None})
     assert draw_positions(records, tmp_path / "unused.png")
@@ -151,7 +151,7 @@ def test_the_loss_by_position_is_in_bits_per_byte(tmp_path, figures):
     nats = last.loss
     x, y = line(ax, -1)
     assert x == [0, 1]
-    assert y == pytest.approx([1.5 * nats / math.log(2) / 2, nats / math.log(2) / 2])
+    assert y == pytest.approx([1.5 * nats, nats])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "64"]
     assert ax.lines[-1].get_label() == "after step 4"
 

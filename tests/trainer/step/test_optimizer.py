@@ -34,9 +34,7 @@ def test_clipping_bounds_the_update_that_a_gradient_can_make():
 def test_only_matrices_decay_and_stacked_scales_are_none():
     optimizer = make_optimizer(Optimizer(warmup=0.5, weight_decay=0.5), 8)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    updates, state = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
-    assert not any(leaf.any() for leaf in jax.tree.leaves(updates)), "the first rate is 0"
-    updates, _ = optimizer.update(zeros, state, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
     assert (updates["layer"]["kernel"] < 0).all()
     assert (updates["embedding"] < 0).all()
     assert not updates["layer"]["scale"].any()
@@ -44,9 +42,23 @@ def test_only_matrices_decay_and_stacked_scales_are_none():
 
 def test_the_rate_rises_to_its_peak_and_falls_to_its_final_share():
     rate = learning_rate(Optimizer(learning_rate=2.0, warmup=0.25, final=0.1), 8)
-    assert [float(rate(step)) for step in (0, 1, 2)] == [0.0, 1.0, 2.0]
-    assert float(rate(8)) == pytest.approx(0.2)
-    assert np.all(np.diff([float(rate(step)) for step in range(2, 9)]) < 0)
+    assert [float(rate(step)) for step in (0, 1)] == [1.0, 2.0]
+    assert float(rate(7)) == pytest.approx(0.2), "of the last step, whose number is 7"
+    assert np.all(np.diff([float(rate(step)) for step in range(1, 8)]) < 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 40, 1_000])
+@pytest.mark.parametrize("warmup", [0.0, 0.01, 0.05, 0.5, 0.99])
+def test_the_rate_is_the_formula_that_the_docstring_states(steps, warmup):
+    options = Optimizer(learning_rate=3.0, warmup=warmup, final=0.1)
+    rate, rising = learning_rate(options, steps), min(max(1, round(steps * warmup)), max(1, steps - 1))
+    numbers = np.arange(steps)
+    falling = (1 + np.cos(np.pi * (numbers - rising + 1) / max(1, steps - rising))) / 2
+    expected = np.where(numbers < rising, (numbers + 1) / rising, 0.1 + 0.9 * falling)
+    found = np.array([float(rate(step)) for step in numbers])
+    np.testing.assert_allclose(found, 3.0 * expected, rtol=1e-5, atol=1e-6)
+    assert found[0] > 0, "the first step changes something"
+    assert steps == 1 or found[-1] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
