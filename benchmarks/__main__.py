@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None):
             print(report.section(name, results), flush=True)
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+                (folder / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if folder:
         print(f"The table is {report.write_table(folder)}")
 

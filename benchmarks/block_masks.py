@@ -64,7 +64,7 @@ def _limit_memory_to_what_is_free():
     """So that its own allocator refuses, not the system, which may end another process instead."""
     pages = Path("/proc/self/statm")
     if pages.exists():
-        most = int(pages.read_text().split()[0]) + os.sysconf("SC_AVPHYS_PAGES")
+        most = int(pages.read_text(encoding="utf-8").split()[0]) + os.sysconf("SC_AVPHYS_PAGES")
         size = most * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 

@@ -96,14 +96,14 @@ def _begin_peak() -> int | None:
     """Resident bytes now, from which Linux counts the peak anew."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what compilation freed must not hide what the call takes
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_bytes(b"5")
     except (OSError, AttributeError):
         return None
     return _status("VmRSS")
 
 
 def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 

@@ -51,7 +51,7 @@ def document(folder: Path) -> str:
     Raises:
       ValueError: a JSON file that is of no section.
     """
-    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
     if unknown := found.keys() - SECTIONS.keys():
         raise ValueError(f"{folder} holds results of no section: {', '.join(sorted(unknown))}")
     parts = [section(name, found[name]) for name in SECTIONS if name in found]
@@ -79,5 +79,5 @@ def table_path(folder: Path) -> Path:
 def write_table(folder: Path) -> Path:
     """Generates the table, and gives its path."""
     path = table_path(folder)
-    path.write_text(document(folder))
+    path.write_text(document(folder), encoding="utf-8")
     return path

@@ -51,7 +51,7 @@ def _compiled(words: str) -> dict:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"compile {words}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     return {"run": words.split()[0], **{name: found[name] for name in KEPT}}
 
 

@@ -66,7 +66,7 @@ def read(dumps: Path) -> dict[str, Kernel]:
     """The Pallas kernels in a folder of dumps, by name (with XLA's number where a name comes twice)."""
     found = {}
     for summary in sorted(dumps.glob(f"*-{_SUMMARY}.txt")):
-        text = summary.read_text()
+        text = summary.read_text(encoding="utf-8")
         name = re.match(rf"\d+-(.+)-\d+-{_SUMMARY}", summary.name)
         if name is None or name[1] == "TLP" or 'custom_call_target="tpu_custom_call"' not in text:
             continue  # XLA's own fusions, and the program around the kernels
@@ -86,7 +86,7 @@ def read(dumps: Path) -> dict[str, Kernel]:
 def _text(dumps: Path, prefix: str, what: str) -> str:
     named = re.compile(re.escape(prefix) + rf"-\d+-{what}\.txt")
     (path,) = [path for path in dumps.iterdir() if named.fullmatch(path.name)]
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def compile_for(topology: str, target: str, options: dict):

@@ -90,7 +90,7 @@ def measure(settings: Settings, repeats: int) -> dict:
 
 def _records(session: Session) -> list[StepRecord]:
     """What a run wrote of its steps, but of the first, which compiles, and the last."""
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the progress bar
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):  # the progress bar
         train(session)
     steps = [record for record in log.read(session.folder.metrics) if isinstance(record, StepRecord)]
     return steps[1:-1]

@@ -118,6 +118,5 @@ def save(figure: Figure, path: Path):
 if __name__ == "__main__":
     docs = Path(__file__).parent
     save(curriculum_picture(), docs / "curriculum.png")
-    save(
-        balance_picture(json.loads((docs / "benchmarks" / "balance.json").read_text())), docs / "balance.png"
-    )
+    balance = json.loads((docs / "benchmarks" / "balance.json").read_text(encoding="utf-8"))
+    save(balance_picture(balance), docs / "balance.png")

@@ -1,5 +1,6 @@
 """`python -m train`: starts the command line, or says in one line what this machine lacks for it."""
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,7 +29,15 @@ def main(arguments: Sequence[str] | None = None):
             f"the trainer needs the library {library}, which is not installed: "
             'pip install -e ".[train]" in the checkout installs all that it needs'
         )
+    _print_anything()
     cli.main(arguments)
+
+
+def _print_anything():
+    """What the terminal's encoding cannot show is printed as its number: no run ends for want of a letter."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse(reason: str) -> NoReturn:

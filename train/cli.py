@@ -17,6 +17,7 @@ from train.loop.prepare import prepare
 from train.loop.training import NotFinite, train
 from train.parallel.initialize import join
 from train.parallel.processes import Processes
+from train.report.outcome import Outcome
 
 PRINT_ONLY = {"-h", "--help", "--print-config", "--print_config"}
 """Options that train nothing, and need no other process."""
@@ -134,6 +135,8 @@ def _train(arguments: Sequence[str], processes: Processes):
         _stop(error, status=1)
     if processes.first:
         print(f"\n{result}\n\nAll files of the run are in {session.folder.path}")
+        for line in result.failures if isinstance(result, Outcome) else ():
+            print(f"{PROGRAM}: {line}", file=sys.stderr)
 
 
 def _stop(error: Exception, *, status: int) -> NoReturn:

@@ -71,7 +71,7 @@ def write_atomically(path: Path, text: str):
     """Replaces a file atomically: a reader finds the old text or the new one at any moment."""
     with writing(path):
         fresh = path.with_name(path.name + ".writing")
-        with fresh.open("w") as file:
+        with fresh.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

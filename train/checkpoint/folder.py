@@ -128,7 +128,7 @@ class RunFolder:
                 )
             return self.elsewhere is not None and bool(self.saved_steps)
         try:
-            saved = json.loads(self.config.read_text())
+            saved = json.loads(self.config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{self.config} is corrupted: {error}") from error
         if not isinstance(saved, dict):

@@ -41,7 +41,7 @@ def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tok
     if not folder.config.is_file():
         raise FileNotFoundError(f"{source} holds no run: {folder.config} does not exist")
     try:
-        run = from_json(folder.config.read_text())
+        run = from_json(folder.config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder.config} is corrupted: {error}") from error
     loaded = load_tokenizer(tokenizer or run.data.tokenizer, run.data.end_token)

@@ -99,7 +99,7 @@ def _read_description(path: Path, processes: Processes) -> dict[str, Any]:
     def read() -> dict[str, Any] | str:
         try:
             with _raising_damage():
-                about = json.loads((path / "about" / "metadata").read_text())
+                about = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
                 if about.pop("crc") != checksum_json(about):
                     raise ValueError("the checksum of its description differs")
                 return about

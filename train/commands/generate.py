@@ -8,7 +8,14 @@ import jax
 import tyro
 
 from train.checkpoint.load import load_model
-from train.commands.inference import SamplingOptions, Stopwatch, check_task, make_generator, read_text
+from train.commands.inference import (
+    SamplingOptions,
+    Stopwatch,
+    check_task,
+    make_generator,
+    read_text,
+    unescaped,
+)
 
 SHOWN = 400
 """Characters of a prompt that are printed, its last."""
@@ -35,7 +42,7 @@ def generate(command: Generate):
     Raises:
       ValueError, OSError: with the reason why it cannot.
     """
-    prompts = [*command.prompt, *map(read_text, command.prompt_file)]
+    prompts = [*map(unescaped, command.prompt), *map(read_text, command.prompt_file)]
     if not prompts:
         raise ValueError("generate needs a text to go on with: --prompt TEXT or --prompt-file FILE")
     weights, tokenizer = load_model(command.model, command.tokenizer)
@@ -44,8 +51,8 @@ def generate(command: Generate):
     tokens = tokenizer.encode(prompts)
     with Stopwatch() as stopwatch:
         texts = generator.generate(tokens, options, jax.random.key(command.sampling.seed))
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(f"{_quote(prompt)}\n{tokenizer.decode(text)}\n")
+    for prompt, before, text in zip(prompts, tokens, texts, strict=True):
+        print(f"{_quote(prompt)}\n{tokenizer.decode_after(before, text)}\n")
     stopwatch.print_throughput(sum(map(len, texts)))
 
 

@@ -1,5 +1,6 @@
 """What the commands that generate text share: sampling options, prompts from files, the throughput line."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -70,6 +71,14 @@ def check_task(run: Run, command: str, source: Path):
 def make_generator(weights: Weights, tokenizer: Tokenizer) -> Generator:
     """A generator of texts that end with the tokenizer's end token."""
     return Generator.of(program_of(weights.run, weights.vocabulary), weights.params, tokenizer.end)
+
+
+def unescaped(argument: str) -> str:
+    """A text of the command line, whose bytes Python keeps apart where the locale's encoding is not UTF-8."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return argument
 
 
 def read_text(path: Path) -> str:

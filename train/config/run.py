@@ -33,7 +33,11 @@ class Run:
     task: TaskName = "lm"
     """lm: each next token of the texts; summarize: the summary that follows a document."""
     steps: int = 1_000
-    """Training steps, each of data.batch rows."""
+    """Training steps, each of data.batch rows. With more of them the same command extends a run, finished or
+    not, with the learning rate and the curriculum of the new number."""
+    init_from: str | None = None
+    """A run's folder, or a file of `export`, of the same model and tokenizer: its weights are the first.
+    Optimizer, learning rate, curriculum and data begin anew. None: random weights."""
     seed: int = 0
     """Seed of the initial weights and of the order of documents and rows."""
     block: int = 256
@@ -118,15 +122,23 @@ def to_json(run: Run) -> str:
 def differences(saved: dict[str, Any], run: Run) -> list[str]:
     """Where a saved config differs from `run`: `"data.length: 512 saved, 4096 asked for"`, sorted.
 
-    Options in `MAY_CHANGE` are left out.
+    Options in `MAY_CHANGE` are left out, and `steps` where it has grown: a run may be extended. An option
+    that the saved config has not, for it is older, had its default.
     """
-    theirs, ours = _flat(saved), _flat(json.loads(to_json(run)))
-    missing = "nothing"
+    theirs = _flat(json.loads(to_json(Run()))) | _flat(saved)
+    ours, missing = _flat(json.loads(to_json(run))), "nothing"
+    may_change = (*MAY_CHANGE, "steps") if is_extended(saved, run) else MAY_CHANGE
     return [
         f"{name}: {theirs.get(name, missing)!r} saved, {ours.get(name, missing)!r} asked for"
         for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name, missing) != ours.get(name, missing) and not name.startswith(MAY_CHANGE)
+        if theirs.get(name, missing) != ours.get(name, missing) and not name.startswith(may_change)
     ]
+
+
+def is_extended(saved: dict[str, Any], run: Run) -> bool:
+    """Whether a run is to take more steps than its saved config says."""
+    steps = saved.get("steps")
+    return isinstance(steps, int) and run.steps > steps
 
 
 def from_json(text: str) -> Run:

@@ -179,7 +179,7 @@ def token_cache(
 def _claimed(path: Path) -> Iterator[None]:
     """Locks the claim file; waits while another live process has it locked."""
     with writing(path.parent):
-        claim = path.open("w")
+        claim = path.open("wb")
     with claim:
         with suppress(OSError):  # the file system has no locks
             fcntl.flock(claim, fcntl.LOCK_EX)

@@ -66,6 +66,14 @@ class Tokenizer(ABC):
         the text.
         """
 
+    def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
+        """The text of tokens that follow others, so that it reads on from these: with the space that a
+        tokenizer leaves out at a text's beginning, and without the part of a letter that is before.
+        """
+        before = list(before)
+        start, whole = self.decode(before), self.decode([*before, *ids])
+        return whole.removeprefix(start) if whole.startswith(start) else self.decode(ids)
+
 
 class Bytes(Tokenizer):
     """A token is a byte of UTF-8; the end token is the null byte, which no text holds."""

@@ -3,6 +3,7 @@
 Each part is made if it is not there yet, so a run that was killed here is finished by the same command.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -22,7 +23,7 @@ from train.metrics.record import SummariesRecord
 from train.parallel.mesh import to_one_device
 from train.parallel.processes import Processes
 from train.report import page
-from train.report.outcome import Outcome
+from train.report.outcome import Outcome, failure
 from train.report.page import Facts
 from train.step.program import Program, program_of
 from train.step.state import State
@@ -61,34 +62,39 @@ class Finalize:
           state: after the last step.
           compilations: of the train step, in this process; 0 where none was trained.
 
-        Raises:
-          WriteError: the folder cannot be written to.
+        What cannot be made costs itself alone, and is a line of the outcome: the run is trained and saved.
         """
+        failures: list[str] = []
         if self.processes.call_on_first(self._lacks_summaries):
             weights = to_one_device(self.program.placement.mesh, (self.program.weights(state), state.key))
-            self.processes.call_on_first(lambda: self._summarise(*weights))
+            failures += self.processes.call_on_first(
+                lambda: _attempt("summaries and their ROUGE", lambda: self._summarise(*weights))
+            )
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        self.processes.call_on_first(lambda: self._report(parameters, compilations))
-        return self._outcome(compilations) if self.processes.first else Outcome([], compilations)
+        failures += self.processes.call_on_first(
+            lambda: _attempt("the report", lambda: self._report(parameters, compilations))
+        )
+        records = log.read(self.folder.metrics, RECORDS) if self.processes.first else []
+        return Outcome(records, compilations, tuple(failures))
 
-    def _outcome(self, compilations: int) -> Outcome:
-        return Outcome(log.read(self.folder.metrics, RECORDS), compilations)
-
-    def _report(self, parameters: int, compilations: int):
-        if compilations or not self.folder.report.exists():
-            facts = Facts(self.run, self.corpus, self.program.masks.growth, parameters, self.peak)
-            with writing(self.folder.report):
-                page.write(self.folder.path, facts, self._outcome(compilations))
+    def _report(self, parameters: int, compilations: int) -> list[str]:
+        if not compilations and self.folder.report.exists():
+            return []
+        facts = Facts(self.run, self.corpus, self.program.masks.growth, parameters, self.peak)
+        outcome = Outcome(log.read(self.folder.metrics, RECORDS), compilations)
+        with writing(self.folder.report):
+            return page.write(self.folder.path, facts, outcome)
 
     def _lacks_summaries(self) -> bool:
-        """Whether summaries are asked for that are not there yet."""
+        """Whether summaries are asked for that are not there yet, after the run's last step."""
         if not self.run.evaluation.summaries:
             return False
+        records = log.read(self.folder.metrics, RECORDS)
         return not any(
-            isinstance(record, SummariesRecord) for record in log.read(self.folder.metrics, RECORDS)
+            isinstance(record, SummariesRecord) and record.steps_done == self.run.steps for record in records
         )
 
-    def _summarise(self, weights: optax.Params, key: Array):
+    def _summarise(self, weights: optax.Params, key: Array) -> list[str]:
         """Summarises held-out documents, and writes them and their scores."""
         run, tokenizer = self.run, self.corpus.tokenizer
         words = run.summarize.lead or self.corpus.lead_words
@@ -108,3 +114,12 @@ class Finalize:
         model = work(run.model, tokenizer.vocabulary)
         with open_log(self.folder.path, run, run.steps, work=model, peak=self.peak) as log:
             log.rouge(run.steps, scores)
+        return []
+
+
+def _attempt(part: str, make: Callable[[], list[str]]) -> list[str]:
+    """The lines of what `make` could not make, or of why it made nothing."""
+    try:
+        return make()
+    except Exception as error:
+        return [failure(part, error, "the same command tries again")]

@@ -1,16 +1,22 @@
 """From a config to a run that is ready to go on: everything that can be refused is refused here."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.checksums import shapes
 from train.checkpoint.folder import RunFolder
+from train.checkpoint.load import load_model
 from train.config.run import Run
 from train.data.corpus import Corpus, read_corpus
+from train.data.tokenizers import Tokenizer
 from train.disk import check_space, check_writable
 from train.metrics import log, writers
 from train.parallel.processes import Processes, check_shared
@@ -40,7 +46,8 @@ class Session:
         """Where the run stands, in a line."""
         done, steps, where = int(self.state.step), self.run.steps, self.folder.path
         if done == steps:
-            return f"The run in {where} is finished, all its {steps:,} steps; --overwrite begins it anew."
+            more = "more --steps extend it, --overwrite begins it anew"
+            return f"The run in {where} is finished, all its {steps:,} steps; {more}."
         there, taken = jax.device_count(), self.run.mesh.size
         shard = "--mesh.data, fsdp, context and tensor shard it"
         devices = f" It takes {taken} of the {there} devices; {shard}." if there > taken else ""
@@ -48,7 +55,8 @@ class Session:
             devices = f" It takes {taken} devices, of {processes} processes."
         if done:
             return f"The run in {where} goes on after step {done:,} of {steps:,}.{devices}"
-        return f"A run of {steps:,} steps begins in {where}.{devices}"
+        source = "" if self.run.init_from is None else f", with the weights of {self.run.init_from}"
+        return f"A run of {steps:,} steps begins in {where}{source}.{devices}"
 
 
 def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = None) -> Session:
@@ -83,6 +91,8 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
         goes_on = processes.call_on_first(lambda: _claim(claim, folder, run, state, overwrite))
         restored = _restored(folder, run, texts, state, batches, processes) if goes_on else None
         done = None if restored is None else int(restored.step)
+        if restored is None and run.init_from is not None:
+            state = _initialized(run.init_from, state, texts.tokenizer, run)
         processes.call_on_first(lambda: _begin(folder, run, done))
     # Bound to its devices, as a restored one is: the very same program is compiled for both.
     state = restored or jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
@@ -135,6 +145,30 @@ def _restored(
         for leaf in jax.tree.leaves(fresh):  # there may not be room for two
             leaf.delete()
         return checkpoints.resume(like, batches)
+
+
+def _initialized(source: str, state: State, tokenizer: Tokenizer, run: Run) -> State:
+    """The state with the weights of another run, or of a file of `export`, in place of random ones."""
+    weights, theirs = load_model(Path(source))
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"init_from: {source} has another tokenizer than data.tokenizer, {run.data.tokenizer}"
+        )
+    ours, given = shapes(state.params), shapes(weights.params)
+    if different := [
+        name for name in sorted(ours.keys() | given.keys()) if ours.get(name) != given.get(name)
+    ]:
+        raise ValueError(
+            f"init_from: {source} is of another model than this run's, as {different[0]} shows: "
+            f"{given.get(different[0], 'nothing')} there, {ours.get(different[0], 'nothing')} here"
+        )
+
+    def placed(new, old):
+        whole = np.asarray(new)
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: whole[index])
+
+    params = jax.tree.map(placed, weights.params, state.params)
+    return replace(state, params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
 
 def _check_space(folder: RunFolder, run: Run, state: State):

@@ -214,7 +214,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The whole lines of a file, numbered from 1: one at a time, for there may be millions."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         yield from ((number, line) for number, line in enumerate(file, start=1) if line.endswith("\n"))
 
 
@@ -240,7 +240,7 @@ def rewind(path: Path, done: int):
     """
     fresh = path.with_suffix(".rewound")
     try:
-        with fresh.open("w") as file:
+        with fresh.open("w", encoding="utf-8") as file:
             for number, line in _lines(path):
                 if done and _parsed(path, number, line).steps_done <= done:
                     file.write(line)

@@ -71,7 +71,7 @@ class JsonLines(Writer):
     def __init__(self, path: Path):
         self._path = path
         with writing(path):
-            self._file = path.open("a")
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record):
         with writing(self._path):
@@ -134,12 +134,12 @@ class WeightsAndBiases(Writer):
         self._run = wandb.init(
             project=run.watch.wandb,
             name=run.name,
-            id=(known.read_text().strip() or None) if known.exists() else None,
+            id=(known.read_text(encoding="utf-8").strip() or None) if known.exists() else None,
             resume="allow",
             dir=str(folder),
             config=dataclasses.asdict(run),
         )
-        known.write_text(self._run.id)
+        known.write_text(self._run.id, encoding="utf-8")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

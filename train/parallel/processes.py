@@ -205,4 +205,4 @@ def check_shared(folder: Path, processes: Processes):
 def _touch(probe: Path):
     with writing(probe.parent):
         probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
+        probe.write_bytes(b"")

@@ -24,6 +24,11 @@ class Speed:
     mfu: float | None
 
 
+def failure(part: str, error: Exception, remedy: str) -> str:
+    """The line for a part that could not be made: the weights are saved, and the other parts are made."""
+    return f"{part} could not be made ({type(error).__name__}: {error}): {remedy}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a finished run came to.
@@ -31,10 +36,12 @@ class Outcome:
     Attributes:
       records: its metrics, as `train.metrics.record` describes them.
       compilations: of the train step, in this process.
+      failures: what could not be made after training, and why, each in a line.
     """
 
     records: list[Record]
     compilations: int
+    failures: tuple[str, ...] = ()
 
     @property
     def steps(self) -> list[StepRecord]:

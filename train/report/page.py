@@ -22,7 +22,7 @@ from train.metrics.mfu import Peak
 from train.metrics.record import ValidationRecord
 from train.report.evaluators import needles, others
 from train.report.markdown import code, or_dash, section, table
-from train.report.outcome import Outcome, bits_in_words
+from train.report.outcome import Outcome, bits_in_words, failure
 from train.report.pictures import draw, draw_positions, losses_by_position
 from train.step.curriculum import Growth
 
@@ -51,19 +51,31 @@ class Facts:
     peak: Peak
 
 
-def write(folder: Path, facts: Facts, outcome: Outcome):
+def write(folder: Path, facts: Facts, outcome: Outcome) -> list[str]:
     """Draws the pictures of a finished run into its folder, and writes `report.md` that shows them.
+
+    Returns:
+      a line for each picture that could not be drawn.
 
     Raises:
       OSError: the folder cannot be written to.
     """
     records = outcome.records
-    drawn = {
-        "curriculum.png": draw(records, facts.growth, facts.run, folder / "curriculum.png"),
-        "positions.png": draw_positions(records, folder / "positions.png"),
+    drawings = {
+        "curriculum.png": lambda path: draw(records, facts.growth, facts.run, path),
+        "positions.png": lambda path: draw_positions(records, path),
     }
-    pictures = [name for name, there in drawn.items() if there]
+    pictures, failures = [], []
+    for name, drawing in drawings.items():
+        try:
+            if drawing(folder / name):
+                pictures.append(name)
+        except Exception as error:  # whatever Matplotlib raises
+            failures.append(
+                failure(f"the picture {name}", error, "without report.md the same command draws it")
+            )
     write_atomically(folder / "report.md", report(folder, facts, outcome, pictures))
+    return failures
 
 
 def report(folder: Path, facts: Facts, outcome: Outcome, pictures: Sequence[str]) -> str:

@@ -152,10 +152,16 @@ def test_differences_name_the_field_and_both_values():
     saved = json.loads(to_json(Run()))
     saved["model"]["layers"] = 7
     del saved["seed"]
-    assert differences(saved, Run()) == [
-        "model.layers: 7 saved, 4 asked for",
-        "seed: 'nothing' saved, 0 asked for",
-    ]
+    assert differences(saved, Run()) == ["model.layers: 7 saved, 4 asked for"], "0 is the seed's default"
+    assert differences(saved, Run(seed=1))[1:] == ["seed: 0 saved, 1 asked for"]
+    saved["other"] = 3
+    assert differences(saved, Run())[1:] == ["other: 3 saved, 'nothing' asked for"]
+
+
+def test_a_run_may_have_more_steps_than_it_had_and_not_fewer():
+    saved = json.loads(to_json(Run(steps=8)))
+    assert differences(saved, Run(steps=9)) == []
+    assert differences(saved, Run(steps=7)) == ["steps: 8 saved, 7 asked for"]
 
 
 def test_every_field_is_an_option():

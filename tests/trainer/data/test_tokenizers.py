@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tests.train_texts import real_text, write_lines
 from train.data.records import TextRecord, records
 from train.data.sources import sources
-from train.data.tokenizers import END, Tokenizer, load_tokenizer, train_bpe
+from train.data.tokenizers import END, Bytes, Tokenizer, load_tokenizer, train_bpe
 
 TEXT = "the mask grows, and the query sees the keys that the mask shows; it's 1234 tokens\n\n" * 20
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=80)
@@ -219,3 +220,26 @@ def test_long_meetings_fit_32k_tokens_of_a_bpe_made_for_them(tmp_path):
     assert len(pairs) == 196
     longest = max(pairs, key=lambda pair: sum(map(len, pair)))
     assert sum(map(len, tokenizer.encode(longest))) + 1 <= 32_768
+
+
+def test_a_continuation_reads_on_from_its_prompt(tmp_path):
+    """As BERT's and sentencepiece's decoders, which leave out the space before a text's first word."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(special_tokens=["<eos>"], show_progress=False)
+    library.train_from_iterator(["the cat sat on the mat"] * 9, trainer)
+    library.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "words.json"))
+    before, after = tokenizer.encode(["the cat"])[0], tokenizer.encode(["the mat"])[0]
+    assert tokenizer.decode(after) == "the mat"
+    assert "the cat" + tokenizer.decode_after(before, after) == "the cat the mat"
+
+
+def test_a_letter_that_is_cut_between_prompt_and_continuation_is_one():
+    tokenizer, letters = Bytes(), np.frombuffer("é".encode(), np.uint8)
+    assert tokenizer.decode_after(b"caf", letters) == "é"
+    assert tokenizer.decode_after([*b"caf", letters[0]], letters[1:]) in ("\ufffd", "é")

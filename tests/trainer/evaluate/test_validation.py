@@ -76,6 +76,8 @@ def test_the_running_mean_is_validated_where_there_is_one(run):
 
 
 def test_buckets_without_a_token_are_left_out_and_do_not_spoil_the_mean():
-    sums = total(lambda batch: Evaluated(jnp.asarray([6.0, 0.0]), jnp.asarray([2.0, 0.0])), [0, 1])
+    sums = total(
+        lambda batch: Evaluated(jnp.asarray([6.0, 0.0]), jnp.asarray([2.0, 0.0]), jnp.asarray([3, 0])), [0, 1]
+    )
     assert sums.loss_sum.tolist() == [12.0, 0.0]
     assert sums.loss_sum.dtype == np.float64

@@ -20,11 +20,11 @@ from train.checkpoint.load import load_model
 from train.config.operation import Checkpoints, Evaluation, Watch
 from train.config.sections import Curriculum, Optimizer
 from train.data.corpus import read_corpus
-from train.disk import WriteError
 from train.loop import prepare as preparation
 from train.loop.prepare import prepare
 from train.loop.training import NotFinite, train
 from train.metrics.log import read
+from train.report.outcome import Outcome
 
 FILES = ["checkpoint", "config.json", "curriculum.png", "metrics.jsonl", "positions.png", "report.md"]
 
@@ -74,7 +74,8 @@ def test_a_finished_run_says_so_and_trains_no_more(finished):
     assert opening.startswith(begins)
     session = prepare(run)
     assert session.opening == (
-        f"The run in {folder_of(run).path} is finished, all its 8 steps; --overwrite begins it anew."
+        f"The run in {folder_of(run).path} is finished, all its 8 steps; "
+        "more --steps extend it, --overwrite begins it anew."
     )
     again = train(session)
     assert (again.compilations, again.records) == (0, summary.records)
@@ -82,8 +83,8 @@ def test_a_finished_run_says_so_and_trains_no_more(finished):
 
 def test_another_config_is_refused_and_what_may_change_is_written_down(finished):
     run, _, _ = finished
-    with pytest.raises(ValueError, match=r"another config: steps: 8 saved, 9 asked for"):
-        prepare(replace(run, steps=9))
+    with pytest.raises(ValueError, match=r"another config: steps: 8 saved, 7 asked for"):
+        prepare(replace(run, steps=7))
     prepare(replace(run, watch=replace(run.watch, log_every=2)))
     assert json.loads(folder_of(run).config.read_text())["watch"]["log_every"] == 2
 
@@ -188,8 +189,10 @@ def test_a_disk_that_is_full_when_the_report_is_written_is_named_and_a_report_is
     session = prepare(run)
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(WriteError, match=r"report\.md could not be written: No space left on device"):
-            train(session)
+        outcome = train(session)
+    assert isinstance(outcome, Outcome)
+    (failure,) = outcome.failures
+    assert "report.md could not be written: No space left on device): the same command tries again" in failure
     assert not report.exists()
     train(prepare(run))
     assert report.read_text().splitlines()[:3] == written.splitlines()[:3]

@@ -63,6 +63,7 @@ def _row(sizes, length, boundary, random):
         laid([np.arange(n) + at for n, at in zip(counts, start, strict=True)]),
         laid([np.full(n, i + 1) for i, n in enumerate(counts)]),
         context,
+        laid([np.arange(n) % 3 for n in counts]),
     )
 
 
@@ -258,7 +259,7 @@ def test_what_is_not_finite_changes_no_weight_and_is_counted(settled, fault):
         assert (int(metrics.skipped), int(metrics.skipped_in_a_row)) == (skipped, skipped)
         rates.append(float(metrics.learning_rate))
         assert int(state.step) == 1 + skipped
-    assert rates == [0.5, 0.5]
+    assert rates == [1.0, 1.0]
     chex.assert_trees_all_equal((state.params, state.ema), (before.params, before.ema))
     chex.assert_trees_all_equal(state.optimizer.inner_state, before.optimizer.inner_state)
 
@@ -303,8 +304,8 @@ def test_the_learning_rate_is_the_schedules_at_each_step(settled):
     for _ in range(8):
         state, metrics = train_step(state, PACKED)
         rates.append(float(metrics.learning_rate))
-    assert rates[:3] == [0.0, 0.5, 1.0]
-    assert all(np.diff(rates[2:]) < 0)
+    assert rates[:2] == [0.5, 1.0]
+    assert all(np.diff(rates[1:]) < 0)
 
 
 def test_rows_of_padding_alone_are_no_loss(settled):
