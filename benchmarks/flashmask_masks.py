@@ -1,8 +1,9 @@
 """The twelve masks of FlashMask's kernel benchmark, each an expression over our tokens.
 
 What a pattern needs to know of a token is in its two fields: `position`, and `segment`, which is a
-document's number where there are documents, and whatever number else a pattern compares. Sizes are
-FlashMask's at 8,192 tokens, scaled to the sequence.
+document's number where there are documents, and whatever number else a pattern compares. At 8,192 tokens
+sizes are FlashMask's, and elsewhere in proportion. Random eviction is not: FlashMask draws bounds of its own,
+and here a cache of half the tokens is drawn from.
 
 Reference: Wang et al. 2024, "FlashMask", arXiv:2410.01359, figure 1 and its kernel benchmark.
 """
@@ -15,9 +16,9 @@ import numpy as np
 from dynmask_jax import Causal, Everything, Mask, Predicate, Prefix, SameSegment, Sinks, Tokens, Window
 
 GLOBALS = 16
-DOCUMENTS = (0.31, 0.21, 0.48)
-"""Shares of the sequence: FlashMask's 2,538, 1,742 and 3,213 tokens; the last takes its padding."""
-PREFIXES = (0.4, 1.0, 0.16)
+DOCUMENTS = (2_538 / 8_192, 1_742 / 8_192, 3_912 / 8_192)
+"""Shares of the sequence: FlashMask's 2,538, 1,742 and 3,213 tokens; the last takes its padding of 699."""
+PREFIXES = (1_024 / 2_538, 1.0, 512 / 3_912)
 """Shares of each document: FlashMask's prefixes of 1,024, 1,742 and 512 tokens."""
 GAPS = ((1_024 / 8_192, 538 / 8_192), (2_358 / 8_192, 1_700 / 8_192))
 """Start and length, as shares of the sequence."""

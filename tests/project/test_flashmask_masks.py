@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.flashmask_masks import GAPS, PATTERNS, eviction, lengths
+from benchmarks.flashmask_masks import GAPS, PATTERNS, PREFIXES, eviction, lengths
 from dynmask_jax import mask_tensor, plan
 
 TOKENS = 256
 BLOCK = 16
-DOCUMENTS = [79, 54, 123]
+DOCUMENTS = [79, 55, 122]
 
 
 def grid(tokens=TOKENS):
@@ -32,7 +32,7 @@ def sliding_window():
 
 def document():
     seen = np.zeros((TOKENS, TOKENS), bool)
-    for first, end in ((0, 79), (79, 133), (133, 256)):
+    for first, end in ((0, 79), (79, 134), (134, 256)):
         seen[first:end, first:end] = True
     return seen
 
@@ -69,7 +69,7 @@ def causal_blockwise():
 
 def prefix_lm_document():
     seen, start = causal_document(), 0
-    for length, prefix in zip(DOCUMENTS, (32, 54, 20), strict=True):
+    for length, prefix in zip(DOCUMENTS, (32, 55, 16), strict=True):
         seen[start : start + length, start : start + prefix] = True
         start += length
     return seen
@@ -149,6 +149,17 @@ def test_a_pattern_scales_to_other_lengths(name):
     assert pattern.tokens.shape == (300,)
     share = np.asarray(mask_tensor(pattern.mask, pattern.tokens)).mean()
     assert share == pytest.approx(visible(name).mean(), abs=0.03)
+
+
+def test_at_8192_tokens_sizes_are_flashmasks():
+    documents = lengths(8_192)
+    assert documents == [2_538, 1_742, 3_213 + 699]
+    prefixes = [round(share * length) for share, length in zip(PREFIXES, documents, strict=True)]
+    assert prefixes == [1_024, 1_742, 512]
+    assert [(round(8_192 * start), round(8_192 * length)) for start, length in GAPS] == [
+        (1_024, 538),
+        (2_358, 1_700),
+    ]
 
 
 def test_eviction_keeps_the_budget_and_never_drops_the_query_itself():

@@ -51,10 +51,13 @@ class Growth:
 def growth(run: Run) -> Growth:
     """The growth of a run's curriculum, over `curriculum.share` of the run's steps.
 
+    Of N steps, numbered from 0, it ends at step min(round(share · N), N − 1): the last step shows the full mask
+    at any share.
+
     Raises:
       ValueError: `multiple_of` does not divide the start or the end.
     """
-    steps = max(1, round(run.steps * run.curriculum.share))
+    steps = max(1, min(round(run.steps * run.curriculum.share), run.steps - 1))
     window, full = _window(run.curriculum, run.data.length, steps), full_mask(run)
     if run.curriculum.kind == "full":
         return Growth(window, lambda clock: full, full, steps)

@@ -120,3 +120,15 @@ def test_an_end_that_is_no_multiple_is_refused(tmp_path):
     run = small_run(tmp_path, curriculum=Curriculum(start=6, multiple_of=6), data=Data(length=LENGTH))
     with pytest.raises(ValueError, match=r"curriculum\.end must be a multiple of .* \(6\), got 32"):
         growth(run)
+
+
+@pytest.mark.parametrize("kind", GROWING)
+@pytest.mark.parametrize(("steps", "share", "end"), [(8, 1.0, 7), (8, 0.5, 4), (3, 0.99, 2), (100, 1.0, 99)])
+def test_the_first_step_shows_the_start_and_the_last_the_full_mask(tmp_path, kind, steps, share, end):
+    run = small_run(tmp_path, steps=steps, curriculum=Curriculum(kind=kind, start=4, chunk=8, share=share))
+    grown = growth(run)
+    assert int(grown.window(0)) == 4
+    assert [int(grown.window(step)) for step in (end - 1, end, steps - 1)][1:] == [LENGTH, LENGTH]
+    assert int(grown.window(end - 1)) < LENGTH
+    tokens = Tokens.sequence(LENGTH)
+    assert (pairs(grown.mask(steps - 1), tokens) == pairs(grown.full, tokens)).all()
