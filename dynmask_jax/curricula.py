@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dynmask_jax.array_typing import Array, is_concrete
 from dynmask_jax.hashes import radical_inverse, random_draw
 from dynmask_jax.leaves import check_whole
-from dynmask_jax.masks import Causal, Chunks, Mask, Predicate, Window
+from dynmask_jax.masks import Causal, Chunks, Mask, Predicate, Window, check_mask
 from dynmask_jax.schedules import Schedule, Step
 from dynmask_jax.spans import maximum, minimum, rising
 
@@ -167,8 +167,7 @@ def _as_whole(value) -> Array:
 
 
 def _check(base: Mask, **schedules):
-    if not isinstance(base, Mask):
-        raise TypeError(f"base must be a Mask, got {base!r}")
+    check_mask(base, "base must be a Mask")
     for name, schedule in schedules.items():
         if not callable(schedule):
             raise TypeError(f"{name} must be a schedule (step -> number), got {schedule!r}; see constant()")

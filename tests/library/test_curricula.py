@@ -155,7 +155,7 @@ def test_a_curriculum_is_any_function_of_the_step():
     ("build", "error", "words"),
     [
         (lambda: growing_window(128), TypeError, r"length must be a schedule \(step -> number\), got 128"),
-        (lambda: growing_window(constant(3), base=3), TypeError, "base must be a Mask, got 3"),
+        (lambda: growing_window(constant(3), base=3), TypeError, "base must be a Mask, got int"),
         (lambda: growing_chunks(8), TypeError, "length must be a schedule"),
         (lambda: growing_window(constant(-3))(0), ValueError, "Window: length must be at least 0"),
         (lambda: reveal(0, constant(0.5)), ValueError, "Chunks: length must be at least 1, got 0"),
