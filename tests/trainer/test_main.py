@@ -153,11 +153,14 @@ def test_from_the_command_line_to_a_finished_folder_and_its_weights(tmp_path, ca
     assert f"All files of the run are in {folder}" in said.out
 
     main(command)
-    assert "is finished, all its 3 steps; --overwrite begins it anew" in capsys.readouterr().out
+    assert (
+        "is finished, all its 3 steps; more --steps extend it, --overwrite begins it anew"
+        in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit) as stopped:
-        main([*command, "--steps", "4"])
+        main([*command, "--steps", "2"])
     assert stopped.value.code == 2
-    assert "another config: steps: 3 saved, 4 asked for" in capsys.readouterr().err
+    assert "another config: steps: 3 saved, 2 asked for" in capsys.readouterr().err
 
     main(["export", str(folder), "--to", str(tmp_path / "w.safetensors")])
     for model in (folder, tmp_path / "w.safetensors"):
@@ -175,7 +178,8 @@ def test_lines_that_were_left_out_are_named(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "a.jsonl, line 2" in capsys.readouterr().err
     main([*command, "--data.skip-malformed"])
-    assert "a.jsonl, line 2" in capsys.readouterr().err
+    assert "Left out: 1\n" in (said := capsys.readouterr().out)
+    assert "a.jsonl, line 2: it is not JSON" in said
 
 
 def test_of_two_that_begin_a_run_at_once_the_slower_says_why_it_stops(tmp_path, capsys, monkeypatch):

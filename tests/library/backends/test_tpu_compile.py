@@ -23,7 +23,7 @@ def _names_of_the_tests(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(FILE.parents[2]))
 
 
-@pytest.mark.parametrize("topology", mostly(TOPOLOGIES, ["v5e:2x2", "tpu7x:2x2x1"]))
+@pytest.mark.parametrize("topology", mostly(TOPOLOGIES, ["v5e:2x2"]))
 def test_attention_and_its_gradient(topology):
     """32,768 tokens, 8 heads: memory stays linear in them."""
     found = facts(topology, f"{FILE}:attention_and_gradient")
@@ -53,11 +53,11 @@ def test_every_mask():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"name": "jax_enable_x64", "value": True},
-        {"name": "jax_default_matmul_precision", "value": "highest"},
+        pytest.param({"name": "jax_enable_x64", "value": True}, marks=pytest.mark.slow),
+        pytest.param({"name": "jax_default_matmul_precision", "value": "highest"}, marks=pytest.mark.slow),
         {"name": "jax_numpy_dtype_promotion", "value": "strict"},
     ],
-    ids=lambda setting: setting["name"],
+    ids=["jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"],
 )
 def test_settings_of_jax(setting):
     assert facts("v5e:2x2", f"{FILE}:under_a_setting", setting).kernels == KERNELS
