@@ -12,7 +12,7 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPACE = "▁"  # sentencepiece's
 
 
-def pieces_of_library(library: Any, vocabulary: int) -> list[bytes]:
+def pieces_of_library(library: Any, vocabulary: int, end: int) -> list[bytes]:
     """The pieces of a tokenizer of the library `tokenizers`, which keeps them in the form its decoder reads.
 
     A tokenizer without a decoder joins tokens by spaces that it did not read: of these none is counted.
@@ -28,7 +28,7 @@ def pieces_of_library(library: Any, vocabulary: int) -> list[bytes]:
     def spelled(id: int, token: str) -> bytes:
         if id in added:
             return b"" if added[id]["special"] else token.encode()
-        if token == unknown:
+        if token == unknown or id == end:
             return b""
         if "ByteLevel" in kinds:
             alphabet = _alphabet()

@@ -108,7 +108,7 @@ class Subwords(Tokenizer):
         name = _end_token(ids, end_token, path)
         self.vocabulary, self.end = max(ids.values()) + 1, ids[name]
         self.fingerprint = _fingerprint("tokenizer.json", name, content)
-        self.pieces = pieces_of_library(self._library, self.vocabulary)
+        self.pieces = pieces_of_library(self._library, self.vocabulary, self.end)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -1,0 +1,118 @@
+"""The bytes that each id spells: of every kind of tokenizer, against the text that was encoded."""
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from train.data.tokenizers import SentencePiece, load_tokenizer, train_bpe
+
+TEXT = "the cat sat on the mat, and the dog ran after the cat 12 times\n"
+
+
+def spelled(tokenizer, text: str) -> bytes:
+    return b"".join(tokenizer.pieces[id] for id in tokenizer.encode([text])[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "x.txt").write_text(TEXT * 9, encoding="utf-8")
+    train_bpe([str(folder / "x.txt")], 300, {}, folder / "bytes.json")
+
+    def save(name: str, model, trainer, **parts):
+        library = Tokenizer(model)
+        for part, value in parts.items():
+            setattr(library, part, value)
+        library.train_from_iterator([TEXT] * 9, trainer)
+        library.save(str(folder / f"{name}.json"))
+
+    quiet = {"show_progress": False}
+    save(
+        "metaspace",
+        models.BPE(unk_token="<unk>"),
+        trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=90, **quiet),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+        decoder=decoders.Metaspace(),
+    )
+    save(
+        "wordpiece",
+        models.WordPiece(unk_token="[UNK]"),
+        trainers.WordPieceTrainer(special_tokens=["[UNK]", "[EOS]"], vocab_size=90, **quiet),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(),
+    )
+    save(
+        "suffix",
+        models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"),
+        trainers.BpeTrainer(
+            special_tokens=["<unk>", "</s>"], end_of_word_suffix="</w>", vocab_size=90, **quiet
+        ),
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+        decoder=decoders.BPEDecoder(),
+    )
+    save(
+        "unigram",
+        models.Unigram(),
+        trainers.UnigramTrainer(special_tokens=["<unk>", "</s>"], unk_token="<unk>", vocab_size=60, **quiet),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+        decoder=decoders.Metaspace(),
+    )
+    # As Llama's: letters by name, other bytes as <0x..>, spaces by a normalizer.
+    letters = {"<unk>": 0, "</s>": 1, "▁": 2, "c": 3, "a": 4, "t": 5}
+    vocabulary = letters | {f"<0x{byte:02X}>": byte + len(letters) for byte in range(256)}
+    library = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    library.normalizer = normalizers.Replace(" ", "▁")
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    library.save(str(folder / "fallback.json"))
+    return folder
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=40))
+def test_byte_level_pieces_are_the_text(folder, text):
+    assert spelled(load_tokenizer(str(folder / "bytes.json")), text) == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("metaspace", "the cat", b" the cat"),  # which puts a space before a text
+        ("metaspace", "the жat", b" the at"),
+        ("wordpiece", "the cats on", b"thecatson"),  # which keeps no spaces
+        ("wordpiece", "the ж", b"the"),
+        ("suffix", "the cat ж", b"thecat"),
+        ("unigram", "the cat", b" the cat"),
+        ("unigram", "жcat", b" cat"),
+        ("fallback", "cat é\n", "cat é\n".encode()),
+    ],
+)
+def test_pieces_are_what_the_tokens_stand_for(folder, name, text, expected):
+    assert spelled(load_tokenizer(str(folder / f"{name}.json")), text) == expected
+
+
+def test_special_tokens_spell_nothing(folder):
+    for path in folder.glob("*.json"):
+        tokenizer = load_tokenizer(str(path))
+        assert tokenizer.pieces[tokenizer.end] == b""
+        assert len(tokenizer.pieces) == tokenizer.vocabulary
+
+
+def test_sentencepieces_bytes_and_unknown_ones(folder):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra hub")
+    for fallback, expected in ((False, b" cat "), (True, " cat жé".encode())):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT.strip()] * 9),
+            model_writer=model,
+            vocab_size=330 if fallback else 60,
+            byte_fallback=fallback,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        (folder / "x.model").write_bytes(model.getvalue())
+        assert spelled(SentencePiece(folder / "x.model", None), "cat жé") == expected
