@@ -195,6 +195,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Fields | str]]:
 
 def _rows(path: Path) -> Iterator[tuple[int, Fields | str]]:
     """The fields of each row of a table, by the names in its first line; numbered by their last lines."""
+    csv.field_size_limit(2**31 - 1)  # documents are long; the library's own limit is 128 KiB
     with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, delimiter=separator(path), strict=True)
         while True:

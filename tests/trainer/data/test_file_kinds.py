@@ -99,6 +99,9 @@ def test_tables_are_rows_by_the_names_of_their_first_line(tmp_path):
         "it has not the 3 columns of the first line",
         ("two", "2"),
     ]
+    long = "long " * 100_000
+    (tmp_path / "long.csv").write_text(f"text\n{long}\n")
+    assert texts(tmp_path / "long.csv") == [(long,)]
     (tmp_path / "x.tsv").write_text("text\tid\none\t1\n")
     assert texts(tmp_path / "x.tsv") == [("one",)]
 
