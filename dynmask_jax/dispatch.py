@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.vma import vary_like
 
+MISSING: Any = object()
+"""No mask and no plan, of which a message can then say more than Python."""
 BACKENDS: dict[str, Backend] = {
     "dense": DENSE,
     "xla": XLA,
@@ -70,7 +72,17 @@ def attention(
     return_lse: Literal[True],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
 def attention(
-    q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, backend=None, return_lse=False, **others
+    q,
+    k,
+    v,
+    mask_or_plan=MISSING,
+    *,
+    scale=None,
+    soft_cap=None,
+    sinks=None,
+    backend=None,
+    return_lse=False,
+    **others,
 ):
     """softmax(q·kᵀ · scale, over the keys that each query may see) · v.
 
@@ -79,8 +91,9 @@ def attention(
       k, v: keys and values, `[B, S, K, H]`; K divides N, and query head n reads key head
         n // (N // K) (grouped queries). All three have one floating dtype; sums are in float32.
       mask_or_plan: a `Plan` made once for all layers, or a `Mask`, for which one is made here with
-        queries and keys at positions 0, 1, …. Where their numbers differ, and for a mask that reads
-        segments, that would be a guess: such a call needs a plan, unless the mask reads neither.
+        queries and keys at positions 0, 1, …. That would be a guess for a mask that reads segments,
+        and where the numbers of queries and keys differ for one that reads positions of queries:
+        such a call needs a plan.
       scale: what products are multiplied by; 1/√H by default.
       soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
       sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
@@ -110,6 +123,10 @@ def attention(
     """
     if others:
         raise TypeError(_no_option(min(others)))
+    if mask_or_plan is MISSING:
+        raise TypeError(
+            "attention needs a mask or a plan after q, k and v: Everything(), where all is visible"
+        )
     call = checked(q, k, v, mask_or_plan, scale=scale, soft_cap=soft_cap, sinks=sinks, backend=backend)
     out, lse = attend(q, k, v, sinks, call.plan, backend=call.backend, scores=call.scores)
     return (out, lse) if return_lse else out
@@ -124,6 +141,12 @@ REMEDIES = {
     "dropout_rate": "attention weights are never formed here, so none is dropped: drop out what follows",
     "local_window_size": "give the mask Window(n), which counts the query's own token",
     "window_size": "give the mask Window(n), which counts the query's own token",
+    "attn_mask": "the mask is the fourth argument, an expression such as Causal() & Window(512)",
+    "block_mask": "the fourth argument is a mask's expression, or a plan, which has its blocks",
+    "key_padding_mask": "padding is segment 0: plan(mask & SameSegment(), Tokens(position, segment))",
+    "enable_gqa": "it is so wherever k has fewer heads than q",
+    "s_aux": "it is sinks here",
+    "logit_cap": "it is soft_cap here",
     "segment_ids": "give a plan: plan(mask & SameSegment(), Tokens(position, segment))",
     "logits_soft_cap": "it is soft_cap here",
     "softcap": "it is soft_cap here",
@@ -197,16 +220,16 @@ def check_without_tokens(mask: Mask, queries: int, keys: int):
     """Refuses a mask that needs to be told more of queries and keys than their numbers.
 
     Raises:
-      ValueError: it reads segments; or it reads positions, and there are more keys than queries, or fewer.
+      ValueError: it reads segments; or positions of queries, and there are more keys than queries, or fewer.
     """
     reads = fields_read(mask)
-    if "segment" in reads:
+    if reads & {"q.segment", "k.segment"}:
         raise ValueError(
             f"{mask!r} reads the segments of tokens, and there are none here, so packed documents would see "
             "each other: make a plan of the tokens, plan(mask, Tokens.packed([300, 212])) or "
             "plan(mask, Tokens(position, segment)), and give it in place of the mask"
         )
-    if "position" in reads and queries != keys:
+    if "q.position" in reads and queries != keys:
         start = f"Tokens.sequence({queries}), Tokens.sequence({keys})"
         end = f"Tokens.sequence({queries}, start={keys - queries}), Tokens.sequence({keys})"
         raise ValueError(

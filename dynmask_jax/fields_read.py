@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from dynmask_jax.mask_algebra import Mask, evaluate
 from dynmask_jax.tokens import Tokens
 
-FIELDS = "position", "segment"
+FIELDS = "q.position", "q.segment", "k.position", "k.segment"
 
 
 def fields_read(mask: Mask) -> frozenset[str]:
-    """The fields of `Tokens` that what the mask shows may depend on: "position", "segment", both or neither.
+    """The fields of queries and keys, of `FIELDS`, that what the mask shows may depend on.
 
     Found in the mask's own trace, so masks of one's own are read like those of the catalogue. Numbers of the
     mask do not matter: `Window(n)` reads positions, whatever n is.
@@ -41,7 +41,7 @@ def _fields_read(structure, kinds) -> frozenset[str]:
         return evaluate(jax.tree.unflatten(structure, leaves), q, k)
 
     used = _used(jax.make_jaxpr(shown)(field, field, field, field, leaves).jaxpr)
-    return frozenset(name for at, name in enumerate(2 * FIELDS) if used[at])
+    return frozenset(name for at, name in enumerate(FIELDS) if used[at])
 
 
 def _used(jaxpr) -> list[bool]:

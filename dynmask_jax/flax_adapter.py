@@ -52,7 +52,7 @@ def head_shape(
 
 def check_reads_no_segments(mask: Mask):
     """Refuses a mask for which Flax's layers, which pass on no tokens, would take all for one."""
-    if "segment" in fields_read(mask):
+    if fields_read(mask) & {"q.segment", "k.segment"}:
         raise ValueError(
             f"attention_fn: {mask!r} reads segments, and Flax's layers pass on none: packed documents would "
             "see each other: give a plan, plan(mask, Tokens.packed([300, 212])), to the layers of "

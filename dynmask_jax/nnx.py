@@ -6,7 +6,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from dynmask_jax.array_typing import Array, Float, is_concrete, is_traced
+from dynmask_jax.array_typing import Array, Float, fits_int32, is_concrete, is_traced
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.dispatch import as_plan, attention
 from dynmask_jax.flax_adapter import attend_for_flax, check_reads_no_segments, head_shape
@@ -103,8 +103,8 @@ class _EverSet:
     """Whether a step was ever set: a part of a module's structure, so that a trace can tell.
 
     All copies of a module, in and outside `jit`, hold the same object. So it changes once, where `set_step`
-    is first called, and no call is compiled anew for it: equal objects are those in the same state, and what
-    was never set cannot have been compiled.
+    is first called, and no call is compiled anew for it. It errs on one side alone: where one of several
+    copies was set, it says so for all. What a trace cannot refuse for that, a negative step turns into NaN.
     """
 
     def __init__(self):
@@ -138,8 +138,8 @@ class CurriculumAttention(nnx.Module):
                 "the model follows a curriculum, and no step was set: set_step(model, step) in training, "
                 "set_final(model) for the full mask, as in evaluation and generation"
             )
-        mask = self.curriculum(step)
-        return attend_for_flax(nnx.dot_product_attention, query, key, value, mask, options)
+        out = attend_for_flax(nnx.dot_product_attention, query, key, value, self.curriculum(step), options)
+        return jnp.where(step >= 0, out, jnp.nan) if is_traced(step) else out
 
 
 class MaskAttention(nnx.Module):
@@ -199,7 +199,10 @@ def attention_fn(curriculum: Curriculum | Mask) -> CurriculumAttention | MaskAtt
 
 def _mask_of(curriculum: Curriculum) -> Mask:
     """The curriculum's mask, with shapes and types in place of its numbers."""
-    found = jax.eval_shape(curriculum, jax.ShapeDtypeStruct((), jnp.int32))
+    try:
+        found = jax.eval_shape(curriculum, jax.ShapeDtypeStruct((), jnp.int32))
+    except jax.errors.ConcretizationTypeError:  # one of Python's conditions, for use outside `jit`
+        found = curriculum(0)
     if not isinstance(found, Mask):
         given = "a number" if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
         raise TypeError(
@@ -213,18 +216,18 @@ def set_step(model: nnx.Module, step: StepLike) -> None:
     """Moves every `attention_fn` in the model to a training step, which may be traced.
 
     Raises:
-      ValueError: the model has none that follows a curriculum; or the step is negative.
+      ValueError: the model has none that follows a curriculum; or the step is negative, or beyond int32.
       TypeError: the step is not one whole number.
     """
     if not (isinstance(step, int) or hasattr(step, "dtype")) or jnp.shape(step) != ():
         raise TypeError(f"step must be one whole number, got {step!r}")
-    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+    if not isinstance(step, int) and not jnp.issubdtype(jnp.result_type(step), jnp.integer):
         raise TypeError(f"step must be a whole number, got {step!r}")
-    if is_concrete(step) and int(step) < 0:
-        raise ValueError(f"step must be at least 0, got {step}")
+    if is_concrete(step) and not (int(step) >= 0 and fits_int32(step)):
+        raise ValueError(f"step must lie in 0 … 2³¹ − 1, got {step}")
     followers = [node for _, node in nnx.iter_graph(model) if isinstance(node, CurriculumAttention)]
     if not followers:
-        raise ValueError("set_step found no dynmask_jax.nnx.attention_fn of a curriculum in the model")
+        raise ValueError("the model has no attention_fn (dynmask_jax.nnx) that follows a curriculum")
     for follower in followers:
         follower.ever_set.yes = True
         follower.step[...] = jnp.broadcast_to(step, follower.step[...].shape).astype(jnp.int32)

@@ -1,5 +1,6 @@
 """What a mask may know of a query or a key: its position, and the packed document it belongs to."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,11 +84,7 @@ class Tokens:
         >>> tokens.position.tolist(), tokens.segment.tolist()
         ([0, 1, 0, 1, 2, 0], [1, 1, 2, 2, 2, 0])
         """
-        if wrong := [n for n in lengths if isinstance(n, bool) or not isinstance(n, int | np.integer)]:
-            several = isinstance(wrong[0], list | tuple | np.ndarray)
-            batch = "jax.tree.map(lambda *rows: jnp.stack(rows), *map(Tokens.packed, batch))"
-            remedy = f"; for a batch of rows of equal length: {batch}" if several else ""
-            raise TypeError(f"lengths must be whole numbers, got {wrong[0]!r}{remedy}")
+        lengths = [_length(each) for each in lengths]
         if any(n < 1 for n in lengths):
             raise ValueError(f"lengths must each be at least 1, got {list(lengths)}")
         total = sum(lengths)
@@ -98,6 +95,17 @@ class Tokens:
         segment = np.repeat([*range(1, len(lengths) + 1), 0], counts)
         position = np.concatenate([np.arange(count) for count in counts])
         return cls(jnp.asarray(position, jnp.int32), jnp.asarray(segment, jnp.int32))
+
+
+def _length(value) -> int:
+    try:
+        if not isinstance(value, bool) and np.ndim(value) == 0:
+            return operator.index(value)
+    except TypeError:
+        pass
+    batch = "jax.tree.map(lambda *rows: jnp.stack(rows), *map(Tokens.packed, batch))"
+    remedy = f"; for a batch of rows of equal length: {batch}" if np.ndim(value) else ""
+    raise TypeError(f"lengths must be whole numbers, got {value!r}{remedy}")
 
 
 def _whole(name: str, values):

@@ -50,7 +50,8 @@ class Even(Mask):
         return q.position % 2 == 0
 
 
-POSITION, SEGMENT, BOTH = "position", "segment", "position segment"
+POSITION, SEGMENT, KEYS = "q.position k.position", "q.segment k.segment", "k.position"
+BOTH = f"{POSITION} {SEGMENT}"
 
 
 @pytest.mark.parametrize(
@@ -63,8 +64,8 @@ POSITION, SEGMENT, BOTH = "position", "segment", "position segment"
         (Window(np.array([3, 5])), POSITION),
         (Window(jnp.int32(3)), POSITION),
         (Chunks(4), POSITION),
-        (Prefix(3), POSITION),
-        (Sinks(3), POSITION),
+        (Prefix(3), KEYS),
+        (Sinks(3), KEYS),
         (Strided(3), POSITION),
         (RandomChunks(4, 0.5), POSITION),
         (SameSegment(), SEGMENT),
@@ -72,9 +73,9 @@ POSITION, SEGMENT, BOTH = "position", "segment", "position segment"
         (Causal() & SameSegment(), BOTH),
         (Select(True, SameSegment(), Everything()), SEGMENT),
         (Predicate(lambda q, k: q.segment >= k.segment), SEGMENT),
-        (Predicate(lambda q, k, n: k.position < n, 3), POSITION),
-        (Predicate(lambda q, k: q.position == q.position), POSITION),
-        (Even(), POSITION),
+        (Predicate(lambda q, k, n: k.position < n, 3), KEYS),
+        (Predicate(lambda q, k: q.position == q.position), "q.position"),
+        (Even(), "q.position"),
         (reveal(4, linear(0.0, 1.0, 5))(3), POSITION),
         (growing_window(linear(1, 8, 5), base=Causal() & SameSegment())(3), BOTH),
     ],
@@ -87,7 +88,7 @@ def test_the_fields_that_a_mask_reads_are_found_in_its_trace(mask, fields):
 def test_the_fields_of_a_mask_of_traced_numbers():
     found = []
     jax.jit(lambda n: found.append(fields_read(Window(n) & SameSegment())) or n)(3)
-    assert found == [{"position", "segment"}]
+    assert found == [set(BOTH.split())]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,13 @@ def test_both_ways_that_the_message_shows_are_right():
     np.testing.assert_allclose(attention(q, k, v, last), whole[:, 5:], rtol=1e-5, atol=1e-6)
     alone = attention(q, k[:, :3], v[:, :3], Causal())
     np.testing.assert_allclose(attention(q, k, v, first), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [Prefix(3), Sinks(2), Predicate(lambda q, k: k.position != 5)], ids=repr)
+def test_where_queries_stand_does_not_matter_to_masks_of_keys_alone(mask):
+    q, k, v = qkv(queries=3)
+    expected = attention(q, k, v, plan(mask, Tokens.sequence(3, start=5), Tokens.sequence(8)))
+    np.testing.assert_allclose(attention(q, k, v, mask), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_mask_that_reads_no_positions_takes_any_numbers_of_queries_and_keys():
@@ -244,6 +252,22 @@ def test_whole_numbers_are_no_booleans(function):
         attention(*qkv(), Predicate(function))
     with pytest.raises(TypeError, match=r"a mask must give booleans, got int.*: compare"):
         mask_tensor(Predicate(function), Tokens.sequence(4))
+
+
+def test_options_are_named_where_the_mask_is_missing_too():
+    with pytest.raises(TypeError, match=r"attention has no option 'is_causal': give the mask Causal\(\)"):
+        attention(*qkv(), is_causal=True)
+    with pytest.raises(TypeError, match=r"attention needs a mask or a plan after q, k and v; Everything\(\)"):
+        attention(*qkv())
+
+
+@pytest.mark.parametrize(
+    "lengths", [jnp.array([3, 2]), np.array([3, 2]), [np.int64(3), jnp.int32(2)], (3, 2)]
+)
+def test_lengths_are_whole_numbers_of_any_library(lengths):
+    assert Tokens.packed(lengths).segment.tolist() == [1, 1, 1, 2, 2]
+    with pytest.raises(TypeError, match=r"whole numbers, got .*for a batch"):
+        Tokens.packed(jnp.ones((2, 2), jnp.int32))
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_an_unreadable_mask_warns_inside_a_layer_too():
         (
             lambda: our_nnx.set_step(twins(**OPTIONS)[0], 3),
             ValueError,
-            "found no dynmask_jax.nnx.attention_fn",
+            r"the model has no attention_fn \(dynmask_jax.nnx\) that follows",
         ),
         (
             lambda: twins(num_heads=4, head_dim=7, rope_theta=1e4)[0](inputs(), Causal()),
@@ -392,6 +392,31 @@ def test_weights_without_their_step_do_not_run_at_the_curriculums_start(call):
     run(model, inputs())
 
 
+@nnx.jit
+def decode(model, x):
+    return model(x)
+
+
+def test_what_a_trace_cannot_refuse_is_nan():
+    """One of several copies was set, so the structure says yes for all: the step's own number decides."""
+    never, _ = restored()
+    copy = nnx.clone(never)
+    our_nnx.set_final(copy)
+    assert np.isfinite(decode(copy, inputs())).all()
+    assert np.isnan(decode(never, inputs())).all()
+    fresh = nnx.state(restored()[0])
+    nnx.update(copy, fresh)
+    assert np.isnan(decode(copy, inputs())).all()
+    graph, state = nnx.split(never)
+    assert np.isnan(jax.jit(lambda state: nnx.merge(graph, state)(inputs()))(state)).all()
+
+
+@pytest.mark.parametrize("step", [-1, 2**31, np.int64(2**40), np.uint32(3_000_000_000)])
+def test_steps_beyond_int32_are_refused(step):
+    with pytest.raises(ValueError, match="step must lie in 0 … 2³¹ − 1, got"):
+        our_nnx.set_step(restored()[0], step)
+
+
 def test_a_functional_call_without_a_step_is_refused_too():
     graph, state = nnx.split(restored()[0])
     with pytest.raises(ValueError, match=NO_STEP):
@@ -404,7 +429,7 @@ def test_the_end_of_the_curriculum_is_the_full_mask():
     full = Stack(lambda: our_nnx.attention_fn(CURRICULUM(10**6)))
     nnx.update(full, nnx.state(model, nnx.Param))
     np.testing.assert_array_equal(model(inputs()), full(inputs()))
-    with pytest.raises(ValueError, match="set_step found no"):
+    with pytest.raises(ValueError, match="the model has no attention_fn"):
         our_nnx.set_final(full)
 
 
@@ -474,6 +499,15 @@ def test_one_mask_has_no_state_beside_the_parameters():
 def test_what_attention_fn_cannot_follow_is_refused_where_it_is_made(value, error, words):
     with pytest.raises(error, match=words):
         our_nnx.attention_fn(value)
+
+
+def test_a_curriculum_of_pythons_conditions_works_outside_jit():
+    model = Stack(lambda: our_nnx.attention_fn(lambda step: Causal() & Window(2 if step < 5 else LENGTH)))
+    outs = []
+    for step in (0, 9):
+        our_nnx.set_step(model, step)
+        outs.append(model(inputs()))
+    assert not np.allclose(*outs)
 
 
 def test_linens_attention_fn_refuses_segments_without_a_plan():

@@ -13,7 +13,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from train.config.run import Run, differences, to_json
+from train.config.run import Run, differences, is_extended, to_json
 from train.disk import write_atomically
 
 BUCKET = "://"
@@ -171,7 +171,10 @@ class RunFolder:
         self._discard()
 
     def write_config(self, run: Run):
-        """Replaces the config by one that differs only in options that may change (`MAY_CHANGE`)."""
+        """Replaces the config by one that differs only in options that may change (`MAY_CHANGE`), or in more
+        steps: the report of fewer is then removed, to be made anew at the end."""
+        if self.config.exists() and is_extended(json.loads(self.config.read_text(encoding="utf-8")), run):
+            _remove(self.report)
         write_atomically(self.config, to_json(run))
 
     @contextmanager

@@ -16,7 +16,7 @@ from train.config.sections import Curriculum, Data, Loss, Model, Optimizer, Summ
 
 TaskName = Literal["lm", "summarize"]
 MAY_CHANGE = (
-    *("name", "folder", "data.cache", "optimizer.give_up"),
+    *("name", "folder", "data.cache", "data.unknown", "optimizer.give_up"),
     *("generation.", "checkpoints.", "mesh.", "watch."),
 )
 """Options and sections that may change when a run is resumed: weights depend on them only by rounding."""
@@ -24,7 +24,7 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. The same Run gives the same weights bit for bit on the same machine."""
+    """One training run. The same Run gives the same weights bit for bit on one machine, if not extended."""
 
     name: str = "run"
     """Name of the run; its folder is folder / name."""

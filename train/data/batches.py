@@ -4,11 +4,10 @@ from itertools import islice
 
 import grain
 import numpy as np
-from jaxtyping import Int
 
 from train.config.run import Run
 from train.data.batch import Batch
-from train.data.rows import CONTEXT, SEGMENTS, TOKENS, DocumentPieces, Pairs, Stream, as_batch
+from train.data.rows import CONTEXT, SEGMENTS, TOKENS, ByteCount, DocumentPieces, Pairs, Stream, as_batch
 from train.data.tasks import task_of
 
 AHEAD = 2  # batches prefetched while the model trains
@@ -16,7 +15,7 @@ AHEAD = 2  # batches prefetched while the model trains
 Cut = DocumentPieces | Pairs | Stream
 
 
-def batches(cut: Cut, run: Run, token_bytes: Int[np.ndarray, " ids"]) -> grain.IterDataset:
+def batches(cut: Cut, run: Run, byte_count: ByteCount) -> grain.IterDataset:
     """Endless batches `[data.batch, T]`, shuffled anew in each epoch.
 
     Every item is read once in an epoch. Packing may lay the last items of an epoch beside the first of
@@ -28,12 +27,12 @@ def batches(cut: Cut, run: Run, token_bytes: Int[np.ndarray, " ids"]) -> grain.I
     endless = grain.MapDataset.source(cut).seed(seed).shuffle().repeat()
     rows = _rows(endless, run, run.data.packing_bins, seed)
     made = rows.batch(run.data.batch).map(
-        lambda rows: as_batch(rows, task_of(run).loss_from(run), token_bytes)
+        lambda rows: as_batch(rows, task_of(run).loss_from(run), byte_count)
     )
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=AHEAD)
 
 
-def held_out_batches(cut: Cut, run: Run, token_bytes: Int[np.ndarray, " ids"]) -> list[Batch]:
+def held_out_batches(cut: Cut, run: Run, byte_count: ByteCount) -> list[Batch]:
     """At most evaluation.rows rows, in batches of one shape; the last is padded.
 
     Rows of a stream are evenly spaced in it; packed rows hold items that the seed chooses.
@@ -50,7 +49,7 @@ def held_out_batches(cut: Cut, run: Run, token_bytes: Int[np.ndarray, " ids"]) -
     rows += [padding] * (-len(rows) % size)
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [
-        as_batch({name: np.stack([row[name] for row in part]) for name in padding}, loss_from, token_bytes)
+        as_batch({name: np.stack([row[name] for row in part]) for name in padding}, loss_from, byte_count)
         for part in parts
     ]
 

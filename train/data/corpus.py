@@ -57,7 +57,7 @@ class Corpus:
       documents: texts, or pairs.
       tokens: end tokens included.
       malformed: files and records that are left out.
-      reports: the first few of these in words.
+      reports: these by file, in words.
       kinds: how many files of each kind of `train.data.sources.Source` gave documents.
       first: how the first document begins.
       unknown: share of the text's bytes, without white space, that the tokenizer does not spell: the greater
@@ -96,10 +96,8 @@ class Corpus:
             f"The first begins: {self.first}",
         ]
         if self.malformed:
-            more = self.malformed - len(self.reports)
             lines.append(f"Left out: {self.malformed:,}")
             lines += [f"  {report}" for report in self.reports]
-            lines += [f"  and {more:,} more"] if more else []
         return "\n".join(lines)
 
     @property
@@ -139,8 +137,8 @@ def read_corpus(run: Run) -> Corpus:
     _check_size(run, held_out_cut, held_out, "hold out")
     return Corpus(
         tokenizer=tokenizer,
-        rows=batches.batches(train_cut, run, tokenizer.token_bytes),
-        held_out=batches.held_out_batches(held_out_cut, run, tokenizer.token_bytes),
+        rows=batches.batches(train_cut, run, tokenizer.target_bytes),
+        held_out=batches.held_out_batches(held_out_cut, run, tokenizer.target_bytes),
         examples=Examples(caches[-1], held_out.documents) if kept else (),
         truncated=sum(int((each < cache.bodies).sum()) for each, cache in zip(kept, caches, strict=False)),
         lead_words=int(np.median(caches[0].summary_words[train.documents])) if kept else None,

@@ -22,20 +22,20 @@ def pieces_of_library(library: Any, vocabulary: int, end: int) -> list[bytes]:
     model = facts["model"]
     continuing = model.get("continuing_subword_prefix") or ""
     word_end = model.get("end_of_word_suffix") or kinds.get("BPEDecoder", {}).get("suffix") or ""
-    space = kinds.get("Metaspace", {}).get("replacement") or (SPACE if "ByteFallback" in kinds else "")
+    space = kinds.get("Metaspace", {}).get("replacement") or _space(facts)
     unknown = _unknown(model)
 
     def spelled(id: int, token: str) -> bytes:
-        if id in added:
-            return b"" if added[id]["special"] else token.encode()
         if token == unknown or id == end:
             return b""
+        if id in added:
+            return b"" if added[id]["special"] else token.encode()
+        token = token.removeprefix(continuing).removesuffix(word_end)
         if "ByteLevel" in kinds:
             alphabet = _alphabet()
             return bytes(alphabet[letter] for letter in token if letter in alphabet)
         if model.get("byte_fallback") and (byte := BYTE.fullmatch(token)):
             return bytes([int(byte[1], 16)])
-        token = token.removeprefix(continuing).removesuffix(word_end)
         return (token.replace(space, " ") if space else token).encode()
 
     added = {token["id"]: token for token in facts["added_tokens"]}
@@ -70,6 +70,14 @@ def _parts(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _is_step(part: Any) -> bool:
     return isinstance(part, dict) and "type" in part
+
+
+def _space(facts: dict[str, Any]) -> str:
+    """What the decoder makes a space of, "" where there is nothing."""
+    for part in _parts({"decoder": facts.get("decoder")}):
+        if part["type"] == "Replace" and part.get("content") == " ":
+            return part["pattern"].get("String", "")
+    return ""
 
 
 def _unknown(model: dict[str, Any]) -> str | None:

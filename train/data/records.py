@@ -163,6 +163,7 @@ def _records(
 ) -> Iterator[TextRecord | Malformed]:
     """A record for each row that holds one, of its own columns: not all rows of a file have the same."""
     names: tuple[str, ...] | None = None
+    number = None
     for number, fields in rows:
         if isinstance(fields, str):
             yield Malformed(source.path, number, fields)
@@ -171,12 +172,12 @@ def _records(
             try:
                 names = columns_of(list(fields), task, columns)
             except ValueError as error:
-                if not _promised(source):
-                    yield Malformed(source.path, number, str(error), asked_for=False)
+                if names is None or not _promised(source):
+                    yield Malformed(source.path, number, str(error), asked_for=_promised(source))
                     continue
-                if names is None:
-                    raise ValueError(f"data.columns: {place(source.path, number)}: {error}") from error
         yield _record(fields, names, source.path, number)
+    if number is None:
+        yield Malformed(source.path, None, "it is empty", asked_for=False)
 
 
 def _promised(source: Source) -> bool:
@@ -197,14 +198,19 @@ def _rows(path: Path) -> Iterator[tuple[int, Fields | str]]:
     """The fields of each row of a table, by the names in its first line; numbered by their last lines."""
     csv.field_size_limit(2**31 - 1)  # documents are long; the library's own limit is 128 KiB
     with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, delimiter=separator(path), strict=True)
+        parted = separator(path)
+        # Tabs part columns that quotes do not: "Hello" is then a word of the text.
+        quoting = csv.QUOTE_NONE if parted == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.DictReader(text, delimiter=parted, strict=True, quoting=quoting)
         while True:
+            line = reader.line_num + 1
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield reader.line_num, f"it is no row of a table ({error})"
+                lost = "; a quote is open, and the rest is lost" if "end of data" in str(error) else ""
+                yield line, f"it is no row of a table ({error}){lost}"
                 continue
             except (UnicodeDecodeError, *DAMAGED) as error:
                 yield reader.line_num + 1, f"the rest of the file cannot be read ({error})"
@@ -258,6 +264,8 @@ def _fault(fields: Mapping[str, Any], name: str) -> str | None:
     if name not in fields:
         return f"it has no column {name!r}, only {', '.join(map(repr, fields)) or 'an empty object'}"
     text = fields[name]
+    if text is None:  # as pandas and Hugging Face datasets write a text that is not there
+        return _empty(name)
     if not isinstance(text, str):
         return f"its column {name!r} holds {type(text).__name__}, not text"
     if not text.strip():

@@ -5,7 +5,7 @@ Each class is a `grain` source: it has a length, and an item is a dict of
   tokens: int32 `[L, 3]`: the input token, its target (the next token), and its position.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -17,6 +17,8 @@ from train.data.token_cache import TokenCache
 
 TOKENS, SEGMENTS, CONTEXT = "tokens", "tokens_segment_ids", "tokens_positions"  # as `grain` packs them
 Item = dict[str, np.ndarray]
+ByteCount = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Input tokens and their targets -> the bytes of text that each target spells: `Tokenizer.target_bytes`."""
 REFUSED = 3  # documents that an error message names
 
 
@@ -157,19 +159,19 @@ def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, "
     )
 
 
-def as_batch(rows: Mapping[str, np.ndarray], loss_from: int, token_bytes: Int[np.ndarray, " ids"]) -> Batch:
+def as_batch(rows: Mapping[str, np.ndarray], loss_from: int, byte_count: ByteCount) -> Batch:
     """The batch of packed rows.
 
     Args:
       rows: tokens `[B, T, 3]`, segments and context `[B, T]`.
       loss_from: the first position whose target is in the loss: 0, or data.length for summaries.
-      token_bytes: the bytes of text that each id spells.
+      byte_count: the bytes of text that each target spells.
     """
     inputs, targets, positions = (np.ascontiguousarray(rows[TOKENS][..., field]) for field in range(3))
     segments = rows[SEGMENTS]
     asked = (segments > 0) & (positions >= loss_from)
     context, weights = rows[CONTEXT], asked.astype(np.float32)
-    return Batch(inputs, targets, weights, positions, segments, context, token_bytes[targets])
+    return Batch(inputs, targets, weights, positions, segments, context, byte_count(inputs, targets))
 
 
 def _item(ids: np.ndarray, first: int) -> Item:

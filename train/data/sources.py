@@ -21,8 +21,8 @@ class Source:
       path: the file, or the folder of a saved dataset.
       kind: "text": the file is one document; "lines": each line of JSONL is one; "table": each row of CSV or
         TSV is one; "dataset": each row is one; "none": it is left out.
-      named: whether the path was given itself, not found in a folder. Files found in a folder that are not
-        text are skipped.
+      named: whether the path was given itself, not found in a folder or by a glob. Files that were found and
+        are not text are skipped.
       reason: why it is left out.
     """
 
@@ -82,7 +82,7 @@ def _at(path: str, option: str) -> Iterator[Source]:
         matching = [match for match in matches if match.is_file()]
         if not matching:
             raise FileNotFoundError(f"{option}: {path} matches no file")
-        yield from (_file(match, named=True) for match in matching)
+        yield from (_file(match, named=False) for match in matching)
 
 
 def _file(path: Path, named: bool) -> Source:

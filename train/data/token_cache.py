@@ -133,7 +133,8 @@ def token_caches(run: Run, tokenizer: Tokenizer) -> list[TokenCache]:
 
 def _check_disjoint(train: list[Source], held_out: list[Source]):
     """Refuses a file that is both trained on and held out."""
-    if both := {source.path.resolve() for source in train} & {source.path.resolve() for source in held_out}:
+    paths = [{each.path.resolve() for each in found if each.kind != "none"} for found in (train, held_out)]
+    if both := paths[0] & paths[1]:
         raise ValueError(f"data.held_out_paths: {min(both)} is in data.paths too")
 
 
@@ -207,6 +208,9 @@ def _key(
     """The name of a cache's folder."""
     seen = []
     for source in found:
+        if source.kind == "none":  # nothing is read of it
+            seen.append([str(source.path), source.reason, source.named])
+            continue
         for path in files(source):
             stat = path.stat()
             seen.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, source.kind, source.named])

@@ -29,7 +29,7 @@ DOCUMENT = np.dtype(
     ]
 )
 TOKENS, DOCUMENTS, TEXTS, FACTS = "tokens.bin", "documents.bin", "texts.bin", "facts.json"
-REPORTS = 12  # texts left out that are described
+REPORTS = 12  # files that are described of which something is left out
 NAMED = 5  # files that a message names
 FIRST = 100  # characters of the first document that are kept to show
 BATCH = 1 << 22  # characters that are tokenized at a time
@@ -84,7 +84,7 @@ def write(
       ValueError: a text is malformed and not to be skipped, or there is no text.
       OSError: the folder cannot be written to.
     """
-    malformed, reports = 0, []
+    left_out = _LeftOut()
     with _Writer(folder, found, tokenizer) as writer:
         for item in documents:
             if not isinstance(item, Malformed):
@@ -92,14 +92,17 @@ def write(
                 continue
             if item.asked_for and not skip_malformed:
                 raise item.error()
-            malformed += 1
-            reports = [*reports, str(item)][:REPORTS]
+            left_out.add(item)
         facts = writer.finish()
     if not facts["documents"]:
-        left_out = f"; {malformed} files or lines are left out, the first {reports[0]}" if malformed else ""
+        others = (
+            f"; {left_out.count} files or lines are left out: {left_out.reports()[0]}"
+            if left_out.count
+            else ""
+        )
         named = ", ".join(str(source.path) for source in found[:NAMED])
-        raise ValueError(f"data.paths has no text: {named or 'the folders are empty'}{left_out}")
-    facts |= {"malformed": malformed, "reports": reports}
+        raise ValueError(f"data.paths has no text: {named or 'the folders are empty'}{others}")
+    facts |= {"malformed": left_out.count, "reports": left_out.reports()}
     with writing(folder), (folder / FACTS).open("w", encoding="utf-8") as file:
         file.write(json.dumps(facts))
         file.flush()
@@ -117,6 +120,27 @@ def writing(folder: Path) -> Iterator[None]:
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
     return OSError(f"data.cache: tokens cannot be written to {folder}: {error}")
+
+
+class _LeftOut:
+    """What is left out, by file: a file of many bad lines is one line of the report."""
+
+    def __init__(self):
+        self.count = 0
+        self._by_file: dict[Path, tuple[Malformed, int]] = {}
+
+    def add(self, item: Malformed):
+        """One more file or line."""
+        first, count = self._by_file.get(item.path, (item, 0))
+        self.count += 1
+        self._by_file[item.path] = first, count + 1
+
+    def reports(self) -> list[str]:
+        """In words, whole files first; of many files the number of the rest."""
+        files = sorted(self._by_file.values(), key=lambda each: each[0].line is not None)
+        lines = [f"{first}; and {n - 1:,} more in this file" if n > 1 else str(first) for first, n in files]
+        more = [f"and in {len(lines) - REPORTS:,} more files"] if len(lines) > REPORTS else []
+        return [*lines[:REPORTS], *more]
 
 
 class _Writer:
@@ -164,8 +188,10 @@ class _Writer:
             self._put_tokens(self._end + ids[1].astype(self._dtype).tobytes())
             self._put(TEXTS, b"".join(texts))
         self._size += sum(map(len, texts))
-        self._letters += sum(len(b"".join(text.split())) for text in texts)
-        self._spelled += sum(int(self._tokenizer.token_letters[part].sum()) for part in ids)
+        for text, part in zip(texts, ids, strict=True):
+            letters = len(b"".join(text.split()))
+            self._letters += letters
+            self._spelled += min(letters, int(self._tokenizer.token_letters[part].sum()))
 
     def finish(self) -> dict[str, Any]:
         """Closes the last document; returns the facts about all of them."""
@@ -182,7 +208,7 @@ class _Writer:
             "files": [str(source.path) for source in self._sources],
             "kinds": Counter(self._sources[number].kind for number in self._read),
             "first": self._first,
-            "unknown": 1 - min(1.0, self._spelled / self._letters) if self._letters else 0.0,
+            "unknown": 1 - self._spelled / self._letters if self._letters else 0.0,
             "fingerprint": self._hash.hexdigest(),
         }
 

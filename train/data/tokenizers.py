@@ -50,6 +50,21 @@ class Tokenizer(ABC):
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     @cached_property
+    def _leading_spaces(self) -> Int[np.ndarray, " ids"]:
+        """1 for each id that begins with the space which the tokenizer puts before a text, else 0."""
+        first = next(iter(self.encode(["a"])[0]), self.end)
+        if not self.pieces[first].startswith(b" "):
+            return np.zeros(len(self.pieces), np.int32)
+        return np.array([piece.startswith(b" ") for piece in self.pieces], np.int32)
+
+    def target_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
+        """The bytes of text that each target spells, of NumPy arrays of ids.
+
+        After an end token a text begins, and the space that some tokenizers put there is none of its bytes.
+        """
+        return self.token_bytes[targets] - np.where(inputs == self.end, self._leading_spaces[targets], 0)
+
+    @cached_property
     def token_letters(self) -> Int[np.ndarray, " ids"]:
         """The same without white space, which some tokenizers do not keep."""
         return np.array([len(b"".join(piece.split())) for piece in self.pieces], np.int32)
@@ -68,7 +83,8 @@ class Tokenizer(ABC):
 
     def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
         """The text of tokens that follow others, so that it reads on from these: with the space that a
-        tokenizer leaves out at a text's beginning, and without the part of a letter that is before.
+        tokenizer leaves out at a text's beginning. Where `before` ends within a letter, as no text does, � is
+        the rest of it.
         """
         before = list(before)
         start, whole = self.decode(before), self.decode([*before, *ids])

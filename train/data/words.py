@@ -16,13 +16,15 @@ COUNTED = rf"[{_UNSPACED}]\p{{M}}*|[^\s{_UNSPACED}]+"
 def words(text: str) -> list[str]:
     """The words of a text: runs of letters, marks and digits; of `UNSPACED` scripts, characters.
 
-    They are in lower case and in Unicode's form NFC, so that é is é however it was typed. Split by the
-    library `tokenizers`.
+    They are in lower case and in Unicode's form NFKC, so that é is é however it was typed, without marks that
+    do not print, such as the joiners in Persian words. Split by the library `tokenizers`.
 
     >>> words("The naïve fox's 2 dens; \u072a\u06c1\u0627, 你好")
     ['the', 'naïve', 'fox', 's', '2', 'dens', '\u072a\u06c1\u0627', '你', '好']
     """
-    return [word for word, _ in _splitter(WORD).pre_tokenize_str(unicodedata.normalize("NFC", text).lower())]
+    text = unicodedata.normalize("NFKC", text).lower()
+    printed = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return [word for word, _ in _splitter(WORD).pre_tokenize_str(printed)]
 
 
 def first_words(text: str, count: int) -> str:

@@ -138,7 +138,7 @@ def _rows(corpus: Corpus, run: Run) -> Iterator[Batch]:
             around, cut = np.take(hay, range(start, start + room), mode="wrap"), round(depth * room)
             tokens = np.concatenate([around[:cut], needle, around[cut:], tail]).astype(np.int32)
             row = _row(tokens, answer=len(asked.answer), after=len(tail) if ends else None)
-            yield replace(row, target_bytes=corpus.tokenizer.token_bytes[row.targets])
+            yield replace(row, target_bytes=corpus.tokenizer.target_bytes(row.inputs, row.targets))
 
 
 def _row(tokens: np.ndarray, *, answer: int, after: int | None) -> Batch:

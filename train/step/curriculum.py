@@ -51,8 +51,8 @@ class Growth:
 def growth(run: Run) -> Growth:
     """The growth of a run's curriculum, over `curriculum.share` of the run's steps.
 
-    Of N steps, numbered from 0, it ends at step min(round(share · N), N − 1): the last step shows the full
-    mask at any share.
+    Of N steps, numbered from 0, it ends at step min(round(share · N), N − 1): the last step of several
+    shows the full mask at any share.
 
     Raises:
       ValueError: `multiple_of` does not divide the start or the end.

@@ -32,7 +32,7 @@ def make_optimizer(options: sections.Optimizer, steps: int) -> optax.GradientTra
 def learning_rate(options: sections.Optimizer, steps: int) -> optax.Schedule:
     """The rate of an update, by the number n of updates before it, in a run of N `steps`.
 
-    With W = max(1, round(warmup · N)) and the peak P = learning_rate:
+    With W = max(1, round(warmup · N)), of several steps at most N − 1, and the peak P = learning_rate:
 
         n < W:  P · (n + 1) / W
         else:   P · (final + (1 − final) · (1 + cos(π · (n − W + 1) / (N − W))) / 2)

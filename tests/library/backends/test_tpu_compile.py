@@ -68,7 +68,8 @@ def test_under_vmap():
     assert facts("v5e:2x2", f"{FILE}:under_vmap").kernels
 
 
-@pytest.mark.parametrize("topology", mostly(TOPOLOGIES, ["v5e:2x2"]))
+@pytest.mark.slow  # tests/trainer/aot/test_compile.py compiles one, over a mesh
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_whole_train_step(topology):
     """It fits the memory of one device, or the compiler would refuse."""
     assert facts(topology, f"{FILE}:train_step").kernels == KERNELS

@@ -16,7 +16,12 @@ from train.data.batches import batches, held_out_batches
 from train.data.rows import DocumentPieces, Pairs, Spans, Stream
 
 LENGTH = 12
-BYTES = np.arange(1_000, dtype=np.int32) % 4
+
+
+def BYTES(inputs, targets):
+    return targets % 4
+
+
 DOCUMENTS = (30, 3, 5, 2, 9, 14, 4, 7, 25, 6)
 
 

@@ -46,10 +46,18 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         ("pretty.json", json.dumps({"text": "one"}, indent=1).encode(), None, "no object a line"),
         ("data.txt", POINTER, None, "a Git LFS pointer, not the data: git lfs pull"),
         ("train.jsonl", POINTER, None, "a Git LFS pointer"),
-        ("x.parquet", b"PAR1....", None, "it is Parquet: save it as JSON lines"),
+        ("x.parquet", b"PAR1....PAR1", None, "it is Parquet: save it as JSON lines"),
         ("x.txt.zst", b"\x28\xb5\x2f\xfd..", None, "compressed with zstd"),
         ("x.pdf", b"%PDF-1.7", None, "it is PDF: save its text"),
         ("x.txt", "text".encode("utf-16"), None, "it is UTF-16: iconv"),
+        ("x.txt", "text".encode("utf-32"), None, "it is UTF-32: iconv"),
+        ("x.txt", b"PAR1 is a receptor, and %PDF a format; BZhello", "text", ""),
+        ("x.txt", b"BZhello", "text", ""),
+        ("x.txt", b"%PDF is a format", "text", ""),
+        ("app.log.txt", b'{"level": 1}\n{"level": 2}\nand text\n', "text", ""),
+        ("app.log.txt", b'{"level": 1}\n', "text", ""),
+        ("x.json.gz", gzip.compress(b'[{"text": "one"}]'), None, "no object a line"),
+        ("x.jsonl.gz", ROW, "lines", ""),
     ],
 )
 def test_a_file_is_what_it_holds(tmp_path, name, content, kind, reason):
@@ -102,8 +110,30 @@ def test_tables_are_rows_by_the_names_of_their_first_line(tmp_path):
     long = "long " * 100_000
     (tmp_path / "long.csv").write_text(f"text\n{long}\n")
     assert texts(tmp_path / "long.csv") == [(long,)]
-    (tmp_path / "x.tsv").write_text("text\tid\none\t1\n")
-    assert texts(tmp_path / "x.tsv") == [("one",)]
+    (tmp_path / "x.tsv").write_text('text\tid\n"Hello" she said\t1\n')
+    assert texts(tmp_path / "x.tsv") == [('"Hello" she said',)]
+    (tmp_path / "open.csv").write_text('text,id\none,1\n"two,2\n' + "three,3\n" * 9)
+    lost = str(read(tmp_path / "open.csv")[-1])
+    assert "open.csv, line 3: it is no row of a table (unexpected end of data)" in lost
+    assert lost.endswith("; a quote is open, and the rest is lost")
+    assert texts(tmp_path / "open.csv")[0] == ("one",)
+
+
+def test_files_without_a_row_are_empty(tmp_path):
+    for name, content in (("a.jsonl", ""), ("b.ndjson", "\n\n"), ("c.csv", "text,id\n"), ("d.txt", "")):
+        (tmp_path / name).write_text(content)
+    assert texts(tmp_path) == ["it is empty"] * 4
+
+
+def test_globs_leave_out_what_folders_do(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    assert texts(f"{tmp_path}/*") == [
+        "it describes data: give its name to read it",
+        ("text",),
+        f"it is a link to {tmp_path}/a.txt",
+    ]
 
 
 def test_an_empty_row_among_others_stops_nothing_and_is_counted(tmp_path):

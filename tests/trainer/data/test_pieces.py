@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +62,24 @@ def folder(tmp_path_factory) -> Path:
         pre_tokenizer=pre_tokenizers.Metaspace(),
         decoder=decoders.Metaspace(),
     )
+    save(
+        "clip",
+        models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"),
+        trainers.BpeTrainer(
+            special_tokens=["<unk>", "</s>"], end_of_word_suffix="</w>", vocab_size=120, **quiet
+        ),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+        decoder=decoders.ByteLevel(),
+    )
+    save(
+        "replace",
+        models.BPE(unk_token="<unk>"),
+        trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=90, **quiet),
+        normalizer=normalizers.Replace(" ", "▁"),
+        decoder=decoders.Replace("▁", " "),
+    )
     # As Llama's: letters by name, other bytes as <0x..>, spaces by a normalizer.
     letters = {"<unk>": 0, "</s>": 1, "▁": 2, "c": 3, "a": 4, "t": 5}
     vocabulary = letters | {f"<0x{byte:02X}>": byte + len(letters) for byte in range(256)}
@@ -88,11 +107,31 @@ def test_byte_level_pieces_are_the_text(folder, text):
         ("suffix", "the cat ж", b"thecat"),
         ("unigram", "the cat", b" the cat"),
         ("unigram", "жcat", b" cat"),
+        ("clip", "the cat", b"thecat"),
+        ("replace", "the cat", b"the cat"),
         ("fallback", "cat é\n", "cat é\n".encode()),
     ],
 )
 def test_pieces_are_what_the_tokens_stand_for(folder, name, text, expected):
     assert spelled(load_tokenizer(str(folder / f"{name}.json")), text) == expected
+
+
+def test_an_unknown_token_that_is_added_as_a_word_spells_nothing(folder):
+    library = Tokenizer(models.WordLevel({"the": 0, "<unk>": 1, "</s>": 2}, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_tokens(["<unk>", "</s>"])
+    library.save(str(folder / "added.json"))
+    assert spelled(load_tokenizer(str(folder / "added.json")), "the cat") == b"the"
+
+
+@pytest.mark.parametrize("name", ["metaspace", "unigram"])
+def test_the_space_that_a_tokenizer_puts_before_a_text_is_none_of_its_bytes(folder, name):
+    """As in rows of a stream, and in summaries: after an end token."""
+    tokenizer = load_tokenizer(str(folder / f"{name}.json"))
+    texts = ["the cat", "a mat on the mat", "dog"]
+    stream = np.concatenate([np.append(ids, tokenizer.end) for ids in tokenizer.encode(texts)])
+    inputs, targets = np.append(tokenizer.end, stream[:-1]), stream
+    assert tokenizer.target_bytes(inputs, targets).sum() == sum(map(len, texts))
 
 
 def test_special_tokens_spell_nothing(folder):

@@ -20,7 +20,7 @@ def folder(tmp_path) -> Path:
         ".g",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("text")
+        (tmp_path / name).write_text('{"text": "text"}' if "json" in name else "text")
     return tmp_path
 
 
@@ -49,7 +49,7 @@ def test_a_file_is_named_and_paths_keep_their_order(folder):
 
 
 def test_globs_give_files_and_two_stars_go_below(folder):
-    assert found(folder, "*.md") == [("a.md", "text", True)]
+    assert found(folder, "*.md") == [("a.md", "text", False)]
     assert [name for name, _, _ in found(folder, "**/*.json*")] == [
         "e.json.gz",
         "inner/c.jsonl",

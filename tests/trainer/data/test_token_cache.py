@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -140,22 +141,48 @@ def test_the_fingerprint_is_of_the_tokens_and_where_documents_end(tmp_path):
     assert fingerprint("e.jsonl", {"text": "c"}, {"text": "ab"}) != one
 
 
-def test_malformed_lines_stop_the_reading_or_are_counted(tmp_path, monkeypatch):
+def test_malformed_lines_stop_the_reading_or_are_counted(tmp_path):
     lines = [{"text": "one"}, b"{", {"text": "two"}, *[b"{}"] * 9]
     path = write_lines(tmp_path / "x.jsonl", lines)
     with pytest.raises(ValueError, match=r"^data\.paths: .*x\.jsonl, line 2: .*--data\.skip-malformed"):
         made(path)
     assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setattr(token_writer, "REPORTS", 3)
     for _ in range(2):  # made, and found
         cache = made(path, skip_malformed=True)
         assert texts(cache) == [b"one\0", b"two\0"]
         assert cache.malformed == 10
-        assert len(cache.reports) == 3
-        assert [report.split("/")[-1][:15] for report in cache.reports[:2]] == [
-            "x.jsonl, line 2",
-            "x.jsonl, line 4",
-        ]
+        (report,) = cache.reports
+        assert re.search(r"x\.jsonl, line 2: it is not JSON .*; and 9 more in this file$", report)
+
+
+def test_of_files_with_something_left_out_each_is_a_line_whole_files_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_writer, "REPORTS", 2)
+    (tmp_path / "texts").mkdir()
+    write_lines(tmp_path / "texts" / "a.jsonl", [{"text": "one"}, *[{"text": ""}] * 20])
+    (tmp_path / "texts" / "b.txt").write_text("")
+    write_lines(tmp_path / "texts" / "c.jsonl", [])
+    cache = made(tmp_path / "texts")
+    assert cache.malformed == 22
+    assert [report.split("/")[-1] for report in cache.reports] == [
+        "b.txt: it is empty",
+        "c.jsonl: it is empty",
+        "and in 1 more files",
+    ]
+
+
+def test_what_is_left_out_may_change_or_lead_nowhere(tmp_path):
+    """A link to nothing cannot be looked at, and a hidden file that changes changes no text."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [{"text": "one"}])
+    (folder / "gone.txt").symlink_to(folder / "nothing")
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / ".git").write_text("1")
+    first = made(folder)
+    (folder / ".git").write_text("more")
+    made(folder)
+    assert first.malformed == 3
+    assert len([each for each in (tmp_path / "cache").iterdir() if not each.name.startswith(".")]) == 1
 
 
 def test_files_of_a_folder_that_are_no_text_are_counted_and_stop_nothing(tmp_path):
@@ -170,7 +197,7 @@ def test_files_of_a_folder_that_are_no_text_are_counted_and_stop_nothing(tmp_pat
 def test_no_text_is_refused(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [b"{"])
     with pytest.raises(
-        ValueError, match=r"data\.paths has no text: .*x\.jsonl; 1 files or lines are left out, .*line 1"
+        ValueError, match=r"data\.paths has no text: .*x\.jsonl; 1 files or lines are left out: .*line 1"
     ):
         made(path, skip_malformed=True)
     (tmp_path / "empty").mkdir()

@@ -84,6 +84,7 @@ def test_a_finished_run_is_extended_under_the_schedules_of_the_new_number(finish
     run, before = finished
     longer = replace(run, steps=7)
     session = prepare(longer)
+    assert not folder_of(run).report.exists(), "a report of fewer steps would be taken for that of all"
     assert session.opening.startswith(f"The run in {folder_of(run).path} goes on after step 4 of 7.")
     train(session)
     records = read(folder_of(run).metrics)
