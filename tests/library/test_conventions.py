@@ -257,7 +257,7 @@ def test_whole_numbers_are_no_booleans(function):
 def test_options_are_named_where_the_mask_is_missing_too():
     with pytest.raises(TypeError, match=r"attention has no option 'is_causal': give the mask Causal\(\)"):
         attention(*qkv(), is_causal=True)
-    with pytest.raises(TypeError, match=r"attention needs a mask or a plan after q, k and v; Everything\(\)"):
+    with pytest.raises(TypeError, match=r"attention needs a mask or a plan after q, k and v: Everything\(\)"):
         attention(*qkv())
 
 
