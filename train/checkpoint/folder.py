@@ -170,11 +170,17 @@ class RunFolder:
         self.write_config(run)
         self._discard()
 
-    def write_config(self, run: Run):
-        """Replaces the config by one that differs only in options that may change (`MAY_CHANGE`), or in more
-        steps: the report of fewer is then removed, to be made anew at the end."""
+    def resume(self, run: Run):
+        """Readies the folder, which `holds` the run, to go on: with options that may change, or more steps.
+
+        The report of fewer steps is removed, and made anew at the end.
+        """
         if self.config.exists() and is_extended(json.loads(self.config.read_text(encoding="utf-8")), run):
             _remove(self.report)
+        self.write_config(run)
+
+    def write_config(self, run: Run):
+        """Replaces the config."""
         write_atomically(self.config, to_json(run))
 
     @contextmanager

@@ -125,7 +125,7 @@ def _begin(folder: RunFolder, run: Run, done: int | None):
     if done is None:
         folder.begin(run)
     else:
-        folder.write_config(run)
+        folder.resume(run)
         log.rewind(folder.metrics, done)
 
 

@@ -292,3 +292,19 @@ def test_the_reason_is_found_in_what_the_storage_layers_say():
     assert reason(ValueError("Failed writing x: [os_error_code='28'] [more]")) == "No space left on device"
     assert reason(ValueError("a" * 9 + " b" * 200)).endswith("[...]")
     assert reason(KeyError()) == "KeyError"
+
+
+def test_a_config_that_is_corrupted_is_begun_anew(folder, run):
+    folder.begin(run)
+    folder.config.write_text("{")
+    folder.begin(run)
+    assert folder.holds(run)
+
+
+def test_a_report_of_fewer_steps_goes_when_the_run_goes_on_for_more(folder, run):
+    folder.begin(run)
+    folder.report.write_text("trained for 8 steps")
+    folder.resume(run)
+    assert folder.report.exists()
+    folder.resume(replace(run, steps=9))
+    assert not folder.report.exists()
