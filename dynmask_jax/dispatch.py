@@ -16,7 +16,8 @@ from dynmask_jax.backends.dense import DENSE
 from dynmask_jax.backends.tpu import TPU
 from dynmask_jax.backends.xla import XLA
 from dynmask_jax.backends.xla_wide import XLA_WIDE
-from dynmask_jax.fields_read import fields_read
+from dynmask_jax.fields_read import fields_read, reads_segments
+from dynmask_jax.foreign_options import no_option
 from dynmask_jax.mask_algebra import Mask, check_mask, head_count
 from dynmask_jax.nonfinite import keep_nonfinite_apart
 from dynmask_jax.plans import Plan, plan
@@ -122,7 +123,7 @@ def attention(
     (1, 4, 2, 8)
     """
     if others:
-        raise TypeError(_no_option(min(others)))
+        raise TypeError(no_option(min(others), BACKENDS))
     if mask_or_plan is MISSING:
         raise TypeError(
             "attention needs a mask or a plan after q, k and v: Everything(), where all is visible"
@@ -134,32 +135,6 @@ def attention(
 
 MANY_HEADS = 128
 """No model has more key heads in a layer, as far as we know; sequences have more tokens."""
-REMEDIES = {
-    "is_causal": "give the mask Causal(), or & Causal()",
-    "mask": "the mask is the fourth argument, an expression such as Causal() & Window(512)",
-    "bias": "there is none: jax.nn.dot_product_attention adds a bias to the logits",
-    "dropout_rate": "attention weights are never formed here, so none is dropped: drop out what follows",
-    "local_window_size": "give the mask Window(n), which counts the query's own token",
-    "window_size": "give the mask Window(n), which counts the query's own token",
-    "attn_mask": "the mask is the fourth argument, an expression such as Causal() & Window(512)",
-    "block_mask": "the fourth argument is a mask's expression, or a plan, which has its blocks",
-    "key_padding_mask": "padding is segment 0: plan(mask & SameSegment(), Tokens(position, segment))",
-    "enable_gqa": "it is so wherever k has fewer heads than q",
-    "s_aux": "it is sinks here",
-    "logit_cap": "it is soft_cap here",
-    "segment_ids": "give a plan: plan(mask & SameSegment(), Tokens(position, segment))",
-    "logits_soft_cap": "it is soft_cap here",
-    "softcap": "it is soft_cap here",
-    "sm_scale": "it is scale here",
-    "softmax_scale": "it is scale here",
-    "implementation": "it is backend here: " + ", ".join(BACKENDS),
-}
-"""What other libraries call an option -> what it is here."""
-
-
-def _no_option(name: str) -> str:
-    remedy = REMEDIES.get(name, "its options are scale, soft_cap, sinks, backend and return_lse")
-    return f"attention has no option {name!r}: {remedy}"
 
 
 @dataclass(frozen=True)
@@ -222,14 +197,13 @@ def check_without_tokens(mask: Mask, queries: int, keys: int):
     Raises:
       ValueError: it reads segments; or positions of queries, and there are more keys than queries, or fewer.
     """
-    reads = fields_read(mask)
-    if reads & {"q.segment", "k.segment"}:
+    if reads_segments(mask):
         raise ValueError(
             f"{mask!r} reads the segments of tokens, and there are none here, so packed documents would see "
             "each other: make a plan of the tokens, plan(mask, Tokens.packed([300, 212])) or "
             "plan(mask, Tokens(position, segment)), and give it in place of the mask"
         )
-    if "q.position" in reads and queries != keys:
+    if queries != keys and "q.position" in fields_read(mask):
         start = f"Tokens.sequence({queries}), Tokens.sequence({keys})"
         end = f"Tokens.sequence({queries}, start={keys - queries}), Tokens.sequence({keys})"
         raise ValueError(

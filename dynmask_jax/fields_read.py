@@ -24,6 +24,11 @@ def fields_read(mask: Mask) -> frozenset[str]:
     return _fields_read(structure, tuple(map(_kind, leaves)))
 
 
+def reads_segments(mask: Mask) -> bool:
+    """Whether the mask reads the document of a query or a key."""
+    return not fields_read(mask).isdisjoint({"q.segment", "k.segment"})
+
+
 def _kind(leaf):
     """A scalar like the leaf, or one value of a per-head leaf."""
     if isinstance(leaf, bool | int | float):

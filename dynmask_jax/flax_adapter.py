@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dynmask_jax.array_typing import Array, Float, Int
 from dynmask_jax.dispatch import attention
 from dynmask_jax.errors import Unsupported
-from dynmask_jax.fields_read import fields_read
+from dynmask_jax.fields_read import reads_segments
 from dynmask_jax.masks import Causal, Mask, SameSegment
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.tokens import Tokens
@@ -52,7 +52,7 @@ def head_shape(
 
 def check_reads_no_segments(mask: Mask):
     """Refuses a mask for which Flax's layers, which pass on no tokens, would take all for one."""
-    if fields_read(mask) & {"q.segment", "k.segment"}:
+    if reads_segments(mask):
         raise ValueError(
             f"attention_fn: {mask!r} reads segments, and Flax's layers pass on none: packed documents would "
             "see each other: give a plan, plan(mask, Tokens.packed([300, 212])), to the layers of "

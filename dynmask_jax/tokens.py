@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dynmask_jax.array_typing import fits_int32, is_boolean, is_concrete, pytree
+from dynmask_jax.array_typing import fits_int32, is_concrete, pytree
 from dynmask_jax.spans import Span
 
 
@@ -46,7 +46,8 @@ class Tokens:
             raise ValueError(
                 f"position and segment must have one shape, got {position.shape} and {segment.shape}"
             )
-        if is_concrete(segment) and segment.size and (least := int(segment.min())) < 0:
+        given = self.segment is not None and is_concrete(segment) and segment.size
+        if given and (least := int(segment.min())) < 0:
             raise ValueError(f"segment must count documents from 1, with 0 for padding, got {least}")
         object.__setattr__(self, "position", position)
         object.__setattr__(self, "segment", segment)
@@ -111,11 +112,8 @@ def _length(value) -> int:
 def _whole(name: str, values):
     dtype = jnp.result_type(values) if hasattr(values, "dtype") else np.asarray(values).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
-        remedy = (
-            ": a mask of padding is .astype(int)"
-            if is_boolean(np.zeros((), dtype)) and name == "segment"
-            else ""
-        )
+        padding = name == "segment" and dtype == np.dtype(bool)
+        remedy = ": a mask of padding is .astype(int)" if padding else ""
         raise TypeError(f"{name} must hold integers, got {dtype}{remedy}")
     if is_concrete(values) and np.size(values) and not fits_int32(values):
         raise ValueError(f"{name} must fit int32, got {np.min(values)} … {np.max(values)}")

@@ -33,6 +33,7 @@ from dynmask_jax.backends.tpu_tile import (
     by_code,
     check_kernel_mask,
     dot,
+    hidden,
     keep_tokens,
     lane_sums,
     widened,
@@ -71,8 +72,7 @@ def _kernel(active, mask, tokens, line, column, out, state, *, tile):
         return tile.hide(logits, mask, head, (state.tokens[...], tokens[1][...]))
 
     def add(hide):
-        logits = tile.logits(dot(q[...], k[...], 1, 1))
-        _add(state, logits if hide is None else hide(logits), v[...])
+        _add(state, hidden(tile.logits(dot(q[...], k[...], 1, 1)), hide), v[...])
 
     by_code(code, add, hide)
 

@@ -24,7 +24,7 @@ from dynmask_jax.backends.tpu_grid import (
     sweep,
     token_blocks,
 )
-from dynmask_jax.backends.tpu_tile import LOG2E, Tile, by_code, dot, in_lanes, keep_tokens, widened
+from dynmask_jax.backends.tpu_tile import LOG2E, Tile, by_code, dot, hidden, in_lanes, keep_tokens, widened
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
@@ -79,8 +79,7 @@ def _query_kernel(active, mask, tokens, line, column, out, state, *, tile):
     def add(hide):
         logits = tile.logits(dot(q[...], k[...], 1, 1))  # [bq, bk]
         width = logits.shape[1]
-        shown = logits if hide is None else hide(logits)
-        weights = jnp.exp2(shown - widened(state.level[...], width))
+        weights = jnp.exp2(hidden(logits, hide) - widened(state.level[...], width))
         d_weights = dot(d_out[...], v[...], 1, 1)
         d_logits = weights * (d_weights - widened(state.delta[...], width))
         d_products = _of_shown(tile.slope(logits, d_logits), weights, hide)
@@ -136,7 +135,7 @@ def _key_kernel(active, mask, tokens, line, column, out, state, *, tile, group):
 
     def add(hide):
         logits = tile.logits(dot(k[...], q[...], 1, 1))  # [bk, bq]
-        weights = jnp.exp2((logits if hide is None else hide(logits)) - shared[:1])
+        weights = jnp.exp2(hidden(logits, hide) - shared[:1])
         state.dv[...] += dot(weights.astype(d_out.dtype), d_out[...], 1, 0)
         d_logits = weights * (dot(v[...], d_out[...], 1, 1) - shared[1:])
         d_products = _of_shown(tile.slope(logits, d_logits), weights, hide)

@@ -154,6 +154,11 @@ def by_code(code, add, hide):
     pl.when(code == TEST)(lambda: add(hide))
 
 
+def hidden(logits, hide):
+    """The logits, −inf where `hide` hides a pair; None hides nothing."""
+    return logits if hide is None else hide(logits)
+
+
 def keep_tokens(kept, tokens):
     """At a line's first block: its position and segment, upright, for as long as it lasts."""
     for field in range(2):

@@ -12,7 +12,7 @@ import dynmask_jax
 ROOT = Path(__file__).parents[2]
 LIBRARY, TRAINER = ROOT / "dynmask_jax", ROOT / "train"
 FLOORS = [
-    {"array_typing", "errors", "platforms", "vma"},
+    {"array_typing", "errors", "foreign_options", "platforms", "vma"},
     {"verdicts"},
     {"schedules", "spans", "online_softmax", "scores", "rotary", "finite"},
     {"context.arcs", "context.layouts", "context.machines", "context.torus"},

@@ -32,6 +32,7 @@ MAGIC = [
 """How files begin that are not read -> why, and what to do."""
 PARQUET = "it is Parquet: save it as JSON lines, or as a dataset (Hugging Face datasets, save_to_disk)"
 POINTER = b"version https://git-lfs.github.com/spec/"
+GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
 HEAD = 1 << 16  # bytes that are looked at
 
@@ -69,7 +70,7 @@ def kind_of(path: Path, named: bool) -> tuple[Kind | None, str | None]:
     name = name.removesuffix(".gz")
     if name.endswith(tuple(TABLES)):
         return "table", None
-    if opens_gzip(path):
+    if head.startswith(GZIP):
         try:
             head = _unzipped(path)
         except (EOFError, OSError, zlib.error):  # the reader of records says so, with the place
@@ -93,7 +94,7 @@ def separator(path: Path) -> str:
 def opens_gzip(path: Path) -> bool:
     """Whether the file is compressed with gzip, whatever its name says."""
     with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        return file.read(len(GZIP)) == GZIP
 
 
 def _unzipped(path: Path) -> bytes:

@@ -1,20 +1,16 @@
 """Sources in, records out: each text, or document and summary, with its file and line."""
 
 import codecs
-import csv
-import gzip
-import io
-import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from train.config.run import TaskName
 from train.data.columns import columns_of
-from train.data.file_kinds import BOM, LINES, opens_gzip, separator
+from train.data.file_kinds import LINES
+from train.data.row_files import DAMAGED, Fields, damaged, lines, opened, table_rows
 from train.data.sources import Source
 from train.data.tasks import TASKS
 
@@ -83,9 +79,9 @@ def records(
         if source.kind == "none":
             yield Malformed(source.path, None, source.reason or "", asked_for=source.named)
         elif source.kind == "lines":
-            yield from _records(source, _lines(source.path), task, columns)
+            yield from _records(source, lines(source.path), task, columns)
         elif source.kind == "table":
-            yield from _records(source, _rows(source.path), task, columns)
+            yield from _records(source, table_rows(source.path), task, columns)
         elif source.kind == "dataset":
             yield from _dataset(source.path, task, columns)
         elif task is not None and (needs := TASKS[task].needs):
@@ -99,20 +95,13 @@ def records(
             yield from _text(source)
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb") if opens_gzip(path) else path.open("rb"))
-
-
-DAMAGED = EOFError, gzip.BadGzipFile, zlib.error
-
-
 def _text(source: Source) -> Iterator[TextRecord | Malformed]:
     """The file as one document, in parts that end with a line where it is large."""
     if (malformed := _not_text(source.path)) is not None:
         yield replace(malformed, asked_for=source.named)
         return
     decoder, rest, part = codecs.getincrementaldecoder("utf-8-sig")(), "", 0
-    with _opened(source.path) as file:
+    with opened(source.path) as file:
         while block := file.read(PART):
             text = rest + decoder.decode(block)
             line_end = text.rfind("\n") + 1 if len(block) == PART else 0
@@ -127,7 +116,7 @@ def _text(source: Source) -> Iterator[TextRecord | Malformed]:
 def _not_text(path: Path) -> Malformed | None:
     """Why a file is not text, or None."""
     decoder, line, empty = codecs.getincrementaldecoder("utf-8-sig")(), 1, True
-    with _opened(path) as file:
+    with opened(path) as file:
         while True:
             try:
                 block = file.read(PART)
@@ -135,7 +124,7 @@ def _not_text(path: Path) -> Malformed | None:
             except UnicodeDecodeError as error:
                 return Malformed(path, line + _newlines(error), f"it is not UTF-8 text ({error.reason})")
             except DAMAGED as error:
-                return Malformed(path, None, _damaged(error))
+                return Malformed(path, None, damaged(error))
             if "\0" in text:
                 before = text[: text.index("\0")].count("\n")
                 return Malformed(path, line + before, "it is not text: it has a null byte")
@@ -146,13 +135,6 @@ def _not_text(path: Path) -> Malformed | None:
 
 def _newlines(error: UnicodeDecodeError) -> int:
     return bytes(error.object[: error.start]).count(b"\n")
-
-
-def _damaged(error: Exception) -> str:
-    return f"the gzip file is damaged or cut off here, the rest is lost ({error})"
-
-
-Fields = dict[str, Any]
 
 
 def _records(
@@ -183,71 +165,6 @@ def _records(
 def _promised(source: Source) -> bool:
     """Whether the file is asked to hold texts: by its name, or by that of its kind."""
     return source.named or source.path.name.lower().endswith(LINES)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Fields | str]]:
-    """The object on each line of a file, or why it is none; blank lines are left out."""
-    for number, line in _numbered(path):
-        if isinstance(line, str):
-            yield number, line
-        elif line.strip():
-            yield number, _object(line)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Fields | str]]:
-    """The fields of each row of a table, by the names in its first line; numbered by their last lines."""
-    csv.field_size_limit(2**31 - 1)  # documents are long; the library's own limit is 128 KiB
-    with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        parted = separator(path)
-        # Tabs part columns that quotes do not: "Hello" is then a word of the text.
-        quoting = csv.QUOTE_NONE if parted == "\t" else csv.QUOTE_MINIMAL
-        reader = csv.DictReader(text, delimiter=parted, strict=True, quoting=quoting)
-        while True:
-            line = reader.line_num + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                lost = "; a quote is open, and the rest is lost" if "end of data" in str(error) else ""
-                yield line, f"it is no row of a table ({error}){lost}"
-                continue
-            except (UnicodeDecodeError, *DAMAGED) as error:
-                yield reader.line_num + 1, f"the rest of the file cannot be read ({error})"
-                return
-            extra = fields.pop(None, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
-            missing = [name for name, value in fields.items() if value is None]
-            if extra or missing:
-                yield (
-                    reader.line_num,
-                    f"it has not the {len(reader.fieldnames or ())} columns of the first line",
-                )
-            else:
-                yield reader.line_num, dict(fields)
-
-
-def _numbered(path: Path) -> Iterator[tuple[int, bytes | str]]:
-    number = 0
-    with _opened(path) as file:
-        try:
-            for line in file:
-                number += 1
-                yield number, line.removeprefix(BOM) if number == 1 else line
-        except DAMAGED as error:
-            yield number + 1, _damaged(error)
-
-
-def _object(line: bytes) -> dict[str, Any] | str:
-    """A line's fields, or why it has none."""
-    try:
-        value = json.loads(line.decode("utf-8").strip())
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 text ({error.reason} at byte {error.start + 1})"
-    except json.JSONDecodeError as error:
-        return f"it is not JSON ({error.msg}, letter {error.colno})"
-    except (ValueError, RecursionError) as error:
-        return f"it is not JSON ({error})"
-    return value if isinstance(value, dict) else f"it is not a JSON object but {type(value).__name__}"
 
 
 def _record(

@@ -9,7 +9,7 @@ retrieves the whole number.
 import itertools
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import flax.nnx as nnx
 import jax
@@ -20,6 +20,7 @@ from dynmask_jax import Tokens
 from train.config.run import Run
 from train.data.batch import Batch
 from train.data.corpus import Corpus
+from train.data.rows import ByteCount
 from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer
 from train.parallel.feed import place_batch
@@ -137,11 +138,11 @@ def _rows(corpus: Corpus, run: Run) -> Iterator[Batch]:
                 )
             around, cut = np.take(hay, range(start, start + room), mode="wrap"), round(depth * room)
             tokens = np.concatenate([around[:cut], needle, around[cut:], tail]).astype(np.int32)
-            row = _row(tokens, answer=len(asked.answer), after=len(tail) if ends else None)
-            yield replace(row, target_bytes=corpus.tokenizer.target_bytes(row.inputs, row.targets))
+            byte_count = corpus.tokenizer.target_bytes
+            yield _row(tokens, byte_count, answer=len(asked.answer), after=len(tail) if ends else None)
 
 
-def _row(tokens: np.ndarray, *, answer: int, after: int | None) -> Batch:
+def _row(tokens: np.ndarray, byte_count: ByteCount, *, answer: int, after: int | None) -> Batch:
     """The row that reads all but the last token; the loss is on the answer's, the last ones.
 
     `after` is the tokens from a document's end on: its first stands at the row's length, as in the
@@ -156,7 +157,7 @@ def _row(tokens: np.ndarray, *, answer: int, after: int | None) -> Batch:
         positions=context if after is None else context + after - 1,
         segments=np.ones(length, np.int32),
         context=context,
-        target_bytes=np.zeros_like(context),
+        target_bytes=byte_count(tokens[:-1], tokens[1:]),
     )
 
 

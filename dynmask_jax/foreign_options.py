@@ -1,0 +1,31 @@
+"""What other libraries' attention takes as options, and what it is here."""
+
+from collections.abc import Iterable
+
+REMEDIES = {
+    "is_causal": "give the mask Causal(), or & Causal()",
+    "mask": "the mask is the fourth argument, an expression such as Causal() & Window(512)",
+    "bias": "there is none: jax.nn.dot_product_attention adds a bias to the logits",
+    "dropout_rate": "attention weights are never formed here, so none is dropped: drop out what follows",
+    "local_window_size": "give the mask Window(n), which counts the query's own token",
+    "window_size": "give the mask Window(n), which counts the query's own token",
+    "attn_mask": "the mask is the fourth argument, an expression such as Causal() & Window(512)",
+    "block_mask": "the fourth argument is a mask's expression, or a plan, which has its blocks",
+    "key_padding_mask": "padding is segment 0: plan(mask & SameSegment(), Tokens(position, segment))",
+    "enable_gqa": "it is so wherever k has fewer heads than q",
+    "s_aux": "it is sinks here",
+    "logit_cap": "it is soft_cap here",
+    "segment_ids": "give a plan: plan(mask & SameSegment(), Tokens(position, segment))",
+    "logits_soft_cap": "it is soft_cap here",
+    "softcap": "it is soft_cap here",
+    "sm_scale": "it is scale here",
+    "softmax_scale": "it is scale here",
+    "implementation": "it is backend here: {backends}",
+}
+"""What other libraries call an option -> what it is here."""
+
+
+def no_option(name: str, backends: Iterable[str]) -> str:
+    """The message for an option that `attention` has not."""
+    remedy = REMEDIES.get(name, "its options are scale, soft_cap, sinks, backend and return_lse")
+    return f"attention has no option {name!r}: {remedy.format(backends=', '.join(backends))}"
