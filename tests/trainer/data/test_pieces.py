@@ -18,77 +18,82 @@ def spelled(tokenizer, text: str) -> bytes:
     return b"".join(tokenizer.pieces[id] for id in tokenizer.encode([text])[0])
 
 
+def trained(model, trainer, **parts) -> Tokenizer:
+    """A tokenizer with these parts, trained on the text."""
+    library = Tokenizer(model)
+    for part, value in parts.items():
+        setattr(library, part, value)
+    library.train_from_iterator([TEXT] * 9, trainer)
+    return library
+
+
+def bpe(vocabulary: int = 90, **options) -> tuple[models.BPE, trainers.BpeTrainer]:
+    """An untrained BPE, and its trainer."""
+    special = {"special_tokens": ["<unk>", "</s>"], "vocab_size": vocabulary, "show_progress": False}
+    return models.BPE(unk_token="<unk>", **options), trainers.BpeTrainer(**special, **options)
+
+
+def metaspace() -> Tokenizer:
+    return trained(*bpe(), pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace())
+
+
+def wordpiece() -> Tokenizer:
+    options = {"special_tokens": ["[UNK]", "[EOS]"], "vocab_size": 90, "show_progress": False}
+    return trained(
+        models.WordPiece(unk_token="[UNK]"),
+        trainers.WordPieceTrainer(**options),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(),
+    )
+
+
+def suffix() -> Tokenizer:
+    spaces = pre_tokenizers.WhitespaceSplit()
+    return trained(*bpe(end_of_word_suffix="</w>"), pre_tokenizer=spaces, decoder=decoders.BPEDecoder())
+
+
+def clip() -> Tokenizer:
+    """Bytes, with a suffix: as CLIP's."""
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    return trained(
+        *bpe(120, end_of_word_suffix="</w>"),
+        pre_tokenizer=pre_tokenizers.Sequence(steps),
+        decoder=decoders.ByteLevel(),
+    )
+
+
+def unigram() -> Tokenizer:
+    special = {"special_tokens": ["<unk>", "</s>"], "unk_token": "<unk>"}
+    return trained(
+        models.Unigram(),
+        trainers.UnigramTrainer(**special, vocab_size=60, show_progress=False),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+        decoder=decoders.Metaspace(),
+    )
+
+
+def replace() -> Tokenizer:
+    return trained(*bpe(), normalizer=normalizers.Replace(" ", "▁"), decoder=decoders.Replace("▁", " "))
+
+
+def fallback() -> Tokenizer:
+    """As Llama's: letters by name, other bytes as <0x..>, spaces by a normalizer."""
+    letters = {"<unk>": 0, "</s>": 1, "▁": 2, "c": 3, "a": 4, "t": 5}
+    vocabulary = letters | {f"<0x{byte:02X}>": byte + len(letters) for byte in range(256)}
+    library = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    library.normalizer = normalizers.Replace(" ", "▁")
+    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+    library.decoder = decoders.Sequence([*steps])
+    return library
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizers")
     (folder / "x.txt").write_text(TEXT * 9, encoding="utf-8")
     train_bpe([str(folder / "x.txt")], 300, {}, folder / "bytes.json")
-
-    def save(name: str, model, trainer, **parts):
-        library = Tokenizer(model)
-        for part, value in parts.items():
-            setattr(library, part, value)
-        library.train_from_iterator([TEXT] * 9, trainer)
-        library.save(str(folder / f"{name}.json"))
-
-    quiet = {"show_progress": False}
-    save(
-        "metaspace",
-        models.BPE(unk_token="<unk>"),
-        trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=90, **quiet),
-        pre_tokenizer=pre_tokenizers.Metaspace(),
-        decoder=decoders.Metaspace(),
-    )
-    save(
-        "wordpiece",
-        models.WordPiece(unk_token="[UNK]"),
-        trainers.WordPieceTrainer(special_tokens=["[UNK]", "[EOS]"], vocab_size=90, **quiet),
-        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
-        decoder=decoders.WordPiece(),
-    )
-    save(
-        "suffix",
-        models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"),
-        trainers.BpeTrainer(
-            special_tokens=["<unk>", "</s>"], end_of_word_suffix="</w>", vocab_size=90, **quiet
-        ),
-        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
-        decoder=decoders.BPEDecoder(),
-    )
-    save(
-        "unigram",
-        models.Unigram(),
-        trainers.UnigramTrainer(special_tokens=["<unk>", "</s>"], unk_token="<unk>", vocab_size=60, **quiet),
-        pre_tokenizer=pre_tokenizers.Metaspace(),
-        decoder=decoders.Metaspace(),
-    )
-    save(
-        "clip",
-        models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"),
-        trainers.BpeTrainer(
-            special_tokens=["<unk>", "</s>"], end_of_word_suffix="</w>", vocab_size=120, **quiet
-        ),
-        pre_tokenizer=pre_tokenizers.Sequence(
-            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        ),
-        decoder=decoders.ByteLevel(),
-    )
-    save(
-        "replace",
-        models.BPE(unk_token="<unk>"),
-        trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=90, **quiet),
-        normalizer=normalizers.Replace(" ", "▁"),
-        decoder=decoders.Replace("▁", " "),
-    )
-    # As Llama's: letters by name, other bytes as <0x..>, spaces by a normalizer.
-    letters = {"<unk>": 0, "</s>": 1, "▁": 2, "c": 3, "a": 4, "t": 5}
-    vocabulary = letters | {f"<0x{byte:02X}>": byte + len(letters) for byte in range(256)}
-    library = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    library.normalizer = normalizers.Replace(" ", "▁")
-    library.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    library.save(str(folder / "fallback.json"))
+    for make in (metaspace, wordpiece, suffix, clip, unigram, replace, fallback):
+        make().save(str(folder / f"{make.__name__}.json"))
     return folder
 
 
