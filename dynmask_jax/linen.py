@@ -6,7 +6,8 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from dynmask_jax.array_typing import Array, Float
-from dynmask_jax.dispatch import as_plan, attention
+from dynmask_jax.calls import as_plan
+from dynmask_jax.dispatch import attention
 from dynmask_jax.flax_adapter import attend_for_flax, check_reads_no_segments, head_shape
 from dynmask_jax.mask_algebra import Mask, check_mask
 from dynmask_jax.plans import Plan

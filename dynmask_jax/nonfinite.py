@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float
+from dynmask_jax.block_codes import TEST, over_blocks
 from dynmask_jax.finite import bad_rows
-from dynmask_jax.plans import TEST, Plan, over_blocks, tiles_of
+from dynmask_jax.plans import Plan, tiles_of
 from dynmask_jax.vma import vary_like
 
 

@@ -6,21 +6,21 @@ queries and block of keys it holds a code: *skip* (no pair is visible), *full* (
 `Span`s: O(Tb·Sb) work, never O(T·S).
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
+from dynmask_jax.block_codes import FULL, SKIP, TEST, over_blocks, picture
 from dynmask_jax.mask_algebra import Mask, by_head, check_mask, evaluate, head_count, visible_pairs
 from dynmask_jax.platforms import defaults_of
+from dynmask_jax.sharding import over_rows
 from dynmask_jax.spans import Span
 from dynmask_jax.tokens import Tokens, check_tokens
 from dynmask_jax.vma import vary_like
-
-SKIP, TEST, FULL = 0, 1, 2
 
 
 def default_blocks(platform: str | None = None) -> tuple[int, int]:
@@ -87,6 +87,22 @@ class Plan:
             return self.visible_pairs() / (float(self.rows) * t * s)
         return self.visible_pairs() / final.visible_pairs()
 
+    def __and__(self, mask: Mask) -> "Plan":
+        """The plan of `self.mask & mask` on the same tokens and blocks: for a local layer, say.
+
+        Raises:
+          TypeError: the mask is something else.
+
+        >>> print(plan(Causal(), Tokens.sequence(12), block_q=4, block_k=4) & Window(4))
+        12 queries x 12 keys in blocks of 4 x 4: 29.2% of pairs visible, 44.4% of blocks skipped
+        +..
+        ++.
+        .++
+        """
+        check_mask(mask)
+        head_count(self.mask & mask)  # refuses leaves that do not fit together
+        return _narrowed(self, mask)
+
     def __str__(self) -> str:
         return _text(self)
 
@@ -136,12 +152,26 @@ def plan(
 @functools.partial(jax.jit, static_argnames=("block_q", "block_k"))
 def _plan(mask, q_tokens, kv_tokens, *, block_q, block_k):
     q_tokens, kv_tokens = _same_rows(q_tokens, kv_tokens)
+    codes = over_rows(functools.partial(_codes_of, blocks=(block_q, block_k)), mask, q_tokens, kv_tokens)
+    return Plan(mask, q_tokens, kv_tokens, codes, block_q, block_k)
+
+
+@jax.jit
+def _narrowed(plan: Plan, mask: Mask) -> Plan:
+    blocks = plan.block_q, plan.block_k
+    codes = over_rows(functools.partial(_codes_of, blocks=blocks), mask, plan.q_tokens, plan.kv_tokens)
+    # Of two codes the lesser: skip where either skips, full where both are.
+    codes = jnp.minimum(plan.codes, codes)
+    return dataclasses.replace(plan, mask=plan.mask & mask, codes=codes)
+
+
+def _codes_of(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, *, blocks: tuple[int, int]):
+    block_q, block_k = blocks
     codes = _codes(mask, _block_spans(q_tokens, block_q), _block_spans(kv_tokens, block_k))
     whole_q = jnp.arange(codes.shape[1]) < q_tokens.shape[1] // block_q
     whole_k = jnp.arange(codes.shape[2]) < kv_tokens.shape[1] // block_k
     # A ragged last block has no pair at its padding: it is tested, never full.
-    codes = jnp.where(whole_q[:, None] & whole_k[None, :], codes, jnp.minimum(codes, TEST))
-    return Plan(mask, q_tokens, kv_tokens, codes, block_q, block_k)
+    return jnp.where(whole_q[:, None] & whole_k[None, :], codes, jnp.minimum(codes, TEST))
 
 
 def _block_size(name: str, size: int, length: int) -> int:
@@ -184,26 +214,6 @@ def _codes(mask: Mask, q: Tokens, k: Tokens) -> Int[Array, "R Tb Sb"]:
     return jnp.where(every, FULL, jnp.where(some, TEST, SKIP)).astype(jnp.int8)
 
 
-def over_blocks(codes: Int[Array, " blocks"], code: int, add: Callable, start):
-    """Folds `add(block, result) -> result` over the blocks of one line that have this code, in order.
-
-    One line is a row or a column of a plan's codes. Blocks of other codes cost nothing but a look at
-    the line, which is cheap beside a block of attention: lists of the active blocks, made beforehand,
-    took ten times as long to make as the codes themselves (383 ms against 30 at a million tokens).
-    """
-    place = jnp.arange(codes.shape[0], dtype=jnp.int32)
-
-    def first(least):
-        return jnp.min(jnp.where((codes == code) & (place >= least), place, codes.shape[0]))
-
-    def body(state):
-        block, result = state
-        return first(block + 1), add(block, result)
-
-    start = vary_like(start, codes)
-    return jax.lax.while_loop(lambda state: state[0] < codes.shape[0], body, (first(0), start))[1]
-
-
 @pytree
 class Tiles:
     """A plan's tokens cut into blocks, so that a loop takes each with one slice. Made by `tiles_of`.
@@ -243,6 +253,13 @@ def tiles_of(plan: Plan) -> Tiles:
 
 @jax.jit
 def _count_visible(plan: Plan) -> Float[Array, ""]:
+    def of_rows(mask, q_tokens, kv_tokens, codes):
+        return _count_in_rows(Plan(mask, q_tokens, kv_tokens, codes, plan.block_q, plan.block_k))
+
+    return over_rows(of_rows, plan.mask, plan.q_tokens, plan.kv_tokens, plan.codes).sum()
+
+
+def _count_in_rows(plan: Plan) -> Float[Array, " R"]:
     heads, tiles = head_count(plan.mask) or 1, tiles_of(plan)
 
     def row_of_blocks(at):
@@ -256,7 +273,8 @@ def _count_visible(plan: Plan) -> Float[Array, ""]:
         nothing = vary_like(jnp.float32(0.0), tiles)
         return full + over_blocks(line, TEST, add, nothing) / heads
 
-    return jax.lax.map(row_of_blocks, jnp.arange(plan.rows * plan.codes.shape[1], dtype=jnp.int32)).sum()
+    counts = jax.lax.map(row_of_blocks, jnp.arange(plan.rows * plan.codes.shape[1], dtype=jnp.int32))
+    return counts.reshape(plan.rows, -1).sum(axis=1)
 
 
 def _text(plan: Plan) -> str:
@@ -269,14 +287,4 @@ def _text(plan: Plan) -> str:
         f"{rows}{t:,} queries x {s:,} keys in blocks of {plan.block_q} x {plan.block_k}: "
         f"{float(plan.exposure()):.1%} of pairs visible, {(codes == SKIP).mean():.1%} of blocks skipped"
     )
-    picture = ["".join(".+#"[code] for code in line) for line in _shrunk(codes[0])]
-    return "\n".join([header, *picture])
-
-
-def _shrunk(codes, most: int = 64):
-    """At most 64 x 64 cells; a cell that stands for several blocks is skip or full where all are."""
-    for axis in (0, 1):
-        groups = np.array_split(codes, min(most, codes.shape[axis]), axis=axis)
-        low, high = (np.stack([f(g, axis=axis) for g in groups], axis=axis) for f in (np.min, np.max))
-        codes = np.where(low == high, low, TEST)
-    return codes
+    return "\n".join([header, *picture(codes[0])])

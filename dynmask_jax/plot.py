@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from dynmask_jax.array_typing import is_traced
+from dynmask_jax.block_codes import FULL, SKIP
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.mask_algebra import Mask, head_count, mask_tensor
-from dynmask_jax.plans import FULL, SKIP, Plan, plan
+from dynmask_jax.plans import Plan, plan
 from dynmask_jax.plot_cells import (
     BLOCK_COLOURS,
     MASK_COLOURS,

@@ -5,8 +5,8 @@ import functools
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree, static
+from dynmask_jax.block_codes import FULL, TEST, over_blocks
 from dynmask_jax.finite import bad_rows, emptied
-from dynmask_jax.plans import FULL, TEST, over_blocks
 
 
 @pytree

@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dynmask_jax.array_typing import Array, Float, Int, pytree
+from dynmask_jax.block_codes import SKIP, TEST
 from dynmask_jax.mask_algebra import Mask
-from dynmask_jax.plans import SKIP, TEST, Plan, blocks_of
+from dynmask_jax.plans import Plan, blocks_of
 from dynmask_jax.tokens import Tokens
 from dynmask_jax.vma import shape_like
 

@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, is_boolean
 from dynmask_jax.backends.tpu_grid import LANES
+from dynmask_jax.block_codes import FULL, TEST
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.mask_algebra import Mask, evaluate, visible_pairs
-from dynmask_jax.plans import FULL, TEST, Plan
+from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 from dynmask_jax.tokens import Tokens
 

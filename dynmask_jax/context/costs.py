@@ -17,7 +17,7 @@ import numpy as np
 
 from dynmask_jax.context.arcs import shortest_arcs
 from dynmask_jax.context.machines import BACKWARD, FORWARD, Heads, Machine
-from dynmask_jax.context.partitioning import STRATEGIES
+from dynmask_jax.partitioning import STRATEGIES
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,21 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, sum_dtype
+from dynmask_jax.calls import as_plan
 from dynmask_jax.context.all_gather import attend_to_gathered
-from dynmask_jax.context.partitioning import STRATEGIES, Partitioning, Strategy
 from dynmask_jax.context.ring import arcs, attend_on_ring
 from dynmask_jax.context.sequence_axis import SequenceAxis
 from dynmask_jax.context.ulysses import attend_by_heads
-from dynmask_jax.dispatch import BACKENDS, as_plan, attend, attention, checked, with_sinks
+from dynmask_jax.dispatch import BACKENDS, attend, attention, checked, with_sinks
+from dynmask_jax.find_partitioning import HEAD_AXES, ROW_AXES
 from dynmask_jax.finite import bad_rows
 from dynmask_jax.mask_algebra import head_count
 from dynmask_jax.nonfinite import marked, sees
+from dynmask_jax.partitioning import STRATEGIES, Partitioning, Strategy
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 from dynmask_jax.vma import agreed, vary_like
 
-ROWS, HEADS = ("data", "fsdp"), "tensor"  # taken where no axes are named, if the mesh has them
 OPTIONS = frozenset(["scale", "soft_cap", "sinks", "backend", "return_lse"])
 WITH_OWN_QUERIES = {"ring": attend_on_ring, "all_gather": attend_to_gathered}
 
@@ -60,7 +61,7 @@ def context_parallel(
 
     Args:
       attention: `dynmask_jax.attention`, or a `functools.partial` of it with options.
-      mesh: the devices, its axes Auto. All of them are used by hand in here (`jax.shard_map`), as kernels
+      mesh: the devices, its axes Auto or Explicit. All of them are used by hand in here (`jax.shard_map`), as kernels
         need it.
       axis: the mesh axis that partitions sequences, of queries and of keys.
       strategy:
@@ -69,12 +70,13 @@ def context_parallel(
         "ulysses": each device gets the whole sequence of some heads. Least to move for long windows, but
         query heads and key heads must be multiples of the devices: with grouped queries (K < N) no
         more devices than key heads.
-      batch_axes: the mesh axes that partition rows; by default those of "data" and "fsdp" that the mesh has.
-      head_axis: the mesh axis that partitions heads; by default "tensor", if the mesh has it.
+      batch_axes: the mesh axes that partition rows; by default those of the usual names (`ROW_AXES` in
+        `find_partitioning`: "data", "fsdp", …).
+      head_axis: the mesh axis that partitions heads; by default one of the usual names (`HEAD_AXES`: "tensor", …).
 
     Raises:
       TypeError: the attention is another function, or the mesh no mesh.
-      ValueError: a mesh whose axes are not Auto; an axis that it does not have, or one that is named
+      ValueError: a mesh with Manual axes, as inside `jax.shard_map`; an axis that it does not have, or one that is named
         twice; another strategy.
 
     >>> auto = (jax.sharding.AxisType.Auto,)
@@ -85,26 +87,25 @@ def context_parallel(
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
-    if set(mesh.axis_types) != {AxisType.Auto}:
-        raise ValueError(
-            f"the mesh's axes must be Auto, got {mesh.axis_types}: jax.make_mesh(…, axis_types="
-            f"(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}); in newer JAX Explicit is the default"
-        )
+    if AxisType.Manual in mesh.axis_types:
+        raise ValueError(f"the mesh's axes must be Auto or Explicit, got {mesh.axis_types}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     if isinstance(batch_axes, str):
         batch_axes = (batch_axes,)
+    others = [name for name in mesh.axis_names if name != axis]
     if batch_axes is None:
-        batch_axes = tuple(name for name in ROWS if name in mesh.axis_names and name != axis)
-    if head_axis is None and HEADS in mesh.axis_names and axis != HEADS:
-        head_axis = HEADS
-    named = (axis, *batch_axes, *([] if head_axis is None else [head_axis]))
+        batch_axes = tuple(name for name in others if name in ROW_AXES)
+    if head_axis is None:
+        head_axis = next((name for name in others if name in HEAD_AXES), None)
+    head_axes = () if head_axis is None else (head_axis,)
+    named = (axis, *batch_axes, *head_axes)
     for name in named:
         if name not in mesh.axis_names:
             raise ValueError(f"the mesh has no axis {name!r}; its axes are {', '.join(mesh.axis_names)}")
         if named.count(name) > 1:
             raise ValueError(f"the mesh's axis {name!r} is named for two axes of the arrays")
-    partitioning = Partitioning(mesh, axis, strategy, tuple(batch_axes), head_axis)
+    partitioning = Partitioning(mesh, tuple(batch_axes), head_axes, axis, strategy)
     return ContextParallel(partitioning, _options_of(attention))
 
 
@@ -192,14 +193,14 @@ def _attend(q, k, v, sinks, plan: Plan, *, partitioning: Partitioning, backend: 
             return attend(q, k, v, None, own, backend=backend, scores=scores)
         if partitioning.strategy == "ulysses":
             return attend_by_heads(partitioning, backend, scores, own, (q, k, v))
-        axis, mesh_axes = partitioning.axis, partitioning.mesh.axis_names
+        axis, mesh_axes = partitioning.sequence_axis, partitioning.mesh.axis_names
         sequence = SequenceAxis(axis, partitioning.devices, BACKENDS[backend], scores, mesh_axes)
         out, lse = WITH_OWN_QUERIES[partitioning.strategy](sequence, q, k, v, own)
         return marked(q, out, lse, _sees_bad(sequence, q, bad_rows(k) | bad_rows(v), own))
 
     arrays = partitioning.arrays
     out, lse = partitioning.over_devices(
-        on_device, plan, (q, k, v), (arrays, arrays), check_vma=BACKENDS[backend].check_vma
+        on_device, plan, (q, k, v), (arrays,) * 3, (arrays, arrays), check_vma=BACKENDS[backend].check_vma
     )
     return with_sinks(out, lse, sinks)
 
@@ -216,17 +217,17 @@ def _sees_bad(sequence: SequenceAxis, q, bad: Bool[Array, "B S K"], own: Plan) -
 
 @functools.partial(jax.jit, static_argnames="partitioning")
 def _visible_pairs(plan: Plan, *, partitioning: Partitioning):
-    by_heads = head_count(plan.mask) is not None and partitioning.head_axis is not None
+    by_heads = head_count(plan.mask) is not None and partitioning.head_axes
 
     def on_device(own: Plan):
         pairs = own.visible_pairs()
         if by_heads:
-            pairs = lax.pmean(pairs, partitioning.head_axis)
+            pairs = lax.pmean(pairs, partitioning.head_axes)
         return lax.psum(pairs, (partitioning.axis, *(partitioning.batch_axes if plan.rows > 1 else ())))
 
     # Each device counts the pairs of its own queries, whatever the strategy of attention.
     own_queries = replace(partitioning, strategy="ring")
-    return own_queries.over_devices(on_device, plan, (), PartitionSpec())
+    return own_queries.over_devices(on_device, plan, (), (), PartitionSpec())
 
 
 @functools.partial(jax.jit, static_argnames="partitioning")
@@ -243,8 +244,8 @@ def _travel(q, k, plan: Plan, *, partitioning: Partitioning) -> Travel:
         return Travel(jnp.int32(2), jnp.float32((n - 1) / n * (2 * queries + 2 * keys + lse)))
 
     def on_device(own: Plan):
-        ahead, behind = arcs(own, partitioning.axis, partitioning.mesh.axis_names, n)
+        ahead, behind = arcs(own, partitioning.sequence_axis, partitioning.mesh.axis_names, n)
         return ahead + behind
 
-    hops = partitioning.over_devices(on_device, plan, (), PartitionSpec())
+    hops = partitioning.over_devices(on_device, plan, (), (), PartitionSpec())
     return Travel(hops, hops.astype(jnp.float32) * (2 * keys))

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Int, sum_dtype
+from dynmask_jax.block_codes import SKIP
 from dynmask_jax.context.arcs import shortest_arcs
 from dynmask_jax.context.sequence_axis import SequenceAxis, with_gradients
 from dynmask_jax.online_softmax import Partial, merge, normalize
-from dynmask_jax.plans import SKIP, Plan, plan
+from dynmask_jax.plans import Plan, plan
 from dynmask_jax.vma import agreed, vary_like
 
 AHEAD, BEHIND = 1, -1

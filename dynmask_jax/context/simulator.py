@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Int
+from dynmask_jax.block_codes import SKIP
 from dynmask_jax.context.costs import Attended, Cost, cost
 from dynmask_jax.context.layouts import LAYOUTS, check_length, default_stripe, fits, lay_out, layout_order
 from dynmask_jax.context.machines import V5P, Heads, Machine
-from dynmask_jax.context.partitioning import STRATEGIES
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.mask_algebra import Mask
-from dynmask_jax.plans import SKIP, blocks_of, plan
+from dynmask_jax.partitioning import STRATEGIES
+from dynmask_jax.plans import blocks_of, plan
 from dynmask_jax.tokens import Tokens
 
 EVEN = 1.15

@@ -11,8 +11,8 @@ import dataclasses
 import jax
 from jax import lax
 
-from dynmask_jax.context.partitioning import Partitioning
 from dynmask_jax.dispatch import attend
+from dynmask_jax.partitioning import Partitioning
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 

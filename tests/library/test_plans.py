@@ -19,7 +19,8 @@ from dynmask_jax import (
     mask_tensor,
     plan,
 )
-from dynmask_jax.plans import FULL, SKIP, TEST, default_blocks, over_blocks
+from dynmask_jax.block_codes import FULL, SKIP, TEST, over_blocks
+from dynmask_jax.plans import default_blocks
 
 SHAPE = SHAPES["ragged"]
 

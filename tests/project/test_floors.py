@@ -12,8 +12,8 @@ import dynmask_jax
 ROOT = Path(__file__).parents[2]
 LIBRARY, TRAINER = ROOT / "dynmask_jax", ROOT / "train"
 FLOORS = [
-    {"array_typing", "errors", "foreign_options", "platforms", "vma"},
-    {"verdicts"},
+    {"array_typing", "errors", "foreign_options", "platforms", "sharding", "vma"},
+    {"block_codes", "verdicts"},
     {"schedules", "spans", "online_softmax", "scores", "rotary", "finite"},
     {"context.arcs", "context.layouts", "context.machines", "context.torus"},
     {"tokens", "hashes", "leaves"},
@@ -25,8 +25,10 @@ FLOORS = [
     {"backends.xla_backward", "backends.tpu_backward"},
     {"backends.xla", "backends.tpu"},
     {"backends.xla_wide"},
-    {"dispatch", "plot_cells"},
-    {"flax_adapter", "context.partitioning", "context.sequence_axis"},
+    {"calls", "partitioning", "plot_cells"},
+    {"find_partitioning"},
+    {"dispatch"},
+    {"flax_adapter", "context.sequence_axis"},
     {"context.all_gather", "context.costs", "context.ring", "context.ulysses"},
     {"context.parallel", "context.simulator"},
     {"nnx", "linen", "plot"},

@@ -7,7 +7,7 @@ validations advance a curriculum of pace "loss".
 from dataclasses import dataclass
 from typing import Literal
 
-from dynmask_jax.context.partitioning import Strategy
+from dynmask_jax.partitioning import Strategy
 from train.config.checks import above_zero, at_least, one_of
 
 LayoutChoice = Literal["auto", "contiguous", "zigzag", "striped"]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dynmask_jax import Plan, attention
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.context.parallel import ContextParallel, Travel, context_parallel
-from dynmask_jax.context.partitioning import Strategy
+from dynmask_jax.partitioning import Strategy
 from train.config import operation
 from train.parallel.mesh import ROWS, TOKENS, is_sharded, make_mesh, one_device_mesh, parts_of
 

@@ -9,7 +9,7 @@ from slow import mostly
 
 from dynmask_jax import Predicate, Tokens, Unsupported, attention, plan
 from dynmask_jax.backends import tpu_grid
-from dynmask_jax.plans import FULL, SKIP, TEST
+from dynmask_jax.block_codes import FULL, SKIP, TEST
 from tests.library.test_attention import assert_backend_is_dense
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dynmask_jax import H100, V5P, Heads, Machine
 from dynmask_jax.context.costs import Attended, arcs, cost
-from dynmask_jax.context.partitioning import STRATEGIES
+from dynmask_jax.partitioning import STRATEGIES
 
 HEADS = Heads(query=8, key=4, dim=16, dtype=jnp.bfloat16)
 TOKENS = 10

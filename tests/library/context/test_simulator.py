@@ -30,9 +30,9 @@ from dynmask_jax import (
     plan,
     reveal,
 )
-from dynmask_jax.context.partitioning import STRATEGIES
 from dynmask_jax.context.simulator import Balance
 from dynmask_jax.curricula import Order
+from dynmask_jax.partitioning import STRATEGIES
 
 DEVICES = 64
 BLOCK = 8
