@@ -36,7 +36,7 @@ def check_without_tokens(mask: Mask, queries: int, keys: int):
     """Refuses a mask that needs to be told more of queries and keys than their numbers.
 
     Raises:
-      ValueError: it reads segments; or positions of queries, and there are more keys than queries, or fewer.
+      ValueError: it reads segments; or as `check_positions` says.
     """
     if reads_segments(mask):
         raise ValueError(
@@ -44,6 +44,15 @@ def check_without_tokens(mask: Mask, queries: int, keys: int):
             "each other: make a plan of the tokens, plan(mask, Tokens.packed([300, 212])) or "
             "plan(mask, Tokens(position, segment)), and give it in place of the mask"
         )
+    check_positions(mask, queries, keys)
+
+
+def check_positions(mask: Mask, queries: int, keys: int):
+    """Refuses a mask for which it must be said where the queries stand among the keys.
+
+    Raises:
+      ValueError: it reads positions of queries, and there are more keys than queries, or fewer.
+    """
     if queries != keys and "q.position" in fields_read(mask):
         start = f"Tokens.sequence({queries}), Tokens.sequence({keys})"
         end = f"Tokens.sequence({queries}, start={keys - queries}), Tokens.sequence({keys})"

@@ -1,17 +1,21 @@
 """What the NNX and the Linen layers have in common; it needs no Flax itself."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from dynmask_jax.array_typing import Array, Float, Int
-from dynmask_jax.dispatch import attention
+from dynmask_jax.array_typing import Array, Bool, Float, pytree
+from dynmask_jax.calls import check_positions
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.fields_read import reads_segments
-from dynmask_jax.masks import Causal, Mask, SameSegment
+from dynmask_jax.mask_algebra import Mask
+from dynmask_jax.masks import Causal
 from dynmask_jax.plans import Plan, plan
 from dynmask_jax.tokens import Tokens
 
@@ -50,47 +54,89 @@ def head_shape(
     return num_kv_heads, features // num_heads if head_dim is None else head_dim
 
 
-def check_reads_no_segments(mask: Mask):
-    """Refuses a mask for which Flax's layers, which pass on no tokens, would take all for one."""
-    if reads_segments(mask):
-        raise ValueError(
-            f"attention_fn: {mask!r} reads segments, and Flax's layers pass on none: packed documents would "
-            "see each other: give a plan, plan(mask, Tokens.packed([300, 212])), to the layers of "
-            "dynmask_jax.nnx or dynmask_jax.linen, or to linen.attention_fn"
-        )
+@dataclass(frozen=True)
+class Computation:
+    """What computes attention for a Flax layer, and in which blocks. Made by `computation`.
+
+    Attributes:
+      attention: what computes it, with the signature of `dynmask_jax.attention`.
+      block_q, block_k: tokens in a block of plans that are made here; None for the default.
+    """
+
+    attention: Callable
+    block_q: int | None
+    block_k: int | None
+
+    def plan(self, mask: Mask, q_tokens: Tokens, kv_tokens: Tokens) -> Plan:
+        """The mask's plan, in these blocks."""
+        return plan(mask, q_tokens, kv_tokens, block_q=self.block_q, block_k=self.block_k)
+
+
+def computation(
+    attention: Callable, backend: str | None, block_q: int | None, block_k: int | None
+) -> Computation:
+    """The options of both `attention_fn`, as one.
+
+    Raises:
+      TypeError: the attention cannot be called.
+    """
+    if not callable(attention):
+        raise TypeError(f"attention must be a function like dynmask_jax.attention, got {attention!r}")
+    if backend is not None:
+        attention = functools.partial(attention, backend=backend)
+    return Computation(attention, block_q, block_k)
+
+
+@pytree
+class Shown(Mask):
+    """Keys that are no padding: their segment is not 0."""
+
+    def visible(self, q, k):
+        return k.segment > 0
 
 
 def attend_for_flax(
     original: Callable,
-    query: Float[Array, "*B T N H"],
-    key: Float[Array, "*B S K H"],
-    value: Float[Array, "*B S K H"],
+    how: Computation,
+    qkv: tuple,
     mask_or_plan: Mask | Plan,
+    told: tuple[Tokens, Tokens] | None,
     options: Mapping[str, Any],
 ) -> Float[Array, "*B T N H"]:
     """Attention for a Flax layer, with the keyword arguments that Flax passes to `original`.
 
-    A mask array is taken for a single query only, as Flax makes one to decode with a cache: the last
-    key that it shows is the query's own place, and keys that it hides stay hidden. So a row that hides the
-    query's own key, as padding does, is read as if the query stood at the last key that it shows.
+    Args:
+      original: Flax's own function, whose options are known.
+      how: what computes it.
+      qkv: query `[*B, T, N, H]`, key and value `[*B, S, K, H]`.
+      mask_or_plan: what is visible.
+      told: the tokens of queries and keys, where they were told.
+      options: what Flax passes. Its `mask` may be
+        - an array over keys `[*B, 1, 1, S]`, as of padding: keys that it hides stay hidden;
+        - the same for a single query, as Flax makes one to decode with a cache: the last key that it shows
+          is the query's own place. So a row that hides the query's own key, as padding does, is read as if
+          the query stood at the last key that it shows;
+        - `Tokens`, of queries and keys alike, or a `Plan`, which `mask_or_plan` narrows.
 
     Raises:
       Unsupported: an option that would change the result and that we have not, by name.
+      ValueError: tokens are needed, and were not told; or other ones were.
     """
     _refuse(original, options)
     if (dtype := options.get("dtype")) is not None:
-        query, key, value = (x.astype(dtype) for x in (query, key, value))
+        qkv = tuple(x.astype(dtype) for x in qkv)
     if options.get("is_causal"):
-        if isinstance(mask_or_plan, Plan):
-            raise Unsupported("attention_fn cannot add is_causal to a plan: make the plan with & Causal()")
         mask_or_plan = mask_or_plan & Causal()
-    batch = query.shape[:-3]
-    query, key, value = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
-    if options.get("mask") is not None:
-        shown = _shown_to_one_query(options["mask"], batch, query.shape[1], key.shape[1])
-        mask_or_plan = _decoding_plan(mask_or_plan, shown)
-    out = attention(query, key, value, mask_or_plan)
-    return out.reshape(*batch, *out.shape[1:])
+    batch = qkv[0].shape[:-3]
+    query, key, value = (_one_batch_axis(x, batch, 3) for x in qkv)
+    call = _Call(how, batch, query.shape[1], key.shape[1])
+    the_plan = call.plan(mask_or_plan, told, options.get("mask"))
+    out = how.attention(query, key, value, the_plan)
+    return out if len(batch) == 1 else out.reshape(*batch, *out.shape[1:])
+
+
+def _one_batch_axis(x: Array, batch: tuple[int, ...], rest: int) -> Array:
+    return x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-rest:])
 
 
 def _refuse(original: Callable, options: Mapping[str, Any]):
@@ -104,21 +150,95 @@ def _refuse(original: Callable, options: Mapping[str, Any]):
             raise Unsupported(f"attention_fn does not support {name}={value!r}")
 
 
-def _shown_to_one_query(mask, batch, queries: int, keys: int) -> Int[Array, "B S"]:
-    if queries > 1:
-        raise Unsupported(
-            "attention_fn takes a mask array for one query (decoding) only; for more, give it a mask "
-            "expression: attention_fn(Causal() & ...)"
-        )
-    if mask.shape[-3:] != (1, 1, keys):
-        raise Unsupported(f"attention_fn takes one mask for all heads, [..., 1, 1, {keys}], got {mask.shape}")
-    return jnp.broadcast_to(mask.astype(bool), (*batch, 1, 1, keys)).reshape(-1, keys)
+@dataclass(frozen=True)
+class _Call:
+    """One call of a Flax layer: what computes it, its batch axes, T and S."""
+
+    how: Computation
+    batch: tuple[int, ...]
+    queries: int
+    keys: int
+
+    def plan(self, mask_or_plan: Mask | Plan, told: tuple[Tokens, Tokens] | None, given) -> Plan:
+        """The plan for what the layer was given as its mask: nothing, an array, tokens or a plan."""
+        if isinstance(given, Plan):
+            if isinstance(mask_or_plan, Plan):
+                raise Unsupported(
+                    "attention_fn has a plan already, and takes no second one as the layer's mask"
+                )
+            return given & mask_or_plan
+        if isinstance(given, Tokens):
+            tokens = self._by_rows(given)
+            told, given = (tokens, tokens), None
+        shown = None if given is None else self._shown(given)
+        if isinstance(mask_or_plan, Plan):
+            the_plan = mask_or_plan
+        else:
+            tokens = self._checked(told) if told is not None else self._tokens(mask_or_plan, shown)
+            the_plan = self.how.plan(mask_or_plan, *tokens)
+        return the_plan if shown is None else _without_hidden(the_plan, shown)
+
+    def _by_rows(self, tokens: Tokens) -> Tokens:
+        """The tokens `[T]` or `[*B, T]` that came as a mask, with one batch axis."""
+        if len(tokens.shape) == 1:
+            return tokens
+        if tokens.shape[:-1] != self.batch:
+            raise ValueError(
+                f"tokens as a mask must have shape {(*self.batch, self.keys)} or ({self.keys},), got "
+                f"{tokens.shape}"
+            )
+        return jax.tree.map(lambda field: _one_batch_axis(field, self.batch, 1), tokens)
+
+    def _checked(self, told: tuple[Tokens, Tokens]) -> tuple[Tokens, Tokens]:
+        lengths = tuple(tokens.shape[-1] for tokens in told)
+        if lengths != (self.queries, self.keys):
+            raise ValueError(
+                f"attention_fn was told of {lengths[0]} queries and {lengths[1]} keys, got {self.queries} "
+                f"and {self.keys}: set_tokens(model, tokens) for each batch, and set_tokens(model, None) "
+                "before decoding"
+            )
+        return told
+
+    def _tokens(self, mask: Mask, shown: Bool[Array, "B S"] | None) -> tuple[Tokens, Tokens]:
+        """Queries and keys where none were told: at 0, 1, …, and of one document that `shown` pads."""
+        if shown is None:
+            if reads_segments(mask):
+                raise ValueError(
+                    f"attention_fn: {mask!r} reads segments, and none were told, so packed documents would "
+                    "see each other: in NNX call set_tokens(model, Tokens(position, segment)) for each batch; "
+                    "in both, give Tokens as the layer's mask, or a plan"
+                )
+            check_positions(mask, self.queries, self.keys)
+            return Tokens.sequence(self.queries), Tokens.sequence(self.keys)
+        place = jnp.broadcast_to(jnp.arange(self.keys, dtype=jnp.int32), shown.shape)
+        keys = Tokens(place, shown.astype(jnp.int32))
+        if self.queries == 1:
+            return Tokens(jnp.max(jnp.where(shown, place, 0), axis=1, keepdims=True)), keys
+        if reads_segments(mask) and self.queries == self.keys:
+            return keys, keys
+        check_positions(mask, self.queries, self.keys)
+        return Tokens.sequence(self.queries), keys
+
+    def _shown(self, mask) -> Bool[Array, "B S"]:
+        """Which keys an array over keys shows."""
+        mask = jnp.asarray(mask)
+        if mask.ndim < 3 or mask.shape[-3:] != (1, 1, self.keys):
+            raise Unsupported(
+                f"attention_fn takes a mask array over keys alone, [batch, 1, 1, {self.keys}], as of "
+                f"padding, got {mask.shape}: give what it says of pairs as an expression, which skips blocks. "
+                "make_causal_mask is attention_fn(Causal()), combine_masks is &, and a mask of equal segments "
+                "is SameSegment(), with Tokens(position, segment) as the layer's mask or by set_tokens"
+            )
+        return jnp.broadcast_to(mask.astype(bool), (*self.batch, 1, 1, self.keys)).reshape(-1, self.keys)
 
 
-def _decoding_plan(mask_or_plan: Mask | Plan, shown) -> Plan:
-    if isinstance(mask_or_plan, Plan):
-        raise Unsupported("attention_fn decodes with a mask or a curriculum, not with a plan")
-    place = jnp.arange(shown.shape[1], dtype=jnp.int32)
-    cursor = jnp.max(jnp.where(shown, place[None, :], 0), axis=1, keepdims=True)
-    keys = Tokens(jnp.broadcast_to(place, shown.shape), shown.astype(jnp.int32))
-    return plan(mask_or_plan & SameSegment(), Tokens(cursor), keys)
+def _without_hidden(the_plan: Plan, shown: Bool[Array, "B S"]) -> Plan:
+    """The plan, its keys that are not shown turned into padding, which nobody sees."""
+    kv_tokens = the_plan.kv_tokens
+    segment = jnp.where(shown, kv_tokens.segment, 0)
+    rows = segment.shape[0]
+    position = jnp.broadcast_to(kv_tokens.position, segment.shape)
+    q_tokens = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, x.shape[1])), the_plan.q_tokens)
+    codes = jnp.broadcast_to(the_plan.codes, (rows, *the_plan.codes.shape[1:]))
+    # Codes of before: a block to skip stays one, and a full one is tested where Shown says so.
+    return replace(the_plan, q_tokens=q_tokens, kv_tokens=Tokens(position, segment), codes=codes) & Shown()

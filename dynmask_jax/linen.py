@@ -8,7 +8,7 @@ import flax.linen as nn
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.calls import as_plan
 from dynmask_jax.dispatch import attention
-from dynmask_jax.flax_adapter import attend_for_flax, check_reads_no_segments, head_shape
+from dynmask_jax.flax_adapter import attend_for_flax, computation, head_shape
 from dynmask_jax.mask_algebra import Mask, check_mask
 from dynmask_jax.plans import Plan
 from dynmask_jax.rotary import rotary
@@ -54,18 +54,33 @@ class Attention(nn.Module):
         )
 
 
-def attention_fn(mask_or_plan: Mask | Plan) -> Callable:
+def attention_fn(
+    mask_or_plan: Mask | Plan,
+    *,
+    attention: Callable = attention,
+    backend: str | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> Callable:
     """An `attention_fn` for `nn.MultiHeadDotProductAttention`, under a mask or a plan.
+
+    Args:
+      mask_or_plan: a `Plan`, which knows the batch's tokens, or a `Mask`.
+      attention: what computes it: `functools.partial(attention, soft_cap=50.0)`, a `context_parallel`.
+      backend: its backend.
+      block_q, block_k: tokens in a block of the plans that are made here, for a mask.
 
     Linen is functional, so the step is an argument: inside a module's `__call__`, make it anew with
     `attention_fn(curriculum(step))`; traced steps are fine, and a whole curriculum is one compilation.
 
+    What a layer is given as its `mask` narrows that: a padding mask `[batch, 1, 1, keys]` hides keys, `Tokens`
+    say positions and segments, and a `Plan` is narrowed by a mask. Mask arrays of pairs are refused.
+
     Raises:
-      TypeError: neither a mask nor a plan.
-      ValueError: a mask that reads segments, which only a plan has; or, when called with other numbers of
-        queries and keys, a mask that reads positions.
-      Unsupported: when called with dropout, a bias, a mask array for several queries, sown weights,
-        or a precision.
+      TypeError: neither a mask nor a plan; or attention that cannot be called.
+      ValueError: blocks for a plan, which has its own; when called, a mask that reads segments and no tokens,
+        or other ones; other numbers of queries and keys and a mask that reads positions.
+      Unsupported: when called with dropout, a bias, a mask array of pairs, sown weights, or a precision.
 
     >>> layer = nn.MultiHeadDotProductAttention(
     ...     num_heads=2, attention_fn=attention_fn(Causal() & Window(4)))
@@ -74,10 +89,17 @@ def attention_fn(mask_or_plan: Mask | Plan) -> Callable:
     """
     if not isinstance(mask_or_plan, Plan):
         check_mask(mask_or_plan, "attention_fn needs a mask or a plan")
-        check_reads_no_segments(mask_or_plan)
+    elif block_q is not None or block_k is not None:
+        raise ValueError(
+            f"block_q and block_k are for a mask: the plan has blocks of {mask_or_plan.block_q} x "
+            f"{mask_or_plan.block_k}"
+        )
+    how = computation(attention, backend, block_q, block_k)
 
     def attend(query, key, value, **options):
-        return attend_for_flax(nn.dot_product_attention, query, key, value, mask_or_plan, options)
+        return attend_for_flax(
+            nn.dot_product_attention, how, (query, key, value), mask_or_plan, None, options
+        )
 
     # Linen passes on only what the signature names, and would silently keep the mask to itself.
     attend.__signature__ = inspect.signature(nn.dot_product_attention)  # pyright: ignore

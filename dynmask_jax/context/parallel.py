@@ -61,8 +61,8 @@ def context_parallel(
 
     Args:
       attention: `dynmask_jax.attention`, or a `functools.partial` of it with options.
-      mesh: the devices, its axes Auto or Explicit. All of them are used by hand in here (`jax.shard_map`), as kernels
-        need it.
+      mesh: the devices, its axes Auto or Explicit. All of them are used by hand in here (`jax.shard_map`), as
+        kernels need it.
       axis: the mesh axis that partitions sequences, of queries and of keys.
       strategy:
         "ring": keys go from device to device as far as the mask shows them, beside the computation.
@@ -72,12 +72,13 @@ def context_parallel(
         more devices than key heads.
       batch_axes: the mesh axes that partition rows; by default those of the usual names (`ROW_AXES` in
         `find_partitioning`: "data", "fsdp", …).
-      head_axis: the mesh axis that partitions heads; by default one of the usual names (`HEAD_AXES`: "tensor", …).
+      head_axis: the mesh axis that partitions heads; by default one of the usual names (`HEAD_AXES`:
+        "tensor", …).
 
     Raises:
       TypeError: the attention is another function, or the mesh no mesh.
-      ValueError: a mesh with Manual axes, as inside `jax.shard_map`; an axis that it does not have, or one that is named
-        twice; another strategy.
+      ValueError: a mesh with Manual axes, as inside `jax.shard_map`; an axis that it does not have, or one that
+        is named twice; another strategy.
 
     >>> auto = (jax.sharding.AxisType.Auto,)
     >>> mesh = jax.make_mesh((2,), ("context",), axis_types=auto, devices=jax.devices()[:2])

@@ -265,7 +265,7 @@ def test_is_causal_and_more_batch_axes():
             {"rngs": nnx.Rngs(0)},
             "no dropout, got dropout_rate=0.5",
         ),
-        ({}, {"mask": jnp.ones((2, 1, LENGTH, LENGTH))}, "give it a mask expression"),
+        ({}, {"mask": jnp.ones((2, 1, LENGTH, LENGTH))}, "takes a mask array over keys alone"),
         ({}, {"sow_weights": True}, "sow_weights must be False"),
         ({"precision": "highest"}, {}, "does not support precision='highest'"),
     ],
@@ -278,19 +278,10 @@ def test_what_flax_asks_and_we_have_not_is_refused(options, call, words):
 
 def test_linen_does_not_keep_the_mask_to_itself():
     layer = nn.MultiHeadDotProductAttention(HEADS, attention_fn=our_linen.attention_fn(Causal()))
-    with pytest.raises(Unsupported, match="give it a mask expression"):
+    with pytest.raises(Unsupported, match="takes a mask array over keys alone"):
         layer.init(jax.random.key(0), inputs(), mask=jnp.ones((2, 1, LENGTH, LENGTH)))
     with pytest.raises(Unsupported, match="sow_weights"):
         layer.init(jax.random.key(0), inputs(), sow_weights=True)
-
-
-def test_a_plan_cannot_become_causal_or_decode_afterwards():
-    attend = our_linen.attention_fn(plan(Window(3), Tokens.sequence(1), Tokens.sequence(LENGTH)))
-    x = inputs().reshape(2, LENGTH, HEADS, -1)
-    with pytest.raises(Unsupported, match="cannot add is_causal to a plan"):
-        attend(x[:, :1], x, x, is_causal=True)
-    with pytest.raises(Unsupported, match="decodes with a mask or a curriculum, not with a plan"):
-        attend(x[:, :1], x, x, mask=jnp.ones((2, 1, 1, LENGTH)))
 
 
 def test_dropout_is_fine_where_it_is_off():
@@ -316,6 +307,17 @@ def test_an_unreadable_mask_warns_inside_a_layer_too():
             lambda: twins(num_heads=5),
             ValueError,
             r"num_heads must divide features \(32\), got 5; or give head_dim",
+        ),
+        (lambda: our_nnx.attention_fn(Causal(), attention=3), TypeError, "attention must be a function like"),
+        (
+            lambda: our_linen.attention_fn(Causal(), attention=3),
+            TypeError,
+            "attention must be a function like",
+        ),
+        (
+            lambda: our_linen.attention_fn(plan(Causal(), Tokens.sequence(8)), block_q=4),
+            ValueError,
+            "block_q and block_k are for a mask: the plan has blocks of 8 x 8",
         ),
         (lambda: our_nnx.attention_fn(3), TypeError, "needs a curriculum or a mask, got int"),
         (lambda: our_linen.attention_fn(CURRICULUM), TypeError, r"curriculum\(step\)"),
@@ -491,8 +493,6 @@ def test_one_mask_has_no_state_beside_the_parameters():
             r"this one gives a number: .* attention_fn\(growing_window\(schedule\)\)",
         ),
         (lambda step: (Causal(), step), TypeError, "this one gives tuple"),
-        (Causal() & SameSegment(), ValueError, "Flax's layers pass on none"),
-        (growing_window(linear(1, 8, 5), base=SameSegment()), ValueError, "Flax's layers pass on none"),
         (None, TypeError, r"got NoneType; .* Everything\(\)"),
     ],
 )
@@ -508,12 +508,6 @@ def test_a_curriculum_of_pythons_conditions_works_outside_jit():
         our_nnx.set_step(model, step)
         outs.append(model(inputs()))
     assert not np.allclose(*outs)
-
-
-def test_linens_attention_fn_refuses_segments_without_a_plan():
-    with pytest.raises(ValueError, match="Flax's layers pass on none"):
-        our_linen.attention_fn(SameSegment())
-    our_linen.attention_fn(plan(SameSegment(), Tokens.packed([3, 5])))
 
 
 def test_a_query_whose_own_key_is_hidden_while_it_decodes_sees_the_others():

@@ -213,7 +213,7 @@ REFUSED = {
     "tokens": (
         {"spec": P("fsdp", "tp")},
         {},
-        "q partitions tokens over the mesh axis 'tp': .*context_parallel\\(attention, mesh=mesh, axis='tp'\\)",
+        r"q partitions tokens over the mesh axis 'tp': .*context_parallel\(attention, mesh=mesh, axis='tp'\)",
     ),
     "head_dim": (
         {"spec": P("fsdp", None, None, "tp")},
@@ -250,10 +250,10 @@ def test_what_cannot_be_partitioned_is_refused_with_the_remedy(name):
 
 
 def test_a_sharding_needs_a_mesh_and_a_spec():
-    with pytest.raises(ValueError, match="there is no mesh: jax.set_mesh, or a NamedSharding"):
+    with pytest.raises(ValueError, match=r"there is no mesh: jax\.set_mesh, or a NamedSharding"):
         attention(*arrays(), Causal(), sharding=P("x"))
     with pytest.raises(
-        TypeError, match="sharding must be a PartitionSpec or a NamedSharding of q.*got tuple"
+        TypeError, match=r"sharding must be a PartitionSpec or a NamedSharding of q.*got tuple"
     ):
         attention(*arrays(), Causal(), sharding=("x",))
     mesh = MESHES["auto_told"][0]

@@ -31,7 +31,8 @@ FLOORS = [
     {"flax_adapter", "context.sequence_axis"},
     {"context.all_gather", "context.costs", "context.ring", "context.ulysses"},
     {"context.parallel", "context.simulator"},
-    {"nnx", "linen", "plot"},
+    {"nnx_attention_fn", "linen", "plot"},
+    {"nnx"},
     {"__init__"},
 ]
 """The library's files, by their dotted names."""
