@@ -205,8 +205,8 @@ class _Call:
             if reads_segments(mask):
                 raise ValueError(
                     f"attention_fn: {mask!r} reads segments, and none were told, so packed documents would "
-                    "see each other: in NNX call set_tokens(model, Tokens(position, segment)) for each batch; "
-                    "in both, give Tokens as the layer's mask, or a plan"
+                    "see each other: call set_tokens(model, Tokens(position, segment)) for each batch of an "
+                    "NNX model, or give the layer Tokens or a plan as its mask"
                 )
             check_positions(mask, self.queries, self.keys)
             return Tokens.sequence(self.queries), Tokens.sequence(self.keys)
@@ -225,9 +225,9 @@ class _Call:
         if mask.ndim < 3 or mask.shape[-3:] != (1, 1, self.keys):
             raise Unsupported(
                 f"attention_fn takes a mask array over keys alone, [batch, 1, 1, {self.keys}], as of "
-                f"padding, got {mask.shape}: give what it says of pairs as an expression, which skips blocks. "
-                "make_causal_mask is attention_fn(Causal()), combine_masks is &, and a mask of equal segments "
-                "is SameSegment(), with Tokens(position, segment) as the layer's mask or by set_tokens"
+                f"padding, got {mask.shape}: write what it says of pairs as an expression, by which blocks "
+                "are skipped. make_causal_mask is attention_fn(Causal()), combine_masks is &, and a mask of "
+                "equal segments is SameSegment(), with Tokens(position, segment) as the layer's mask"
             )
         return jnp.broadcast_to(mask.astype(bool), (*self.batch, 1, 1, self.keys)).reshape(-1, self.keys)
 

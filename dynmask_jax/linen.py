@@ -73,8 +73,8 @@ def attention_fn(
     Linen is functional, so the step is an argument: inside a module's `__call__`, make it anew with
     `attention_fn(curriculum(step))`; traced steps are fine, and a whole curriculum is one compilation.
 
-    What a layer is given as its `mask` narrows that: a padding mask `[batch, 1, 1, keys]` hides keys, `Tokens`
-    say positions and segments, and a `Plan` is narrowed by a mask. Mask arrays of pairs are refused.
+    What a layer is given as its `mask` narrows that: a padding mask `[batch, 1, 1, keys]` hides keys, and
+    `Tokens` say positions and segments. A `Plan` is narrowed by the mask. Mask arrays of pairs are refused.
 
     Raises:
       TypeError: neither a mask nor a plan; or attention that cannot be called.

@@ -77,8 +77,8 @@ def context_parallel(
 
     Raises:
       TypeError: the attention is another function, or the mesh no mesh.
-      ValueError: a mesh with Manual axes, as inside `jax.shard_map`; an axis that it does not have, or one that
-        is named twice; another strategy.
+      ValueError: a mesh with Manual axes, as inside `jax.shard_map`; an axis that it does not have, or one
+        that is named twice; another strategy.
 
     >>> auto = (jax.sharding.AxisType.Auto,)
     >>> mesh = jax.make_mesh((2,), ("context",), axis_types=auto, devices=jax.devices()[:2])
