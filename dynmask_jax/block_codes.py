@@ -1,5 +1,7 @@
 """The codes of a plan's blocks: what they mean, a loop over those of one code, and their picture."""
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -12,8 +14,8 @@ from dynmask_jax.vma import vary_like
 SKIP, TEST, FULL = 0, 1, 2
 
 
-def over_blocks(codes: Int[Array, " blocks"], code: int, add: Callable, start):
-    """Folds `add(block, result) -> result` over the blocks of one line that have this code, in order.
+def over_blocks(codes: Int[Array, " blocks"], wanted: tuple[int, ...], add: Callable, start):
+    """Folds `add(block, result) -> result` over the blocks of one line with a wanted code, in order.
 
     One line is a row or a column of a plan's codes. Blocks of other codes cost nothing but a look at
     the line, which is cheap beside a block of attention: lists of the active blocks, made beforehand,
@@ -22,7 +24,9 @@ def over_blocks(codes: Int[Array, " blocks"], code: int, add: Callable, start):
     place = jnp.arange(codes.shape[0], dtype=jnp.int32)
 
     def first(least):
-        return jnp.min(jnp.where((codes == code) & (place >= least), place, codes.shape[0]))
+        left = jnp.where(place >= least, codes, -1)
+        found = functools.reduce(operator.or_, (left == code for code in wanted))
+        return jnp.min(jnp.where(found, place, codes.shape[0]))
 
     def body(state):
         block, result = state

@@ -181,9 +181,9 @@ def attend(q, k, v, sinks, the_plan: Plan, *, backend: str, scores: Scores):
     """`(out, lse)` of arguments that have been checked."""
     # One type for all: inside shard_map a gradient must vary over the same axes as its array.
     q, k, v = vary_like((q, k, v), q, k, v, the_plan)
-    out, lse = keep_nonfinite_apart(
-        functools.partial(BACKENDS[backend].attend, plan=the_plan, scores=scores), q, k, v, the_plan
-    )
+    how = BACKENDS[backend]
+    computed = functools.partial(how.attend, plan=the_plan, scores=scores)
+    out, lse = keep_nonfinite_apart(computed, q, k, v, the_plan, marks_bad=how.marks_bad)
     return with_sinks(out, lse, sinks)
 
 

@@ -8,7 +8,7 @@ from dynmask_jax.array_typing import Array, Bool, Float
 def bad_rows(rows: Float[Array, "*shape H"]) -> Bool[Array, "*shape"]:
     """Which rows hold anything that is not finite."""
     # Not by their greatest number: XLA's maximum on a CPU loses NaN in rows of eight float32 and more.
-    return ~jnp.isfinite(rows).all(axis=-1)
+    return (~jnp.isfinite(rows)).any(axis=-1)
 
 
 def emptied(rows: Float[Array, "*shape H"], bad: Bool[Array, "*shape"]) -> Float[Array, "*shape H"]:

@@ -1,8 +1,9 @@
 """Keeps a NaN or an infinity to those who may see it, whichever backend computes.
 
-A hidden pair has weight 0, but 0 · NaN is NaN: inside a matrix product one bad key would reach every
-query of its block. So backends take bad rows for zeros (the XLA loops where they copy a block anyway:
-copies of whole arrays are memory, and time), and the queries that see one are marked afterwards.
+A hidden pair has weight 0, but 0 · NaN is NaN: inside a matrix product one bad value would reach every
+query of its block. So backends take bad rows for zeros, and the queries that see one are marked afterwards.
+The XLA loops take them so where they copy a block anyway (copies of whole arrays are memory, and time), and
+mark queries as they go, by a key of NaN: a second loop over blocks was a fifth of what a layer compiles.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float
-from dynmask_jax.block_codes import TEST, over_blocks
+from dynmask_jax.block_codes import FULL, TEST, over_blocks
 from dynmask_jax.finite import bad_rows
+from dynmask_jax.indexing import at
 from dynmask_jax.plans import Plan, tiles_of
 from dynmask_jax.vma import vary_like
 
@@ -23,15 +25,20 @@ def keep_nonfinite_apart(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     plan: Plan,
+    *,
+    marks_bad: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """`attend(q, k, v)`, which takes bad rows for zeros, with what is not finite contained.
+
+    `marks_bad`: whether queries that see a bad key or value come out of it as NaN.
 
     A query that is not finite, or sees a key or value that is not, gets NaN as its out, its lse and
     its gradient, and adds nothing to the gradients of keys. A query that sees nothing passes nothing
     on, whatever it holds and whatever gradient it is handed.
     """
     out, lse = attend(q, k, v)
-    return marked(q, out, lse, sees(plan, bad_rows(k) | bad_rows(v), q.shape[:3]))
+    sees_bad = jnp.isnan(lse) if marks_bad else sees(plan, bad_rows(k) | bad_rows(v), q.shape[:3])
+    return marked(q, out, lse, sees_bad)
 
 
 def marked(
@@ -63,8 +70,8 @@ def _sees_by_tile(plan, keys, shape):
     keys = jnp.repeat(keys, heads // keys.shape[2], axis=2).swapaxes(1, 2)
     keys = jnp.pad(keys, ((0, 0), (0, 0), (0, -keys.shape[2] % plan.block_k)))
 
-    def query_block(at):
-        b, i = at // query_blocks, at % query_blocks
+    def query_block(number):
+        b, i = jnp.divmod(number, query_blocks)
         row = b if plan.rows > 1 else 0
 
         def look(j, seen):
@@ -73,8 +80,7 @@ def _sees_by_tile(plan, keys, shape):
             return seen | (visible & marked[:, None, :]).any(axis=-1)
 
         nothing = vary_like(jnp.zeros((heads, plan.block_q), dtype=bool), tiles, keys)
-        active = jnp.minimum(plan.codes[row, i], TEST)
-        return over_blocks(active, TEST, look, nothing)
+        return over_blocks(at(plan.codes, row, i), (TEST, FULL), look, nothing)
 
     seen = lax.map(query_block, jnp.arange(batch * query_blocks, dtype=jnp.int32))
     return seen.swapaxes(1, 2).reshape(batch, -1, heads)[:, :length]

@@ -4,6 +4,7 @@ Reference: Milakov & Gimelshein 2018, arXiv:1805.02867; as attention, Rabe & Sta
 arXiv:2112.05682.
 """
 
+from collections.abc import Callable
 from typing import overload
 
 import jax.numpy as jnp
@@ -65,6 +66,25 @@ def merge(a, b):
     return Partial(weighted, peak, a.total * scale_a + b.total * scale_b)
 
 
+def extend(
+    partial: Partial,
+    logits: Float[Array, "... S"],
+    weigh: Callable[[Float[Array, "... S"]], Float[Array, "... H"]],
+) -> Partial:
+    """The partial result with more keys: `merge` with those of a tile, which is scaled once.
+
+    Args:
+      partial: of other keys.
+      logits: of the tile; −inf for a hidden key.
+      weigh: the tile's values, summed with weights.
+    """
+    peak = jnp.maximum(partial.peak, logits.max(axis=-1))
+    level = _finite(peak)
+    weights, scale = jnp.exp(logits - level[..., None]), jnp.exp(partial.peak - level)
+    weighted = partial.weighted * scale[..., None] + weigh(weights)
+    return Partial(weighted, peak, partial.total * scale + weights.sum(axis=-1))
+
+
 def normalize(partial: Partial) -> Pair:
     """The weighted mean and the log-sum-exp of the logits: `(out, lse)`.
 
@@ -79,10 +99,3 @@ def normalize(partial: Partial) -> Pair:
 def _finite(peak):
     """The peak, or 0 where nothing has been seen and it would be −inf − −inf."""
     return jnp.where(jnp.isneginf(peak), 0.0, peak)
-
-
-def from_logits(logits: Float[Array, "... S"]) -> tuple[Float[Array, "... S"], Array, Array]:
-    """Weights exp(logit − peak), the peak and the weights' total; a hidden key has logit −inf."""
-    peak = logits.max(axis=-1)
-    weights = jnp.exp(logits - _finite(peak)[..., None])
-    return weights, peak, weights.sum(axis=-1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
 from dynmask_jax.block_codes import FULL, SKIP, TEST, over_blocks, picture
+from dynmask_jax.indexing import at, tree_at
 from dynmask_jax.mask_algebra import Mask, by_head, check_mask, evaluate, head_count, visible_pairs
 from dynmask_jax.platforms import defaults_of
 from dynmask_jax.sharding import over_rows
@@ -234,7 +235,7 @@ class Tiles:
 
         False at the padding of a ragged block.
         """
-        seen = visible_pairs(self.mask, self.q[row, i], self.k[row, j])
+        seen = visible_pairs(self.mask, tree_at(self.q, row, i), tree_at(self.k, row, j))
         (t, s), (bq, bk) = self.lengths, seen.shape[-2:]
         if t % bq == 0 and s % bk == 0:
             return seen
@@ -262,16 +263,16 @@ def _count_visible(plan: Plan) -> Float[Array, ""]:
 def _count_in_rows(plan: Plan) -> Float[Array, " R"]:
     heads, tiles = head_count(plan.mask) or 1, tiles_of(plan)
 
-    def row_of_blocks(at):
-        row, i = at // plan.codes.shape[1], at % plan.codes.shape[1]
+    def row_of_blocks(number):
+        row, i = jnp.divmod(number, plan.codes.shape[1])
 
         def add(j, count):
             return count + tiles.visible(row, i, j).sum().astype(jnp.float32)
 
-        line = plan.codes[row, i]
+        line = at(plan.codes, row, i)
         full = (line == FULL).sum().astype(jnp.float32) * (plan.block_q * plan.block_k)
         nothing = vary_like(jnp.float32(0.0), tiles)
-        return full + over_blocks(line, TEST, add, nothing) / heads
+        return full + over_blocks(line, (TEST,), add, nothing) / heads
 
     counts = jax.lax.map(row_of_blocks, jnp.arange(plan.rows * plan.codes.shape[1], dtype=jnp.int32))
     return counts.reshape(plan.rows, -1).sum(axis=1)

@@ -21,7 +21,7 @@ def as_they_are(rows: Array) -> Array:
 class Backend:
     """What computes attention on one device.
 
-    Rows that are not finite are taken for zeros, and their gradients are zeros.
+    Rows that are not finite are taken for zeros, and their gradients are zeros; but see `marks_bad`.
 
     Attributes:
       forward: `(scores, q, k, v, plan) -> (out, lse)`.
@@ -31,6 +31,8 @@ class Backend:
       prepared: of q, k and v before either of them: how the passes take rows.
       differentiable: whether JAX differentiates the forward pass as it is, and `gradients` is for parts
         alone. Else memory is O(T): what is kept is q, k, v, out and lse.
+      marks_bad: whether out and lse of a query that sees a key or value that is not finite are NaN already,
+        and the backward pass takes nothing from it. Else such queries are looked for afterwards.
       check_vma: whether `jax.shard_map` may check which mesh axes its arrays vary over. JAX's interpreter of
         Pallas kernels loses track of it where the list of blocks varies.
     """
@@ -39,6 +41,7 @@ class Backend:
     gradients: Callable
     prepared: Callable[[Array], Array] = finite_rows
     differentiable: bool = False
+    marks_bad: bool = False
     check_vma: bool = True
 
     def attend(
@@ -68,6 +71,7 @@ def _with_residuals(backend: Backend, scores, q, k, v, plan):
     return (out, lse), (q, k, v, plan, out, lse)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # so that the layers of a model trace it once
 def _backward(backend: Backend, scores, saved, cotangents):
     arrays, (plan, out, lse) = saved[:3], saved[3:]
     prepared = *map(backend.prepared, arrays), plan, out, lse

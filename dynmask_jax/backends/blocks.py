@@ -1,12 +1,15 @@
 """Arrays of tokens and heads cut into blocks, as the loops of the XLA backends take them."""
 
-import functools
-
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree, static
 from dynmask_jax.block_codes import FULL, TEST, over_blocks
-from dynmask_jax.finite import bad_rows, emptied
+from dynmask_jax.finite import bad_rows
+from dynmask_jax.indexing import at
+from dynmask_jax.plans import Tiles
+from dynmask_jax.vma import vary_like
 
 
 @pytree
@@ -19,26 +22,38 @@ class Blocks:
 
     Attributes:
       x: `[B, blocks, size, heads, *H]`, the last block filled up with zeros.
-      bad: `[B, blocks, size, heads]`, which rows are taken as zeros; None where none is.
+      bad: `[B, blocks, size, heads]`, which rows are taken as `fill`; None where none is.
       length: T.
+      fill: what stands in bad rows.
     """
 
     x: Float[Array, "B blocks size heads *H"]
     bad: Bool[Array, "B blocks size heads"] | None
     length: int = static()
+    fill: float = static()
 
     @classmethod
     def of(cls, x: Float[Array, "B T heads *H"], size: int) -> "Blocks":
         """Cut into blocks of `size` tokens."""
-        length = x.shape[1]
-        x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)))
-        return cls(x.reshape(x.shape[0], -1, size, *x.shape[2:]), None, length)
+        return cls(_cut(x, size), None, x.shape[1], 0.0)
 
     @classmethod
     def of_finite(cls, x: Float[Array, "B T heads H"], size: int) -> "Blocks":
         """Cut into blocks, of which each is freed of what is not finite when it is taken."""
-        blocks = cls.of(x, size)
-        return cls(blocks.x, bad_rows(blocks.x), blocks.length)
+        return cls(_cut(x, size), _cut(bad_rows(x), size), x.shape[1], 0.0)
+
+    @classmethod
+    def of_keys_values(
+        cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], size: int
+    ) -> "tuple[Blocks, Blocks]":
+        """Keys and values cut into blocks. Where either is not finite, the value is 0 and the key NaN.
+
+        So the logits of that key are NaN, and stay NaN where it is visible: what becomes of a query that
+        sees it is NaN, and nothing else is.
+        """
+        bad = _cut(bad_rows(k) | bad_rows(v), size)
+        keys, values = _cut(k, size), _cut(v, size)
+        return cls(keys, bad, k.shape[1], float("nan")), cls(values, bad, v.shape[1], 0.0)
 
     @property
     def count(self) -> int:
@@ -51,7 +66,9 @@ class Blocks:
 
     def rows(self, b, i, key_heads: int) -> Float[Array, "K rows *H"]:
         """Block i of sequence b, its heads outermost."""
-        block = self.x[b, i] if self.bad is None else emptied(self.x[b, i], self.bad[b, i])
+        block = at(self.x, b, i)
+        if self.bad is not None:
+            block = jnp.where(at(self.bad, b, i)[..., None], self.fill, block)
         block = jnp.moveaxis(block, 1, 0)
         return block.reshape(key_heads, -1, *block.shape[2:])
 
@@ -65,6 +82,12 @@ class Blocks:
         return blocks.reshape(self.x.shape[0], -1, *blocks.shape[2:])[:, : self.length]
 
 
+def _cut(x: Array, size: int) -> Array:
+    """`[B, T, …]` as `[B, blocks, size, …]`, the last block filled up with zeros."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)))
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
 def by_rows(visible: Bool[Array, "*N bq bk"], heads: int, key_heads: int) -> Bool[Array, "*K rows bk"]:
     """A tile's mask over the rows of its queries; K is 1 where all heads agree."""
     if visible.ndim == 3:
@@ -74,6 +97,31 @@ def by_rows(visible: Bool[Array, "*N bq bk"], heads: int, key_heads: int) -> Boo
 
 
 def over_active(codes, add, start):
-    """Folds `add(block, result, tested=…)` over a line's active blocks: the full ones, then those to test."""
-    result = over_blocks(codes, FULL, functools.partial(add, tested=False), start)
-    return over_blocks(codes, TEST, functools.partial(add, tested=True), result)
+    """Folds `add(block, result, tested=…)` over a line's active blocks, in order; `tested` is traced.
+
+    One loop for blocks that are full and for those to test: two were a third of what a layer compiles.
+    """
+
+    def add_one(block, result):
+        return add(block, result, tested=at(codes, block) == TEST)
+
+    return over_blocks(codes, (TEST, FULL), add_one, start)
+
+
+def visible_rows(tiles: Tiles, tested, place: tuple, heads: int, key_heads: int) -> Bool[Array, "*K rows bk"]:
+    """The mask of the tile `place` = (row of the plan, i, j), over the rows of its queries.
+
+    It is evaluated where the tile is tested, and else true everywhere.
+    """
+    everything = jnp.ones(jax.eval_shape(tiles.visible, *place).shape, bool)
+    branches = (
+        lambda: vary_like(tiles.visible(*place), tiles, place),
+        lambda: vary_like(everything, tiles, place),
+    )
+    return by_rows(lax.cond(tested, *branches), heads, key_heads)
+
+
+def sequence_and_block(number, count: int):
+    """Which sequence, and which of its `count` blocks, a number of all blocks is."""
+    count = jnp.asarray(count, number.dtype)
+    return lax.div(number, count), lax.rem(number, count)  # of `//` and `%` XLA compiles four times as much

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree
-from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
+from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_rows
+from dynmask_jax.indexing import add_at, at
 from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
 
@@ -35,10 +36,10 @@ def gradients(scores, saved, cotangents):
     of_queries = (cotangents[0], *levels_of(saved, cotangents))
     q_blocks, *others = Blocks.of_finite(q, plan.block_q), *(Blocks.of(x, plan.block_q) for x in of_queries)
     k_blocks, v_blocks = (Blocks.of_finite(x, plan.block_k) for x in (k, v))
-    tiles = tiles_of(plan)
+    tiles, columns = tiles_of(plan), plan.codes.swapaxes(1, 2)
 
-    def key_block(d_q, at):
-        b, j = at // k_blocks.count, at % k_blocks.count
+    def key_block(d_q, number):
+        b, j = sequence_and_block(number, k_blocks.count)
         row = b if plan.rows > 1 else 0
         keys, values = (blocks.rows(b, j, key_heads).astype(wide) for blocks in (k_blocks, v_blocks))
         keys_across = keys.swapaxes(1, 2)
@@ -47,15 +48,15 @@ def gradients(scores, saved, cotangents):
             d_q, d_k, d_v = sums
             queries, *rest = (x.rows(b, i, key_heads).astype(wide) for x in (q_blocks, *others))
             block = QueryBlock(queries * scores.scale, *rest)
-            visible = by_rows(tiles.visible(row, i, j), heads, key_heads) if tested else None
+            visible = visible_rows(tiles, tested, (row, i, j), heads, key_heads)
             d_products, weights = tile_gradients(scores, block, keys, values, visible)
-            d_q = d_q.at[b, i].add(jnp.einsum("khs,ksr->khr", keys_across, d_products))
+            d_q = add_at(d_q, jnp.einsum("khs,ksr->khr", keys_across, d_products), b, i)
             d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
             d_v += jnp.einsum("ksr,krh->ksh", weights, block.d_out)
             return d_q, d_k, d_v
 
         start = (d_q, *vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys))
-        d_q, *d_kv = over_active(plan.codes[row, :, j], add, start)
+        d_q, *d_kv = over_active(at(columns, row, j), add, start)
         return d_q, tuple(k_blocks.tokens(x).astype(k.dtype) for x in d_kv)
 
     rows = heads // key_heads * plan.block_q
@@ -67,13 +68,18 @@ def gradients(scores, saved, cotangents):
 
 
 def levels_of(saved, cotangents) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
-    """Of every query, lse and Σ out·d_out − d_lse. The lse of one that sees nothing is 0 here, not −inf:
-    it is subtracted from logits that may be −inf, where products overflowed.
+    """Of every query, lse and Σ out·d_out − d_lse.
+
+    The lse of one that sees nothing is 0 here, not −inf: it is subtracted from logits that may be −inf,
+    where products overflowed. That of one that sees a key which is not finite is +inf: all its weights are
+    zero, and nothing comes back through it to other keys.
     """
     *_, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
-    return jnp.where(jnp.isneginf(lse), 0.0, lse), delta
+    poisoned = jnp.isnan(lse)
+    level = jnp.where(poisoned, jnp.inf, jnp.where(jnp.isneginf(lse), 0.0, lse))
+    return level, jnp.where(poisoned, 0.0, delta)
 
 
 def tile_gradients(scores, block: QueryBlock, keys, values, visible):
@@ -85,6 +91,6 @@ def tile_gradients(scores, block: QueryBlock, keys, values, visible):
     return _shown(d_logits * scores.slope(logits), visible), weights
 
 
-def _shown(pairs: Float[Array, "K bk rows"], visible: Bool[Array, "*K rows bk"] | None):
+def _shown(pairs: Float[Array, "K bk rows"], visible: Bool[Array, "*K rows bk"]):
     """Zero for hidden pairs, whatever was there."""
-    return pairs if visible is None else jnp.where(visible.swapaxes(1, 2), pairs, 0.0)
+    return jnp.where(visible.swapaxes(1, 2), pairs, 0.0)

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from dynmask_jax.backends.backend import Backend, as_they_are
-from dynmask_jax.backends.blocks import Blocks, by_rows, over_active
+from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_rows
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
+from dynmask_jax.indexing import at
 from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
 
@@ -51,12 +52,10 @@ class _Operands:
         """The plan's row for sequence b."""
         return b if self.plan.rows > 1 else 0
 
-    def tile(self, at, block, keys, values, *, tested):
-        """`tile_gradients` of the block of queries i and of keys j of sequence b, `at` = (b, i, j)."""
-        b, i, j = at
-        visible = None
-        if tested:
-            visible = by_rows(self.tiles.visible(self.row(b), i, j), self.heads, self.key_heads)
+    def tile(self, place, block, keys, values, *, tested):
+        """`tile_gradients` of the block of queries i and of keys j of sequence b, `place` = (b, i, j)."""
+        b, i, j = place
+        visible = visible_rows(self.tiles, tested, (self.row(b), i, j), self.heads, self.key_heads)
         return tile_gradients(self.scores, block, keys, values, visible)
 
 
@@ -64,9 +63,10 @@ def gradients(scores, saved, cotangents):
     """The gradients of q, k and v from those of out and lse."""
     (q, k, v, plan, *_), of = saved, _Operands(scores, saved, cotangents)
     q_blocks, k_blocks = of.of_queries[0], of.of_keys[0]
+    columns = plan.codes.swapaxes(1, 2)
 
-    def query_line(at):
-        b, i = at // q_blocks.count, at % q_blocks.count
+    def query_line(number):
+        b, i = sequence_and_block(number, q_blocks.count)
         block = of.queries_at(b, i)
 
         def add(j, d_q, *, tested):
@@ -74,11 +74,11 @@ def gradients(scores, saved, cotangents):
             d_products, _ = of.tile((b, i, j), block, keys, values, tested=tested)
             return d_q + jnp.einsum("ksr,ksh->krh", d_products, keys)
 
-        d_q = over_active(plan.codes[of.row(b), i], add, jnp.zeros_like(block.q))
+        d_q = over_active(at(plan.codes, of.row(b), i), add, jnp.zeros_like(block.q))
         return q_blocks.tokens(d_q * scores.scale)
 
-    def key_line(at):
-        b, j = at // k_blocks.count, at % k_blocks.count
+    def key_line(number):
+        b, j = sequence_and_block(number, k_blocks.count)
         keys, values = of.keys_at(b, j)
 
         def add(i, sums, *, tested):
@@ -88,11 +88,13 @@ def gradients(scores, saved, cotangents):
             return d_k, d_v + jnp.einsum("ksr,krh->ksh", weights, block.d_out)
 
         start = vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys)
-        return tuple(k_blocks.tokens(x) for x in over_active(plan.codes[of.row(b), :, j], add, start))
+        return tuple(k_blocks.tokens(x) for x in over_active(at(columns, of.row(b), j), add, start))
 
     d_q = q_blocks.whole(_at_once(query_line, q_blocks.every()))
     d_k, d_v = (k_blocks.whole(x) for x in _at_once(key_line, k_blocks.every()))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
-XLA_WIDE = Backend(functools.partial(forward, over_lines=_at_once), gradients, prepared=as_they_are)
+XLA_WIDE = Backend(
+    functools.partial(forward, over_lines=_at_once), gradients, prepared=as_they_are, marks_bad=True
+)

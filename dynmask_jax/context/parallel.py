@@ -197,6 +197,8 @@ def _attend(q, k, v, sinks, plan: Plan, *, partitioning: Partitioning, backend: 
         axis, mesh_axes = partitioning.sequence_axis, partitioning.mesh.axis_names
         sequence = SequenceAxis(axis, partitioning.devices, BACKENDS[backend], scores, mesh_axes)
         out, lse = WITH_OWN_QUERIES[partitioning.strategy](sequence, q, k, v, own)
+        if sequence.backend.marks_bad:
+            return marked(q, out, lse, jnp.isnan(lse))
         return marked(q, out, lse, _sees_bad(sequence, q, bad_rows(k) | bad_rows(v), own))
 
     arrays = partitioning.arrays

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmask_jax import merge
-from dynmask_jax.online_softmax import Partial, from_logits, normalize
+from dynmask_jax.online_softmax import Partial, extend, normalize
 
 
 def partial(logits, values):
-    weights, peak, total = from_logits(logits)
-    return Partial(weights @ values, peak, total)
+    nothing = Partial.empty((*logits.shape[:-1], values.shape[-1]), logits.dtype)
+    return extend(nothing, logits, lambda weights: weights @ values)
 
 
 def pieces(hidden):
@@ -41,7 +41,7 @@ def test_merge_is_associative_commutative_and_right(hidden):
 
 def test_nothing_is_neutral():
     (a, _, _), _ = pieces((False, False, False))
-    nothing = Partial.empty((2, 3), jnp.float32)
+    nothing = Partial.empty((*logits.shape[:-1], values.shape[-1]), logits.dtype)
     for merged in (merge(a, nothing), merge(nothing, a)):
         assert (merged.weighted == a.weighted).all()
         assert (merged.total == a.total).all()

@@ -76,7 +76,7 @@ def test_a_line_is_folded_over_the_blocks_of_one_code_in_order(line, code):
     padded = jnp.array([*line, 1 - min(code, 1)], jnp.int8)
     expected = [place for place, each in enumerate(padded.tolist()) if each == code]
     # Digits of a number tell the order as well as the members.
-    folded = over_blocks(padded, code, lambda block, total: total * 10 + block + 1, jnp.int32(0))
+    folded = over_blocks(padded, (code,), lambda block, total: total * 10 + block + 1, jnp.int32(0))
     assert folded == int("".join(str(place + 1) for place in expected) or "0")
 
 

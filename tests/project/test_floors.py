@@ -14,7 +14,7 @@ LIBRARY, TRAINER = ROOT / "dynmask_jax", ROOT / "train"
 FLOORS = [
     {"array_typing", "errors", "foreign_options", "platforms", "sharding", "vma"},
     {"block_codes", "verdicts"},
-    {"schedules", "spans", "online_softmax", "scores", "rotary", "finite"},
+    {"indexing", "schedules", "spans", "online_softmax", "scores", "rotary", "finite"},
     {"context.arcs", "context.layouts", "context.machines", "context.torus"},
     {"tokens", "hashes", "leaves"},
     {"mask_algebra"},

@@ -1,0 +1,31 @@
+"""Parts of arrays at places that are traced."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dynmask_jax.array_typing import Array
+
+
+def at(array: Array, *place) -> Array:
+    """`array[place]`, of traced whole numbers that are in range.
+
+    JAX's own indexing asks of each whether it is negative, which is more to compile in loops over blocks.
+    """
+    rest = array.shape[len(place) :]
+    return lax.dynamic_slice(array, _start(place, len(rest)), (*[1] * len(place), *rest)).reshape(rest)
+
+
+def add_at(array: Array, value: Array, *place) -> Array:
+    """`array.at[place].add(value)`, of traced whole numbers that are in range."""
+    total = (at(array, *place) + value).reshape(*[1] * len(place), *value.shape)
+    return lax.dynamic_update_slice(array, total, _start(place, value.ndim))
+
+
+def _start(place: tuple, rest: int) -> tuple:
+    return (*(jnp.asarray(each, jnp.int32) for each in place), *[jnp.int32(0)] * rest)
+
+
+def tree_at(tree, *place):
+    """`at` of every array of a tree."""
+    return jax.tree.map(lambda array: at(array, *place), tree)
