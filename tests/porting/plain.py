@@ -25,7 +25,11 @@ class Block(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
-            num_heads=HEADS, in_features=WIDTH, dtype=config.dtype, decode=False, rngs=rngs
+            num_heads=HEADS,
+            in_features=WIDTH,
+            dtype=config.dtype,
+            decode=False,
+            rngs=rngs,
         )
         self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.linear1 = nnx.Linear(WIDTH, HIDDEN, dtype=config.dtype, rngs=rngs)
@@ -53,7 +57,7 @@ class Ends(nnx.Module):
         return self.head(self.norm(x.astype(jnp.float32)))
 
     def mask(self, padding_mask):
-        """[B, 1, 1, L], or [B, 1, L, L] in decoders, from padding_mask [B, L], which is True at tokens."""
+        """The mask of every layer, from padding_mask [B, L], which is True at tokens."""
         mask = padding_mask[:, None, None, :]
         if self.config.causal:
             mask = nnx.combine_masks(mask, nnx.make_causal_mask(padding_mask, dtype=bool), dtype=bool)

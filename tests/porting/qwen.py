@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         self.k_norm = nnx.RMSNorm(HEAD_DIM, rngs=rngs)
 
     def __call__(self, x, cache: LayerCache, segment_ids):
-        b, t = segment_ids.shape
+        t = x.shape[1]
         start_ind, cur_ind = cache.start_ind[...], cache.cur_ind[...]
         start_ind = jnp.where(start_ind < 0, jnp.argmax(segment_ids != 0, axis=1), start_ind)
         q_pos = cur_ind + jnp.arange(t)[None, :] - start_ind[:, None]
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         cache.v_cache[...] = jax.lax.dynamic_update_slice(cache.v_cache[...], value_proj, slice_indices)
         cache.start_ind[...], cache.cur_ind[...] = start_ind, cur_ind + t
 
-        query_proj = query_proj.reshape((b, t, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM))
+        query_proj = query_proj.reshape((-1, t, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM))
         attn_logits = jnp.einsum("BTHGD,BSHD->BHGTS", query_proj, cache.k_cache[...]) * HEAD_DIM**-0.5
         k_pos = jnp.arange(cache.k_cache.shape[1])[None, :] - start_ind[:, None]
         causal_mask = k_pos[:, None, :] <= q_pos[:, :, None]  # [B, T, cache size]
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         attn_logits = jnp.where(final_mask[:, None, None, :, :], attn_logits, K_MASK)
         attn_weights = jax.nn.softmax(attn_logits.astype(jnp.float32), axis=-1).astype(attn_logits.dtype)
         qkv = jnp.einsum("BHGTS,BSHD->BTHGD", attn_weights, cache.v_cache[...])
-        return self.o_proj(qkv.reshape((b, t, HEADS, HEAD_DIM)))
+        return self.o_proj(qkv.reshape((-1, t, HEADS, HEAD_DIM)))
 
 
 class DecoderLayer(nnx.Module):
