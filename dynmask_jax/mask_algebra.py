@@ -195,12 +195,18 @@ def _remedy(error: Exception) -> str | None:
     return None
 
 
-def visible_pairs(mask: Mask, q: Tokens, k: Tokens) -> Bool[Array, "*N T S"]:
-    """The mask between tokens `[T]` and tokens `[S]`: `[T, S]`, or `[N, T, S]` with per-head leaves."""
+def visible_pairs(
+    mask: Mask, q: Tokens, k: Tokens, *, keys_first: bool = False
+) -> Bool[Array, "*N T S"] | Bool[Array, "*N S T"]:
+    """The mask between tokens `[T]` and tokens `[S]`: `[T, S]`, or `[N, T, S]` with per-head leaves.
+
+    With `keys_first`, `[S, T]` and `[N, S, T]`.
+    """
 
     def pairs(one_head):
-        seen = evaluate(one_head, q[:, None], k[None, :])
-        return jnp.broadcast_to(seen, q.shape + k.shape)
+        if keys_first:
+            return jnp.broadcast_to(evaluate(one_head, q[None, :], k[:, None]), k.shape + q.shape)
+        return jnp.broadcast_to(evaluate(one_head, q[:, None], k[None, :]), q.shape + k.shape)
 
     return by_head(pairs, mask)
 

@@ -230,19 +230,24 @@ class Tiles:
     k: Tokens
     lengths: tuple[int, int] = static()
 
-    def visible(self, row, i, j) -> Bool[Array, "*N bq bk"]:
+    def visible(
+        self, row, i, j, *, keys_first: bool = False
+    ) -> Bool[Array, "*N bq bk"] | Bool[Array, "*N bk bq"]:
         """The mask between block i of queries and block j of keys: `[bq, bk]`, or `[N, bq, bk]`.
 
-        False at the padding of a ragged block.
+        With `keys_first`, `[bk, bq]` and `[N, bk, bq]`. False at the padding of a ragged block.
         """
-        seen = visible_pairs(self.mask, tree_at(self.q, row, i), tree_at(self.k, row, j))
-        (t, s), (bq, bk) = self.lengths, seen.shape[-2:]
+        seen = visible_pairs(
+            self.mask, tree_at(self.q, row, i), tree_at(self.k, row, j), keys_first=keys_first
+        )
+        (t, s), bq, bk = self.lengths, self.q.shape[-1], self.k.shape[-1]
         if t % bq == 0 and s % bk == 0:
             return seen
         q_inside, k_inside = (
             n * size + jnp.arange(size, dtype=jnp.int32) < end for n, size, end in ((i, bq, t), (j, bk, s))
         )
-        return seen & jnp.broadcast_to(q_inside[:, None] & k_inside[None, :], seen.shape)
+        outer, inner = (k_inside, q_inside) if keys_first else (q_inside, k_inside)
+        return seen & jnp.broadcast_to(outer[:, None] & inner[None, :], seen.shape)
 
 
 def tiles_of(plan: Plan) -> Tiles:

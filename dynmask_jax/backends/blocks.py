@@ -1,5 +1,7 @@
 """Arrays of tokens and heads cut into blocks, as the loops of the XLA backends take them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -113,15 +115,35 @@ def visible_rows(tiles: Tiles, tested, place: tuple, heads: int, key_heads: int)
 
     It is evaluated where the tile is tested, and else true everywhere.
     """
-    everything = jnp.ones(jax.eval_shape(tiles.visible, *place).shape, bool)
+    return by_rows(_where_tested(tiles, tested, place), heads, key_heads)
+
+
+def visible_columns(
+    tiles: Tiles, tested, place: tuple, heads: int, key_heads: int
+) -> Bool[Array, "*K bk rows"]:
+    """`visible_rows` with the tile's keys first, made so: to turn a tile costs as much as to evaluate it."""
+    visible = _where_tested(tiles, tested, place, keys_first=True)
+    if visible.ndim == 3:
+        visible = visible.reshape(key_heads, -1, *visible.shape[1:]).swapaxes(1, 2)
+    else:
+        visible = jnp.broadcast_to(visible[:, None], (visible.shape[0], heads // key_heads, visible.shape[1]))
+        visible = visible[None]
+    return visible.reshape(*visible.shape[:2], -1)
+
+
+def _where_tested(tiles: Tiles, tested, place: tuple, *, keys_first: bool = False):
+    visible = functools.partial(tiles.visible, keys_first=keys_first)
+    everything = jnp.ones(jax.eval_shape(visible, *place).shape, bool)
     branches = (
-        lambda: vary_like(tiles.visible(*place), tiles, place),
+        lambda: vary_like(visible(*place), tiles, place),
         lambda: vary_like(everything, tiles, place),
     )
-    return by_rows(lax.cond(tested, *branches), heads, key_heads)
+    return lax.cond(tested, *branches)
 
 
 def sequence_and_block(number, count: int):
     """Which sequence, and which of its `count` blocks, a number of all blocks is."""
-    count = jnp.asarray(count, number.dtype)
-    return lax.div(number, count), lax.rem(number, count)  # of `//` and `%` XLA compiles four times as much
+    divisor = jnp.asarray(count, number.dtype)
+    return lax.div(number, divisor), lax.rem(
+        number, divisor
+    )  # of `//` and `%` XLA compiles four times as much

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree
-from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_rows
+from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_columns
 from dynmask_jax.indexing import add_at, at
 from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
@@ -48,7 +48,7 @@ def gradients(scores, saved, cotangents):
             d_q, d_k, d_v = sums
             queries, *rest = (x.rows(b, i, key_heads).astype(wide) for x in (q_blocks, *others))
             block = QueryBlock(queries * scores.scale, *rest)
-            visible = visible_rows(tiles, tested, (row, i, j), heads, key_heads)
+            visible = visible_columns(tiles, tested, (row, i, j), heads, key_heads)
             d_products, weights = tile_gradients(scores, block, keys, values, visible)
             d_q = add_at(d_q, jnp.einsum("khs,ksr->khr", keys_across, d_products), b, i)
             d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
@@ -91,6 +91,6 @@ def tile_gradients(scores, block: QueryBlock, keys, values, visible):
     return _shown(d_logits * scores.slope(logits), visible), weights
 
 
-def _shown(pairs: Float[Array, "K bk rows"], visible: Bool[Array, "*K rows bk"]):
+def _shown(pairs: Float[Array, "K bk rows"], visible: Bool[Array, "*K bk rows"]):
     """Zero for hidden pairs, whatever was there."""
-    return jnp.where(visible.swapaxes(1, 2), pairs, 0.0)
+    return jnp.where(visible, pairs, 0.0)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dynmask_jax.backends.backend import Backend, as_they_are
-from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_rows
+from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_columns
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
 from dynmask_jax.indexing import at
@@ -55,7 +55,7 @@ class _Operands:
     def tile(self, place, block, keys, values, *, tested):
         """`tile_gradients` of the block of queries i and of keys j of sequence b, `place` = (b, i, j)."""
         b, i, j = place
-        visible = visible_rows(self.tiles, tested, (self.row(b), i, j), self.heads, self.key_heads)
+        visible = visible_columns(self.tiles, tested, (self.row(b), i, j), self.heads, self.key_heads)
         return tile_gradients(self.scores, block, keys, values, visible)
 
 
