@@ -2,12 +2,15 @@
 
     python -m benchmarks.tpu_compile v5e:2x2 module:function '{"option": 1}'
 
-The function (of a module, or of a file: `file.py:function`) returns a callable and its arguments' shapes.
+The function (of a module, or of a file: `file.py:function`) returns a callable and its arguments' shapes. For
+a program of several devices it adds a mesh's axes `{name: size}`, their `AxisType`, and the `PartitionSpec`s of
+the shapes.
 libtpu compiles without a device and reads its flags once, at start-up: hence a process for each program.
 """
 
 import importlib
 import json
+import math
 import os
 import re
 import runpy
@@ -21,6 +24,7 @@ from benchmarks.vliw import Kernel, blocks_of, folded, utilization_of
 from train.aot.topology import WITHOUT_TPU
 
 _WITHOUT_DEVICES = {"JAX_PLATFORMS": "cpu", **WITHOUT_TPU}
+_COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 _SUMMARY = "schedule-analysis_final_bundles"
 
 
@@ -39,9 +43,10 @@ def kernels(topology: str, target: str, options: dict | None = None) -> dict[str
 
 @dataclass(frozen=True)
 class Facts:
-    """What a compiled program says of itself: its Pallas kernels, and bytes of memory on one device."""
+    """What a compiled program says of itself: its Pallas kernels, what moves between devices, bytes on each."""
 
     kernels: frozenset[str]
+    collectives: frozenset[str]
     temporary_bytes: int
     argument_bytes: int
     output_bytes: int
@@ -50,7 +55,8 @@ class Facts:
 def facts(topology: str, target: str, options: dict | None = None) -> Facts:
     """Compiles as `kernels` does, and tells what came out. Raises as it does."""
     facts = json.loads(_in_a_process(topology, target, options, {}).splitlines()[-1])
-    return Facts(**facts | {"kernels": frozenset(facts["kernels"])})
+    names = {key: frozenset(facts[key]) for key in ("kernels", "collectives")}
+    return Facts(**facts | names)
 
 
 def _in_a_process(topology: str, target: str, options: dict | None, environment: dict[str, str]) -> str:
@@ -90,7 +96,7 @@ def _text(dumps: Path, prefix: str, what: str) -> str:
 
 
 def compile_for(topology: str, target: str, options: dict):
-    """Compiles the target's program for one device of the topology, in this process."""
+    """Compiles the target's program in this process, for one device, or those of the mesh that it names."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -98,11 +104,20 @@ def compile_for(topology: str, target: str, options: dict):
 
     where, name = target.rsplit(":", 1)
     functions = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
-    program, shapes = functions[name](**options)
+    program, shapes, *layout = functions[name](**options)
+    axes, kind, specs = layout or (
+        {"device": 1},
+        AxisType.Auto,
+        jax.tree.map(lambda _: PartitionSpec(), shapes),
+    )
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices[:1]), ("device",), axis_types=(AxisType.Auto,))
-    here = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    devices = np.array(devices[: math.prod(axes.values())]).reshape(*axes.values())
+    mesh = Mesh(devices, tuple(axes), axis_types=(kind,) * len(axes))
+
+    def at(shape, spec):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+
+    placed = jax.tree.map(at, shapes, specs)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(program).lower(*placed).compile()
 
@@ -114,6 +129,9 @@ def _facts(program) -> str:
     return json.dumps(
         {
             "kernels": sorted(names),
+            "collectives": sorted(
+                set(re.findall(rf"= \S+ ({_COLLECTIVES})(?:-start)?\(", program.as_text()))
+            ),
             "temporary_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
             "output_bytes": memory.output_size_in_bytes,

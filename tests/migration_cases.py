@@ -241,7 +241,7 @@ EXPECTED: dict[str, dict[str, Check]] = {
         "values of another head dim": refuses(ValueError, "k and v must have one shape"),
         "a learned or traced scale": refuses(TypeError, "scale must be a Python number"),
         "segments without tokens": refuses(ValueError, "make a plan of the tokens"),
-        "packed documents in an NNX layer of Flax": refuses(ValueError, "give a plan", "dynmask_jax.nnx"),
+        "segments without tokens in a Flax layer": refuses(ValueError, "set_tokens(model, Tokens("),
         "causal with other numbers of queries and keys": refuses(ValueError, "Tokens.sequence(1, start=23)"),
         "second-order gradients": refuses(ValueError, "Reverse-mode differentiation does not work"),
         "forward-mode derivatives, jax.jvp": refuses(TypeError, "jvp"),

@@ -46,6 +46,29 @@ def test_every_option(options):
     assert facts("v5e:2x2", f"{FILE}:attention_and_gradient", options).kernels == KERNELS
 
 
+@pytest.mark.parametrize(
+    "options",
+    mostly(
+        [
+            {"axes": {"fsdp": 2, "tp": 2}, "kind": "Explicit"},
+            {"axes": {"data": 4}, "kind": "Explicit"},
+            {"axes": {"data": 2, "tensor": 2}, "kind": "Auto"},
+            {"axes": {"x": 2, "y": 2}, "kind": "Auto", "sharding": ["x", None, "y"]},
+        ],
+        [
+            {"axes": {"fsdp": 2, "tp": 2}, "kind": "Explicit"},
+            {"axes": {"data": 2, "tensor": 2}, "kind": "Auto"},
+        ],
+    ),
+    ids=lambda options: "_".join([options["kind"], *options["axes"]]),
+)
+def test_rows_and_heads_over_devices(options):
+    """Nothing of q, k or v moves; what is summed over devices is the loss."""
+    found = facts("v5e:2x2", f"{FILE}:attention_over_rows_and_heads", options)
+    assert found.kernels == KERNELS
+    assert found.collectives <= {"all-reduce"}
+
+
 def test_every_mask():
     assert facts("v5e:2x2", f"{FILE}:every_mask").kernels == KERNELS
 

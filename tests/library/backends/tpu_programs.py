@@ -6,6 +6,8 @@ Run for `tests/library/backends/test_tpu_compile.py` in a process of its own.
 import jax
 import jax.numpy as jnp
 from cases import HEADS, MASKS
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from dynmask_jax import Causal, Predicate, SameSegment, Tokens, Window, attention, plan
 from train.config.run import Curriculum, Data, Generation, Model, Run
@@ -32,6 +34,26 @@ def attention_and_gradient(dtype: str = "bfloat16", head_dim: int = 128, kv_head
         return out.astype(jnp.float32).sum() + lse.sum()
 
     return jax.value_and_grad(loss), ((q, k, k, sinks), tokens, tokens, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def attention_over_rows_and_heads(axes: dict[str, int], kind: str, sharding: list | None = None):
+    """Plain attention and its gradient in a batch that is partitioned over devices, as a model calls it.
+
+    The first axis of the mesh partitions rows, the second, if there is one, heads.
+    """
+    rows, heads = (*axes, None)[:2]
+    q = jax.ShapeDtypeStruct((4, 2048, 8, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((4, 2048, 4, 128), jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((4, 2048), jnp.int32)
+
+    def loss(qkv, position, segment, window):
+        seen = plan(Causal() & Window(window) & SameSegment(), Tokens(position, segment))
+        told = None if sharding is None else P(*sharding)
+        return attention(*qkv, seen, backend="tpu", sharding=told).astype(jnp.float32).sum()
+
+    shapes = (q, k, k), tokens, tokens, jax.ShapeDtypeStruct((), jnp.int32)
+    specs = (P(rows, None, heads),) * 3, P(rows), P(rows), P()
+    return jax.value_and_grad(loss), shapes, axes, AxisType[kind], specs
 
 
 def every_mask():
