@@ -3,8 +3,8 @@
     python -m benchmarks.tpu_compile v5e:2x2 module:function '{"option": 1}'
 
 The function (of a module, or of a file: `file.py:function`) returns a callable and its arguments' shapes. For
-a program of several devices it adds a mesh's axes `{name: size}`, their `AxisType`, and the `PartitionSpec`s of
-the shapes.
+a program of several devices it adds a mesh's axes `{name: size}`, their `AxisType`, and a `PartitionSpec` for
+each of the shapes.
 libtpu compiles without a device and reads its flags once, at start-up: hence a process for each program.
 """
 
@@ -43,7 +43,7 @@ def kernels(topology: str, target: str, options: dict | None = None) -> dict[str
 
 @dataclass(frozen=True)
 class Facts:
-    """What a compiled program says of itself: its Pallas kernels, what moves between devices, bytes on each."""
+    """What a compiled program says of itself: its Pallas kernels, what moves between devices, its memory."""
 
     kernels: frozenset[str]
     collectives: frozenset[str]

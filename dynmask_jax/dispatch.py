@@ -127,7 +127,7 @@ def attention(
       Unsupported: the named backend cannot do this, though another may.
 
     Warns:
-      where a mesh with Auto axes was set, and none of their names tells what it partitions.
+      where a mesh with Auto axes was set, and along some of them all devices compute the same.
 
     >>> q = k = v = jnp.ones((1, 4, 2, 8))
     >>> attention(q, k, v, Causal() & Window(2)).shape
@@ -173,7 +173,7 @@ def checked(q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, bac
     if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
         raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
     scale = positive("scale", scale, 1 / math.sqrt(q.shape[3]))
-    return Call(the_plan, _known(backend), Scores(scale, positive("soft_cap", soft_cap, None)))
+    return Call(the_plan, known_backend(backend), Scores(scale, positive("soft_cap", soft_cap, None)))
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "scores"))
@@ -212,7 +212,8 @@ def attend_partitioned(
     )
 
 
-def _known(backend: str | None) -> str:
+def known_backend(backend: str | None) -> str:
+    """Its name, or the default's; refuses one that there is not."""
     name = default_backend() if backend is None else backend
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")

@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dynmask_jax.partitioning import Partitioning
 from dynmask_jax.plans import Plan
-from dynmask_jax.sharding import AnyMesh, axes_of, axis_names, explicit_mesh, free_axes
+from dynmask_jax.sharding import AnyMesh, axes_of, axis_names, explicit_mesh, free_axes, vmapped_axes
 
 ROW_AXES = "replica", "data", "dp", "batch", "fsdp"
 HEAD_AXES = "tensor", "tp", "model"
@@ -25,20 +25,39 @@ def find_partitioning(q, k, v, plan: Plan, sharding: Sharding | None) -> Partiti
         its devices do not divide the batch or the heads.
     """
     mesh = explicit_mesh((q, k, v, plan))
-    if sharding is not None:
-        return _told(q, mesh, sharding)
-    rows, heads = _typed(q, k, v) if mesh is not None else ((), ())
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-    if all(mesh.shape[axis] == 1 for axis in _auto(mesh)) and not _explicit(mesh):
+    rows, heads = _from_types(q, k, v) if mesh is not None else ((), ())
+    around = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if len(free_axes(around)) < len(around.axis_names):
+        _refuse_inside_shard_map(sharding, (*rows, *heads))
         return None
-    rows += _dividing(mesh, ROW_AXES, q.shape[0], rows)
-    heads += _dividing(mesh, HEAD_AXES, q.shape[2], heads)
-    _warn_of_names(mesh)
-    return Partitioning(mesh, rows, heads)
+    if vmapped := vmapped_axes(explicit=True):
+        raise ValueError(
+            f"jax.vmap maps an axis that the mesh partitions over {_quoted(vmapped)}: make it a part of the "
+            "batch of one call"
+        )
+    if sharding is not None:
+        return _from_sharding(q, around, sharding)
+    if vmapped_axes():  # JAX cannot type the shard_map inside; the compiler partitions what vmap maps
+        return None
+    if all(around.shape[axis] == 1 for axis in _auto(around)) and not _explicit(around):
+        return None
+    rows += _dividing(around, ROW_AXES, q.shape[0], rows)
+    heads += _dividing(around, HEAD_AXES, q.shape[2], heads)
+    _warn_of_axes_left_out(around, {*rows, *heads}, q.shape[0])
+    return Partitioning(around, rows, heads)
 
 
-def _told(q, mesh: AnyMesh | None, sharding: Sharding) -> Partitioning:
+def _refuse_inside_shard_map(sharding: Sharding | None, typed: tuple[str, ...]):
+    """JAX differentiates no `jax.shard_map` inside another, so there attention is one device's."""
+    if sharding is not None or typed:
+        named = "sharding" if sharding is not None else f"the axes {_quoted(typed)} of their types"
+        raise ValueError(
+            f"inside jax.shard_map attention is one device's, and cannot be partitioned by {named}: let "
+            "shard_map take all axes of the mesh, or call attention outside it"
+        )
+
+
+def _from_sharding(q, mesh: AnyMesh, sharding: Sharding) -> Partitioning | None:
     if not isinstance(sharding, Sharding):
         raise TypeError(
             "sharding must be a PartitionSpec or a NamedSharding of q, [batch, tokens, heads, head_dim], got "
@@ -48,12 +67,17 @@ def _told(q, mesh: AnyMesh | None, sharding: Sharding) -> Partitioning:
         mesh, spec = sharding.mesh, sharding.spec
     else:
         spec = sharding
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if PartitionSpec.UNCONSTRAINED in tuple(spec):
+        raise ValueError(f"sharding must name mesh axes or None for each axis of q, got {spec}")
     rows, tokens, heads, head_dim = (*map(axis_names, spec), (), (), (), ())[:4]
     if len(spec) > 4:
         raise ValueError(f"sharding must be of [batch, tokens, heads, head_dim], got {spec}")
     _refuse_tokens("sharding", tokens, head_dim)
+    if mesh.empty and not (*rows, *heads):
+        return None
     for name in (*rows, *heads):
+        if (*rows, *heads).count(name) > 1:
+            raise ValueError(f"sharding names the mesh axis {name!r} twice, got {spec}")
         if name not in free_axes(mesh):
             axes = ", ".join(free_axes(mesh))
             known = f"its axes are {axes}" if axes else "there is no mesh: jax.set_mesh, or a NamedSharding"
@@ -70,26 +94,32 @@ def _told(q, mesh: AnyMesh | None, sharding: Sharding) -> Partitioning:
     return partitioning
 
 
-def _typed(q, k, v) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes of rows and of query heads: the first type that names any says it for all."""
+def _from_types(q, k, v) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes of rows and of heads, each from the first array of q, k and v that is partitioned so."""
     all_rows, all_heads = [], []
     for name, array in (("q", q), ("k", k), ("v", v)):
         rows, tokens, heads, head_dim = axes_of(array)
         _refuse_tokens(name, tokens, head_dim)
         all_rows.append(rows)
         all_heads.append(heads)
-    return next(filter(None, all_rows), ()), next(filter(None, all_heads), ())
+    rows, heads = next(filter(None, all_rows), ()), next(filter(None, all_heads), ())
+    if both := set(rows) & set(heads):
+        raise ValueError(
+            f"one of q, k and v partitions rows, another heads, over the mesh axis {_quoted(both)}: reshard "
+            "one of them, jax.sharding.reshard"
+        )
+    return rows, heads
 
 
 def _refuse_tokens(name: str, tokens: tuple[str, ...], head_dim: tuple[str, ...]):
     if tokens:
         raise ValueError(
-            f"{name} partitions tokens over the mesh axis {', '.join(map(repr, tokens))}: attention over a "
+            f"{name} partitions tokens over the mesh axis {_quoted(tokens)}: attention over a "
             f"sequence on several devices is context_parallel(attention, mesh=mesh, axis={tokens[0]!r})"
         )
     if head_dim:
         raise ValueError(
-            f"{name} partitions the head dim over the mesh axis {', '.join(map(repr, head_dim))}: partition "
+            f"{name} partitions the head dim over the mesh axis {_quoted(head_dim)}: partition "
             "heads, or jax.sharding.reshard it"
         )
 
@@ -118,13 +148,18 @@ def _dividing(mesh: AnyMesh, known: tuple[str, ...], size: int, taken: tuple[str
     return tuple(chosen)
 
 
-def _warn_of_names(mesh: AnyMesh):
-    """Says that every device computes the whole, where no axis has a name that tells what it partitions."""
-    axes = [name for name in _auto(mesh) if mesh.shape[name] > 1]
-    if axes and not _explicit(mesh) and not set(axes) & {*ROW_AXES, *HEAD_AXES}:
+def _warn_of_axes_left_out(mesh: AnyMesh, taken: set[str], batch: int):
+    """Says that devices compute the same, where a mesh axis partitions neither rows nor heads."""
+    left = [name for name in _auto(mesh) if mesh.shape[name] > 1 and name not in taken]
+    if left and not _explicit(mesh) and batch > 1:
         warnings.warn(
-            "every device computes the whole batch, as it is not said what the mesh axes "
-            f"{', '.join(map(repr, axes))} partition: give the sharding of q, [batch, tokens, heads], as "
-            f"sharding=PartitionSpec({axes[0]!r}, None, None)",
+            f"devices along the mesh axes {_quoted(left)} compute the same: their names are none of "
+            f"{_quoted((*ROW_AXES, *HEAD_AXES))}, or their number does not divide the batch or the heads. "
+            "Give the sharding of q, [batch, tokens, heads], as sharding=PartitionSpec(…); tokens over "
+            "several devices are context_parallel's",
             stacklevel=4,
         )
+
+
+def _quoted(names) -> str:
+    return ", ".join(map(repr, sorted(names)))

@@ -9,14 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree
 from dynmask_jax.calls import check_positions
+from dynmask_jax.dispatch import known_backend
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.fields_read import reads_segments
 from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.masks import Causal
-from dynmask_jax.plans import Plan, plan
+from dynmask_jax.plans import Plan, block_size, plan
+from dynmask_jax.sharding import axes_of
 from dynmask_jax.tokens import Tokens
 
 # Handled below, or without effect here: nothing is dropped out, and the softmax is float32 always.
@@ -78,11 +81,16 @@ def computation(
     """The options of both `attention_fn`, as one.
 
     Raises:
-      TypeError: the attention cannot be called.
+      TypeError: the attention cannot be called, or a block size is no whole number.
+      ValueError: there is no such backend, or a block size is below 1.
     """
     if not callable(attention):
         raise TypeError(f"attention must be a function like dynmask_jax.attention, got {attention!r}")
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if size is not None:
+            block_size(name, size)
     if backend is not None:
+        known_backend(backend)
         attention = functools.partial(attention, backend=backend)
     return Computation(attention, block_q, block_k)
 
@@ -116,7 +124,7 @@ def attend_for_flax(
         - the same for a single query, as Flax makes one to decode with a cache: the last key that it shows
           is the query's own place. So a row that hides the query's own key, as padding does, is read as if
           the query stood at the last key that it shows;
-        - `Tokens`, of queries and keys alike, or a `Plan`, which `mask_or_plan` narrows.
+        - `Tokens`, of queries and keys alike; a `Plan`, which `mask_or_plan` narrows; or one more `Mask`.
 
     Raises:
       Unsupported: an option that would change the result and that we have not, by name.
@@ -136,6 +144,11 @@ def attend_for_flax(
 
 
 def _one_batch_axis(x: Array, batch: tuple[int, ...], rest: int) -> Array:
+    if any(axes_of(x)[1 : len(batch)]):
+        raise ValueError(
+            f"of the batch axes {batch} the mesh may partition the first alone, got {jax.typeof(x)}: reshape "
+            "the model's input to one batch axis"
+        )
     return x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-rest:])
 
 
@@ -161,11 +174,12 @@ class _Call:
 
     def plan(self, mask_or_plan: Mask | Plan, told: tuple[Tokens, Tokens] | None, given) -> Plan:
         """The plan for what the layer was given as its mask: nothing, an array, tokens or a plan."""
+        if isinstance(given, Mask):
+            mask_or_plan, given = mask_or_plan & given, None
+        if isinstance(given, Plan | Tokens):
+            self._refuse_second(mask_or_plan, told, type(given).__name__)
         if isinstance(given, Plan):
-            if isinstance(mask_or_plan, Plan):
-                raise Unsupported(
-                    "attention_fn has a plan already, and takes no second one as the layer's mask"
-                )
+            assert not isinstance(mask_or_plan, Plan)
             return given & mask_or_plan
         if isinstance(given, Tokens):
             tokens = self._by_rows(given)
@@ -180,14 +194,27 @@ class _Call:
 
     def _by_rows(self, tokens: Tokens) -> Tokens:
         """The tokens `[T]` or `[*B, T]` that came as a mask, with one batch axis."""
+        if (tokens.shape[-1],) * 2 != (self.queries, self.keys):
+            raise self._wrong_tokens(tokens)
         if len(tokens.shape) == 1:
             return tokens
         if tokens.shape[:-1] != self.batch:
-            raise ValueError(
-                f"tokens as a mask must have shape {(*self.batch, self.keys)} or ({self.keys},), got "
-                f"{tokens.shape}"
-            )
+            raise self._wrong_tokens(tokens)
         return jax.tree.map(lambda field: _one_batch_axis(field, self.batch, 1), tokens)
+
+    def _wrong_tokens(self, tokens: Tokens) -> ValueError:
+        return ValueError(
+            f"tokens as a mask are of queries and keys alike, {(*self.batch, self.queries)} or "
+            f"({self.queries},), got {tokens.shape} for {self.queries} queries and {self.keys} keys"
+        )
+
+    def _refuse_second(self, mask_or_plan: Mask | Plan, told: tuple[Tokens, Tokens] | None, given: str):
+        """Refuses tokens or a plan as a mask where tokens are known already: which hold is not said."""
+        known = "a plan, which has its tokens" if isinstance(mask_or_plan, Plan) else "tokens, by set_tokens"
+        if told is not None or isinstance(mask_or_plan, Plan):
+            raise ValueError(
+                f"attention_fn has {known}, and was given {given} as the layer's mask too: give one of them"
+            )
 
     def _checked(self, told: tuple[Tokens, Tokens]) -> tuple[Tokens, Tokens]:
         lengths = tuple(tokens.shape[-1] for tokens in told)
@@ -196,6 +223,12 @@ class _Call:
                 f"attention_fn was told of {lengths[0]} queries and {lengths[1]} keys, got {self.queries} "
                 f"and {self.keys}: set_tokens(model, tokens) for each batch, and set_tokens(model, None) "
                 "before decoding"
+            )
+        rows = {tokens.shape[0] for tokens in told if len(tokens.shape) == 2}
+        if rows - {math.prod(self.batch)}:
+            raise ValueError(
+                f"attention_fn was told of {max(rows)} rows, got {self.batch}: set_tokens(model, tokens) for "
+                "each batch"
             )
         return told
 
@@ -221,6 +254,11 @@ class _Call:
 
     def _shown(self, mask) -> Bool[Array, "B S"]:
         """Which keys an array over keys shows."""
+        if not isinstance(mask, jax.Array | np.ndarray):
+            raise TypeError(
+                "the layer's mask must be an array over keys, Tokens, a Plan or a Mask, got "
+                f"{type(mask).__name__}"
+            )
         mask = jnp.asarray(mask)
         if mask.ndim < 3 or mask.shape[-3:] != (1, 1, self.keys):
             raise Unsupported(
@@ -229,6 +267,11 @@ class _Call:
                 "are skipped. make_causal_mask is attention_fn(Causal()), combine_masks is &, and a mask of "
                 "equal segments is SameSegment(), with Tokens(position, segment) as the layer's mask"
             )
+        rows = mask.shape[:-3]
+        if len(rows) > len(self.batch) or any(
+            n not in (1, b) for n, b in zip(rows, self.batch, strict=False)
+        ):
+            raise ValueError(f"the layer's mask must be of {self.batch} rows, or 1, got {mask.shape}")
         return jnp.broadcast_to(mask.astype(bool), (*self.batch, 1, 1, self.keys)).reshape(-1, self.keys)
 
 

@@ -150,10 +150,10 @@ def attention_fn(
     documents or padding: by `set_tokens`; by what the model gives its layers as `mask`, `Tokens` or a `Plan`
     (which is narrowed); or by a padding mask `[batch, 1, 1, keys]`, from which segments 1 and 0 are made.
     Under any other mask a padding mask hides keys. Mask arrays of pairs, `[…, queries, keys]`, are refused.
+    With `decode=True` Flax itself takes arrays alone.
 
-    Numbers that the mask or
-    curriculum keeps must outlive the transformation that the model is made in: use NumPy arrays for per-head
-    values, not jnp.
+    Numbers that the mask or curriculum keeps must outlive the transformation that the model is made in: use
+    NumPy arrays for per-head values, not jnp.
 
     The step is state beside the parameters, as that of dropout and batch norm is:
     `nnx.split(model, nnx.Param, ...)`, with the dots. So are tokens. Under one mask there is no step, and no
@@ -186,15 +186,16 @@ def attention_fn(
         return MaskAttention(curriculum, how, Told() if reads_segments(curriculum) else None)
     if isinstance(curriculum, type) or not callable(curriculum):
         check_mask(curriculum, "attention_fn needs a curriculum or a mask")
-    return CurriculumAttention(curriculum, how, Told() if reads_segments(_mask_of(curriculum)) else None)
+    mask = _mask_of(curriculum)
+    return CurriculumAttention(curriculum, how, Told() if mask is None or reads_segments(mask) else None)
 
 
-def _mask_of(curriculum: Curriculum) -> Mask:
-    """The curriculum's mask, with shapes and types in place of its numbers."""
+def _mask_of(curriculum: Curriculum) -> Mask | None:
+    """The curriculum's mask, with shapes and types in place of its numbers; None if it differs by step."""
     try:
         found = jax.eval_shape(curriculum, jax.ShapeDtypeStruct((), jnp.int32))
     except jax.errors.ConcretizationTypeError:  # one of Python's conditions, for use outside `jit`
-        found = curriculum(0)
+        return None
     if not isinstance(found, Mask):
         given = "a number" if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
         raise TypeError(
@@ -222,7 +223,10 @@ def set_step(model: nnx.Module, step: StepLike) -> None:
         raise ValueError("the model has no attention_fn (dynmask_jax.nnx) that follows a curriculum")
     with _remedy_for_outer_variables():
         for follower in followers:
-            follower.step[...] = jnp.broadcast_to(step, follower.step[...].shape).astype(jnp.int32)
+            # A buffer of its own for each, and not the caller's: a model may be donated.
+            follower.step[...] = jnp.array(
+                jnp.broadcast_to(step, follower.step[...].shape), jnp.int32, copy=True
+            )
             follower.ever_set.yes = True
 
 
@@ -246,6 +250,8 @@ def set_tokens(model: nnx.Module, q_tokens: Tokens | None, kv_tokens: Tokens | N
       q_tokens: of the queries, `[T]` for all rows alike or `[B, T]`; None forgets what was told, before
         decoding, or before a whole state is saved.
       kv_tokens: of the keys; left out, the queries are the keys too.
+
+    Layers whose mask reads no segments stay at positions 0, 1, … of one document, and see across documents.
 
     The tokens are state, as the step is. Where they are set outside `nnx.jit`, each shape is one compilation.
     Set inside, they stay with the model that comes out, which the next call compiles anew, once: forget

@@ -145,8 +145,8 @@ def plan(
     check_tokens(q_tokens, kv_tokens)
     head_count(mask)  # refuses leaves that do not fit together
     default_q, default_k = default_blocks()
-    block_q = _block_size("block_q", default_q if block_q is None else block_q, q_tokens.shape[-1])
-    block_k = _block_size("block_k", default_k if block_k is None else block_k, kv_tokens.shape[-1])
+    block_q = min(block_size("block_q", default_q if block_q is None else block_q), q_tokens.shape[-1])
+    block_k = min(block_size("block_k", default_k if block_k is None else block_k), kv_tokens.shape[-1])
     return _plan(mask, q_tokens, kv_tokens, block_q=block_q, block_k=block_k)
 
 
@@ -175,12 +175,13 @@ def _codes_of(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, *, blocks: tuple[
     return jnp.where(whole_q[:, None] & whole_k[None, :], codes, jnp.minimum(codes, TEST))
 
 
-def _block_size(name: str, size: int, length: int) -> int:
+def block_size(name: str, size: int) -> int:
+    """The size; refuses what is no whole number, or below 1."""
     if isinstance(size, bool) or not isinstance(size, int | np.integer):
         raise TypeError(f"{name} must be a Python int, got {size!r}")
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
-    return min(int(size), length)
+    return int(size)
 
 
 def _same_rows(*tokens: Tokens) -> list[Tokens]:

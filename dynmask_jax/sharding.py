@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import core  # of a vmap around a call JAX tells in no public place
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AnyMesh = Mesh | AbstractMesh
@@ -26,6 +27,15 @@ def free_axes(mesh: AnyMesh) -> tuple[str, ...]:
     return tuple(
         name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual
     )
+
+
+def vmapped_axes(*, explicit: bool = False) -> frozenset[str]:
+    """The mesh axes over which a `jax.vmap` around this call partitions the axis that it maps.
+
+    Told by its `spmd_axis_name`, or with `explicit` read from the types on an Explicit mesh.
+    """
+    names = "explicit_mesh_axis_names" if explicit else "spmd_axis_names"
+    return frozenset(getattr(core.get_axis_env(), names, None) or ())
 
 
 def axes_of(array) -> tuple[tuple[str, ...], ...]:

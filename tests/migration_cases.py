@@ -225,14 +225,14 @@ EXPECTED: dict[str, dict[str, Check]] = {
         "additive bias, [..., T, S]": refuses(
             TypeError, "'bias'", "jax.nn.dot_product_attention adds a bias"
         ),
-        "score_mod of ALiBi, or of relative positions": refuses(TypeError, "'score_mod'", "its options are"),
+        "score_mod of ALiBi, or of relative positions": refuses(TypeError, "'score_mod'", "there is no bias"),
         "T5's bias in Flax": refuses(Unsupported, "attention_fn does not support bias"),
-        "LowerTriangularMaskWithTensorBias": refuses(TypeError, "'attn_bias'", "its options are"),
+        "LowerTriangularMaskWithTensorBias": refuses(TypeError, "'attn_bias'", "adds a bias to the logits"),
         "NumpyMask(array), mask=array": refuses(TypeError, "masks are expressions", "segment of Tokens"),
         "Mask(bool_mask) beside other masks": refuses(
             TypeError, "masks are expressions", "segment of Tokens"
         ),
-        "a mask array in a Flax layer": refuses(Unsupported, "give it a mask expression"),
+        "a mask array in a Flax layer": refuses(Unsupported, "write what it says of pairs as an expression"),
         "a mask_mod that indexes a tensor": refuses(TypeError, "jnp.asarray(table)[q.position]"),
         "is_causal=True, causal=True": refuses(TypeError, "give the mask Causal()"),
         "attention dropout, dropout_rate=0.1": refuses(TypeError, "drop out what follows"),

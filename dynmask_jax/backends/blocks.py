@@ -113,7 +113,7 @@ def over_active(codes, add, start):
 def visible_rows(tiles: Tiles, tested, place: tuple, heads: int, key_heads: int) -> Bool[Array, "*K rows bk"]:
     """The mask of the tile `place` = (row of the plan, i, j), over the rows of its queries.
 
-    It is evaluated where the tile is tested, and else true everywhere.
+    It is evaluated where the tile is tested, and else true everywhere; with `tested` None always evaluated.
     """
     return by_rows(_where_tested(tiles, tested, place), heads, key_heads)
 
@@ -133,12 +133,11 @@ def visible_columns(
 
 def _where_tested(tiles: Tiles, tested, place: tuple, *, keys_first: bool = False):
     visible = functools.partial(tiles.visible, keys_first=keys_first)
-    everything = jnp.ones(jax.eval_shape(visible, *place).shape, bool)
-    branches = (
-        lambda: vary_like(visible(*place), tiles, place),
-        lambda: vary_like(everything, tiles, place),
-    )
-    return lax.cond(tested, *branches)
+    if tested is None:
+        return visible(*place)
+    # Of one type with the mask inside shard_map: `&` makes it so, where the mask does not read what varies.
+    everything = vary_like(jnp.ones(jax.eval_shape(visible, *place).shape, bool), tiles, place)
+    return lax.cond(tested, lambda: visible(*place) & everything, lambda: everything)
 
 
 def sequence_and_block(number, count: int):

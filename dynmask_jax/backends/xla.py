@@ -20,8 +20,11 @@ from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
 
 
-def forward(scores, q, k, v, plan, over_lines=lax.map):
-    """`(out, lse)`, where `over_lines(line, places)` stacks `line(place)` over lines of blocks."""
+def forward(scores, q, k, v, plan, over_lines=lax.map, *, test_all: bool = False):
+    """`(out, lse)`, where `over_lines(line, places)` stacks `line(place)` over lines of blocks.
+
+    `test_all`: evaluate the mask in full blocks too, where a branch would not save it.
+    """
     wide, heads, key_heads = sum_dtype(q.dtype), q.shape[2], k.shape[2]
     q_blocks, tiles = Blocks.of_finite(q, plan.block_q), tiles_of(plan)
     k_blocks, v_blocks = Blocks.of_keys_values(k, v, plan.block_k)
@@ -33,7 +36,7 @@ def forward(scores, q, k, v, plan, over_lines=lax.map):
 
         def add(j, partial, *, tested):
             keys, values = (blocks.rows(b, j, key_heads).astype(wide) for blocks in (k_blocks, v_blocks))
-            visible = visible_rows(tiles, tested, (row, i, j), heads, key_heads)
+            visible = visible_rows(tiles, None if test_all else tested, (row, i, j), heads, key_heads)
             logits = jnp.where(visible, scores.logits(jnp.einsum("krh,ksh->krs", queries, keys)), -jnp.inf)
             return extend(partial, logits, lambda weights: jnp.einsum("krs,ksh->krh", weights, values))
 

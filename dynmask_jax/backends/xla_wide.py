@@ -52,10 +52,10 @@ class _Operands:
         """The plan's row for sequence b."""
         return b if self.plan.rows > 1 else 0
 
-    def tile(self, place, block, keys, values, *, tested):
+    def tile(self, place, block, keys, values):
         """`tile_gradients` of the block of queries i and of keys j of sequence b, `place` = (b, i, j)."""
         b, i, j = place
-        visible = visible_columns(self.tiles, tested, (self.row(b), i, j), self.heads, self.key_heads)
+        visible = visible_columns(self.tiles, None, (self.row(b), i, j), self.heads, self.key_heads)
         return tile_gradients(self.scores, block, keys, values, visible)
 
 
@@ -69,9 +69,9 @@ def gradients(scores, saved, cotangents):
         b, i = sequence_and_block(number, q_blocks.count)
         block = of.queries_at(b, i)
 
-        def add(j, d_q, *, tested):
+        def add(j, d_q, **_):
             keys, values = of.keys_at(b, j)
-            d_products, _ = of.tile((b, i, j), block, keys, values, tested=tested)
+            d_products, _ = of.tile((b, i, j), block, keys, values)
             return d_q + jnp.einsum("ksr,ksh->krh", d_products, keys)
 
         d_q = over_active(at(plan.codes, of.row(b), i), add, jnp.zeros_like(block.q))
@@ -81,9 +81,9 @@ def gradients(scores, saved, cotangents):
         b, j = sequence_and_block(number, k_blocks.count)
         keys, values = of.keys_at(b, j)
 
-        def add(i, sums, *, tested):
+        def add(i, sums, **_):
             block, (d_k, d_v) = of.queries_at(b, i), sums
-            d_products, weights = of.tile((b, i, j), block, keys, values, tested=tested)
+            d_products, weights = of.tile((b, i, j), block, keys, values)
             d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
             return d_k, d_v + jnp.einsum("ksr,krh->ksh", weights, block.d_out)
 
@@ -96,5 +96,8 @@ def gradients(scores, saved, cotangents):
 
 
 XLA_WIDE = Backend(
-    functools.partial(forward, over_lines=_at_once), gradients, prepared=as_they_are, marks_bad=True
+    functools.partial(forward, over_lines=_at_once, test_all=True),
+    gradients,
+    prepared=as_they_are,
+    marks_bad=True,
 )

@@ -393,6 +393,39 @@ def test_decoding_forgets_the_tokens_of_the_batch():
         np.testing.assert_allclose(model(inputs()[:, t : t + 1])[:, 0], together[:, t], **CLOSE)
 
 
+def linen_call(mask_or_plan, **options):
+    return our_linen.attention_fn(mask_or_plan)(*[inputs().reshape(2, LENGTH, HEADS, -1)] * 3, **options)
+
+
+def told_layer():
+    layer = layer_of("nnx", SameSegment())
+    our_nnx.set_tokens(layer, documents())
+    return layer
+
+
+def test_one_more_mask_as_the_mask_of_a_layer():
+    both = layer_of("nnx", Causal())(inputs(), mask=Window(5))
+    np.testing.assert_allclose(both, layer_of("nnx", Causal() & Window(5))(inputs()), **CLOSE)
+
+
+def test_a_model_may_be_donated_with_the_callers_step():
+    model, step = Stack(), jnp.int32(3)
+    our_nnx.set_step(model, step)
+    our_nnx.set_tokens(model, documents())
+    nnx.jit(lambda model: model(inputs()), donate_argnums=0)(model)
+    assert int(step) == 3
+
+
+def test_a_curriculum_whose_mask_differs_by_pythons_step_can_be_told():
+    layer = layer_of("nnx", lambda step: Causal() if step < 5 else Causal() & SameSegment())
+    our_nnx.set_tokens(layer, documents())
+    outs = []
+    for step in (0, 7):
+        our_nnx.set_step(layer, step)
+        outs.append(layer(inputs()))
+    assert not np.allclose(*outs)
+
+
 SQUARE = jnp.ones((2, 1, LENGTH, LENGTH))
 REFUSED = {
     "untold": (lambda: layer_of("nnx", SameSegment())(inputs()), ValueError, r"set_tokens\(model, Tokens\("),
@@ -410,18 +443,42 @@ REFUSED = {
     "rows": (
         lambda: layer_of("linen", SameSegment())(inputs(batch=3), mask=documents()),
         ValueError,
-        r"tokens as a mask must have shape \(3, 24\) or \(24,\), got \(2, 24\)",
+        r"of queries and keys alike, \(3, 24\) or \(24,\), got \(2, 24\) for 24 queries and 24 keys",
     ),
     "length": (
         lambda: layer_of("linen", SameSegment())(inputs()[:, :8], mask=documents()),
         ValueError,
-        "told of 24 queries and 24 keys, got 8 and 8",
+        r"alike, \(2, 8\) or \(8,\), got \(2, 24\) for 8 queries and 8 keys",
     ),
     "two_plans": (
-        lambda: layer_of("linen", plan(Causal(), documents()))(inputs(), mask=plan(Causal(), documents())),
-        Unsupported,
-        "takes no second one",
+        lambda: linen_call(plan(Causal(), documents()), mask=plan(Causal(), documents())),
+        ValueError,
+        "attention_fn has a plan, which has its tokens, and was given Plan as the layer's mask too",
     ),
+    "plan_and_tokens": (
+        lambda: linen_call(plan(Causal(), documents()), mask=documents()),
+        ValueError,
+        "was given Tokens as the layer's mask too",
+    ),
+    "told_twice": (lambda: told_layer()(inputs(), mask=documents()), ValueError, "has tokens, by set_tokens"),
+    "told_other_rows": (lambda: told_layer()(inputs(batch=3)), ValueError, r"told of 2 rows, got \(3,\)"),
+    "mask_of_other_rows": (
+        lambda: linen_call(Causal(), mask=jnp.ones((3, 1, 1, LENGTH))),
+        ValueError,
+        r"must be of \(2,\) rows, or 1, got \(3, 1, 1, 24\)",
+    ),
+    "mask_of_more_axes": (
+        lambda: linen_call(Causal(), mask=jnp.ones((1, 2, 1, 1, LENGTH))),
+        ValueError,
+        r"must be of \(2,\) rows, or 1",
+    ),
+    "mask_of_words": (
+        lambda: linen_call(Causal(), mask="causal"),
+        TypeError,
+        "Tokens, a Plan or a Mask, got str",
+    ),
+    "backend": (lambda: our_nnx.attention_fn(Causal(), backend="foo"), ValueError, "backend must be one of"),
+    "blocks": (lambda: our_linen.attention_fn(Causal(), block_q=0), ValueError, "block_q must be at least 1"),
     "no_listener": (
         lambda: our_nnx.set_tokens(Stack(lambda: our_nnx.attention_fn(Causal())), documents()),
         ValueError,
@@ -439,12 +496,6 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_with_the_remedy(name):
     call, error, message = REFUSED[name]
-    if name == "two_plans":
-        call = functools.partial(
-            our_linen.attention_fn(plan(Causal(), documents())),
-            *[inputs().reshape(2, LENGTH, HEADS, -1)] * 3,
-            mask=plan(Causal(), documents()),
-        )
     with pytest.raises(error, match=message):
         call()
 

@@ -222,7 +222,18 @@ REFUSED = {
     ),
     "told_tokens": ({}, {"sharding": P(None, "x")}, "sharding partitions tokens over the mesh axis 'x'"),
     "told_axis": ({}, {"sharding": P("rows")}, "names the mesh axis 'rows'; its axes are x, y"),
-    "told_size": ({}, {"sharding": P(("x", "y"), None, None)}, None),
+    "told_size": (
+        {},
+        {"sharding": P(("x", "y")), "batch": 6},
+        r"the batch \(6\) must be a multiple of the 8 devices of sharding",
+    ),
+    "told_twice": ({}, {"sharding": P("x", None, "x")}, "names the mesh axis 'x' twice"),
+    "told_nothing": ({}, {"sharding": P(P.UNCONSTRAINED)}, "must name mesh axes or None for each axis of q"),
+    "typed_tokens_told_rows": (
+        {"spec": P("fsdp", "tp")},
+        {"sharding": P("fsdp")},
+        "q partitions tokens over the mesh axis 'tp'",
+    ),
     "told_heads": (
         {},
         {"sharding": P(None, None, ("x", "y"))},
@@ -241,12 +252,22 @@ def test_what_cannot_be_partitioned_is_refused_with_the_remedy(name):
     placed, options, message = REFUSED[name]
     mesh = MESHES["explicit" if placed else "auto_told"][0]
     qkv = partitioned(placed["spec"]) if placed else arrays()
-    with jax.set_mesh(mesh):
-        if message is None:
-            attention(*qkv, Causal(), **options)
-            return
-        with pytest.raises(ValueError, match=message):
-            attention(*qkv, Causal(), **options)
+    qkv = [x[: options.get("batch", BATCH)] for x in qkv]
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        attention(*qkv, Causal(), sharding=options.get("sharding"))
+
+
+def test_arrays_that_contradict_each_other_are_refused():
+    mesh = mesh_of((2,), ("x",), AxisType.Explicit)
+    q, k, v = arrays()
+    q, k = (
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((q, P("x")), (k, P(None, None, "x")))
+    )
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match="one of q, k and v partitions rows, another heads"),
+    ):
+        attention(q, k, v, Causal())
 
 
 def test_a_sharding_needs_a_mesh_and_a_spec():
@@ -265,25 +286,50 @@ def test_a_sharding_needs_a_mesh_and_a_spec():
 
 def test_axes_without_a_usual_name_are_warned_of_and_one_row_is_not():
     mesh, _ = MESHES["auto_told"]
-    with jax.set_mesh(mesh), pytest.warns(UserWarning, match="what the mesh axes 'x', 'y' partition"):
+    assert_same(attention(*arrays(), Causal(), sharding=P()), attention(*arrays(), Causal()))
+    with jax.set_mesh(mesh), pytest.warns(UserWarning, match="the mesh axes 'x', 'y' compute the same"):
         assert_same(attention(*arrays(), Causal()), attention(*arrays(), Causal(), sharding=P("x")))
     with jax.set_mesh(MESHES["auto_by_name"][0]):
         assert_same(attention(*(x[:1] for x in arrays()), Causal()), attention(*arrays(), Causal())[:1])
+        with pytest.warns(UserWarning, match="the mesh axes 'data' compute the same: .*does not divide"):
+            attention(*(x[:6] for x in arrays()), Causal())
 
 
-def test_inside_shard_map_nothing_more_is_partitioned():
-    mesh, _ = MESHES["auto_by_name"]
-    spec = P("data", None, "tensor")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_inside_shard_map_attention_is_one_devices(kind):
+    """Over all axes of the mesh or some: JAX differentiates no shard_map inside another."""
+    mesh = mesh_of((4, 2), ("data", "tensor"), kind)
+
+    def loss(attend, *qkv):
+        return jnp.sin(attend(*qkv)).sum()
+
+    def alone(q, k, v):
+        return attention(q, k, v, Causal() & Window(7))
+
+    expected = jax.grad(functools.partial(loss, alone), (0, 1, 2))(*arrays())
     with jax.set_mesh(mesh):
-        inside = jax.shard_map(
-            lambda q, k, v: attention(q, k, v, Causal()), in_specs=(spec,) * 3, out_specs=spec
-        )
-        rows_alone = jax.shard_map(
-            lambda q, k, v: attention(q, k, v, Causal()),
-            in_specs=(P("data"),) * 3,
-            out_specs=P("data"),
-            axis_names={"data"},
-        )
-        expected = attention(*arrays(), Causal())
-        assert_same(jax.jit(inside)(*arrays()), expected)
-        assert_same(jax.jit(rows_alone)(*arrays()), expected)
+        for spec, axes in ((P("data", None, "tensor"), {"data", "tensor"}), (P("data"), {"data"})):
+            inside = jax.shard_map(alone, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes)
+            qkv = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays()]
+            assert_same(jax.jit(jax.grad(functools.partial(loss, inside), (0, 1, 2)))(*qkv), expected)
+        with pytest.raises(ValueError, match=r"inside jax\.shard_map attention is one device's"):
+            jax.shard_map(
+                functools.partial(attention, sharding=P("data")),
+                in_specs=(P("data"),) * 3 + (P(),),
+                out_specs=P("data"),
+            )(*qkv, Causal())
+
+
+def test_vmap_over_an_axis_that_the_mesh_partitions():
+    qkv, mask = [x[:, None] for x in arrays()], Causal()
+    attend = functools.partial(attention, mask_or_plan=mask)
+    expected = jax.vmap(attend)(*qkv)
+    with jax.set_mesh(MESHES["auto_by_name"][0]):
+        assert_same(jax.jit(jax.vmap(attend, spmd_axis_name="data"))(*qkv), expected)
+    mesh, _ = MESHES["explicit"]
+    placed = [jax.device_put(x, NamedSharding(mesh, P("fsdp"))) for x in qkv]
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"jax\.vmap maps an axis that the mesh partitions"),
+    ):
+        jax.vmap(attend)(*placed)
