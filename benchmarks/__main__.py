@@ -15,6 +15,7 @@ from types import ModuleType
 from benchmarks import (
     balance,
     causal,
+    compile_time,
     curriculum,
     exposure,
     flashmask,
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "loss": loss,
     "flashmask": flashmask,
     "plans": plans,
+    "compile_time": compile_time,
     "tpu_schedule": tpu_schedule,
     "balance": balance,
     "topologies": topologies,

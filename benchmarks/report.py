@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks import (
     balance,
     causal,
+    compile_time,
     curriculum,
     exposure,
     flashmask,
@@ -38,6 +39,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "loss": ("Memory of the loss against tokens", loss.section),
     "flashmask": ("The twelve masks of FlashMask", flashmask.section),
     "plans": ("Finding the blocks to skip", plans.section),
+    "compile_time": ("Time to compile six layers", compile_time.section),
     "tpu_schedule": ("Static cost on TPU", tpu_schedule.section),
     "balance": ("Balance over devices", balance.section),
     "topologies": ("Memory and transfers of whole train steps", topologies.section),
