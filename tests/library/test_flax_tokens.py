@@ -53,7 +53,7 @@ class Stack(nnx.Module):
 
     def __init__(self, make=lambda: our_nnx.attention_fn(PACKED), **options):
         options = {"decode": False, **options}
-        self.layers = nnx.List(
+        self.layers = getattr(nnx, "List", list)(  # Flax 0.11 takes lists as they are
             nnx.MultiHeadAttention(HEADS, WIDTH, rngs=nnx.Rngs(i), attention_fn=make(), **options)
             for i in range(3)
         )
