@@ -197,7 +197,7 @@ def test_classes_are_no_masks():
         ("segment_ids", r"plan\(mask & SameSegment\(\)"),
         ("softmax_scale", "it is scale here"),
         ("implementation", "it is backend here: dense"),
-        ("other", "its options are scale, soft_cap, sinks, backend and return_lse"),
+        ("other", "its options are scale, soft_cap, sinks, backend, sharding and return_lse"),
     ],
 )
 def test_options_of_other_libraries_are_refused_with_ours(name, remedy):
