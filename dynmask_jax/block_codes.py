@@ -12,6 +12,7 @@ from dynmask_jax.array_typing import Array, Int
 from dynmask_jax.vma import vary_like
 
 SKIP, TEST, FULL = 0, 1, 2
+ACTIVE = TEST, FULL
 
 
 def over_blocks(codes: Int[Array, " blocks"], wanted: tuple[int, ...], add: Callable, start):

@@ -7,7 +7,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dynmask_jax.partitioning import Partitioning
 from dynmask_jax.plans import Plan
-from dynmask_jax.sharding import AnyMesh, axes_of, axis_names, explicit_mesh, free_axes, vmapped_axes
+from dynmask_jax.sharding import (
+    AnyMesh,
+    axes_of,
+    axes_of_kind,
+    axis_names,
+    explicit_mesh,
+    free_axes,
+    quoted,
+    vmapped_axes,
+)
 
 ROW_AXES = "replica", "data", "dp", "batch", "fsdp"
 HEAD_AXES = "tensor", "tp", "model"
@@ -32,14 +41,15 @@ def find_partitioning(q, k, v, plan: Plan, sharding: Sharding | None) -> Partiti
         return None
     if vmapped := vmapped_axes(explicit=True):
         raise ValueError(
-            f"jax.vmap maps an axis that the mesh partitions over {_quoted(vmapped)}: make it a part of the "
-            "batch of one call"
+            f"jax.vmap maps an axis that the mesh partitions over {quoted(sorted(vmapped))}: make it a part "
+            "of the batch of one call"
         )
     if sharding is not None:
         return _from_sharding(q, around, sharding)
     if vmapped_axes():  # JAX cannot type the shard_map inside; the compiler partitions what vmap maps
         return None
-    if all(around.shape[axis] == 1 for axis in _auto(around)) and not _explicit(around):
+    auto, explicit = (axes_of_kind(around, kind) for kind in (AxisType.Auto, AxisType.Explicit))
+    if all(around.shape[axis] == 1 for axis in auto) and not explicit:
         return None
     rows += _dividing(around, ROW_AXES, q.shape[0], rows)
     heads += _dividing(around, HEAD_AXES, q.shape[2], heads)
@@ -50,7 +60,7 @@ def find_partitioning(q, k, v, plan: Plan, sharding: Sharding | None) -> Partiti
 def _refuse_inside_shard_map(sharding: Sharding | None, typed: tuple[str, ...]):
     """JAX differentiates no `jax.shard_map` inside another, so there attention is one device's."""
     if sharding is not None or typed:
-        named = "sharding" if sharding is not None else f"the axes {_quoted(typed)} of their types"
+        named = "sharding" if sharding is not None else f"the axes {quoted(typed)} of their types"
         raise ValueError(
             f"inside jax.shard_map attention is one device's, and cannot be partitioned by {named}: let "
             "shard_map take all axes of the mesh, or call attention outside it"
@@ -105,8 +115,8 @@ def _from_types(q, k, v) -> tuple[tuple[str, ...], tuple[str, ...]]:
     rows, heads = next(filter(None, all_rows), ()), next(filter(None, all_heads), ())
     if both := set(rows) & set(heads):
         raise ValueError(
-            f"one of q, k and v partitions rows, another heads, over the mesh axis {_quoted(both)}: reshard "
-            "one of them, jax.sharding.reshard"
+            f"one of q, k and v partitions rows, another heads, over the mesh axis {quoted(sorted(both))}: "
+            "reshard one of them, jax.sharding.reshard"
         )
     return rows, heads
 
@@ -114,26 +124,14 @@ def _from_types(q, k, v) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _refuse_tokens(name: str, tokens: tuple[str, ...], head_dim: tuple[str, ...]):
     if tokens:
         raise ValueError(
-            f"{name} partitions tokens over the mesh axis {_quoted(tokens)}: attention over a "
+            f"{name} partitions tokens over the mesh axis {quoted(tokens)}: attention over a "
             f"sequence on several devices is context_parallel(attention, mesh=mesh, axis={tokens[0]!r})"
         )
     if head_dim:
         raise ValueError(
-            f"{name} partitions the head dim over the mesh axis {_quoted(head_dim)}: partition "
+            f"{name} partitions the head dim over the mesh axis {quoted(head_dim)}: partition "
             "heads, or jax.sharding.reshard it"
         )
-
-
-def _auto(mesh: AnyMesh) -> list[str]:
-    return _of_kind(mesh, AxisType.Auto)
-
-
-def _explicit(mesh: AnyMesh) -> list[str]:
-    return _of_kind(mesh, AxisType.Explicit)
-
-
-def _of_kind(mesh: AnyMesh, kind) -> list[str]:
-    return [name for name, each in zip(mesh.axis_names, mesh.axis_types, strict=True) if each == kind]
 
 
 def _dividing(mesh: AnyMesh, known: tuple[str, ...], size: int, taken: tuple[str, ...]) -> tuple[str, ...]:
@@ -141,7 +139,7 @@ def _dividing(mesh: AnyMesh, known: tuple[str, ...], size: int, taken: tuple[str
     for name in taken:
         size //= mesh.shape[name]
     chosen = []
-    for name in _auto(mesh):
+    for name in axes_of_kind(mesh, AxisType.Auto):
         if name in known and size % mesh.shape[name] == 0:
             size //= mesh.shape[name]
             chosen.append(name)
@@ -150,16 +148,12 @@ def _dividing(mesh: AnyMesh, known: tuple[str, ...], size: int, taken: tuple[str
 
 def _warn_of_axes_left_out(mesh: AnyMesh, taken: set[str], batch: int):
     """Says that devices compute the same, where a mesh axis partitions neither rows nor heads."""
-    left = [name for name in _auto(mesh) if mesh.shape[name] > 1 and name not in taken]
-    if left and not _explicit(mesh) and batch > 1:
+    left = [name for name in axes_of_kind(mesh, AxisType.Auto) if mesh.shape[name] > 1 and name not in taken]
+    if left and not axes_of_kind(mesh, AxisType.Explicit) and batch > 1:
         warnings.warn(
-            f"devices along the mesh axes {_quoted(left)} compute the same: their names are none of "
-            f"{_quoted((*ROW_AXES, *HEAD_AXES))}, or their number does not divide the batch or the heads. "
-            "Give the sharding of q, [batch, tokens, heads], as sharding=PartitionSpec(…); tokens over "
-            "several devices are context_parallel's",
+            f"devices along the mesh axes {quoted(left)} compute the same: their names are none of "
+            f"{quoted(sorted((*ROW_AXES, *HEAD_AXES)))}, or their number does not divide the batch or the "
+            "heads. Give the sharding of q, [batch, tokens, heads], as sharding=PartitionSpec(…); tokens "
+            "over several devices are context_parallel's",
             stacklevel=4,
         )
-
-
-def _quoted(names) -> str:
-    return ", ".join(map(repr, sorted(names)))

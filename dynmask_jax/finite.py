@@ -11,9 +11,11 @@ def bad_rows(rows: Float[Array, "*shape H"]) -> Bool[Array, "*shape"]:
     return (~jnp.isfinite(rows)).any(axis=-1)
 
 
-def emptied(rows: Float[Array, "*shape H"], bad: Bool[Array, "*shape"]) -> Float[Array, "*shape H"]:
-    """The rows, those that are bad as zeros."""
-    return jnp.where(bad[..., None], jnp.zeros_like(rows), rows)
+def emptied(
+    rows: Float[Array, "*shape H"], bad: Bool[Array, "*shape"], fill: float = 0.0
+) -> Float[Array, "*shape H"]:
+    """The rows, those that are bad as zeros, or another number."""
+    return jnp.where(bad[..., None], jnp.full_like(rows, fill), rows)
 
 
 def finite_rows(rows: Float[Array, "*shape H"]) -> Float[Array, "*shape H"]:

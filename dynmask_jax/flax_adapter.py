@@ -194,19 +194,14 @@ class _Call:
 
     def _by_rows(self, tokens: Tokens) -> Tokens:
         """The tokens `[T]` or `[*B, T]` that came as a mask, with one batch axis."""
-        if (tokens.shape[-1],) * 2 != (self.queries, self.keys):
-            raise self._wrong_tokens(tokens)
+        if tokens.shape[:-1] not in ((), self.batch) or not tokens.shape[-1] == self.queries == self.keys:
+            raise ValueError(
+                f"tokens as a mask are of queries and keys alike, {(*self.batch, self.queries)} or "
+                f"({self.queries},), got {tokens.shape} for {self.queries} queries and {self.keys} keys"
+            )
         if len(tokens.shape) == 1:
             return tokens
-        if tokens.shape[:-1] != self.batch:
-            raise self._wrong_tokens(tokens)
         return jax.tree.map(lambda field: _one_batch_axis(field, self.batch, 1), tokens)
-
-    def _wrong_tokens(self, tokens: Tokens) -> ValueError:
-        return ValueError(
-            f"tokens as a mask are of queries and keys alike, {(*self.batch, self.queries)} or "
-            f"({self.queries},), got {tokens.shape} for {self.queries} queries and {self.keys} keys"
-        )
 
     def _refuse_second(self, mask_or_plan: Mask | Plan, told: tuple[Tokens, Tokens] | None, given: str):
         """Refuses tokens or a plan as a mask where tokens are known already: which hold is not said."""

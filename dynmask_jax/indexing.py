@@ -22,6 +22,12 @@ def add_at(array: Array, value: Array, *place) -> Array:
     return lax.dynamic_update_slice(array, total, _start(place, value.ndim))
 
 
+def row_and_block(number, blocks: int):
+    """`divmod` of a number that is not negative: which row, and which of its blocks; less to compile."""
+    divisor = jnp.asarray(blocks, number.dtype)
+    return lax.div(number, divisor), lax.rem(number, divisor)
+
+
 def _start(place: tuple, rest: int) -> tuple:
     return (*(jnp.asarray(each, jnp.int32) for each in place), *[jnp.int32(0)] * rest)
 

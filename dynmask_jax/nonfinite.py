@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float
-from dynmask_jax.block_codes import FULL, TEST, over_blocks
+from dynmask_jax.block_codes import ACTIVE, over_blocks
 from dynmask_jax.finite import bad_rows
-from dynmask_jax.indexing import at
+from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.plans import Plan, tiles_of
 from dynmask_jax.vma import vary_like
 
@@ -71,7 +71,7 @@ def _sees_by_tile(plan, keys, shape):
     keys = jnp.pad(keys, ((0, 0), (0, 0), (0, -keys.shape[2] % plan.block_k)))
 
     def query_block(number):
-        b, i = jnp.divmod(number, query_blocks)
+        b, i = row_and_block(number, query_blocks)
         row = b if plan.rows > 1 else 0
 
         def look(j, seen):
@@ -80,7 +80,7 @@ def _sees_by_tile(plan, keys, shape):
             return seen | (visible & marked[:, None, :]).any(axis=-1)
 
         nothing = vary_like(jnp.zeros((heads, plan.block_q), dtype=bool), tiles, keys)
-        return over_blocks(at(plan.codes, row, i), (TEST, FULL), look, nothing)
+        return over_blocks(at(plan.codes, row, i), ACTIVE, look, nothing)
 
     seen = lax.map(query_block, jnp.arange(batch * query_blocks, dtype=jnp.int32))
     return seen.swapaxes(1, 2).reshape(batch, -1, heads)[:, :length]

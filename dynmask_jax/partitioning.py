@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.plans import Plan, plan
-from dynmask_jax.sharding import AnyMesh, explicit_mesh, over_devices, place
+from dynmask_jax.sharding import AnyMesh, explicit_mesh, over_devices, place, quoted
 from dynmask_jax.tokens import Tokens
 
 Strategy = Literal["ring", "all_gather", "ulysses"]
@@ -83,18 +83,18 @@ class Partitioning:
             ("the batch", q.shape[0], self.row_devices, self.batch_axes),
             ("query heads", q.shape[2], self.head_devices, self.head_axes),
             ("key heads", k.shape[2], self.head_devices, self.head_axes),
-            ("the sequence of queries", q.shape[1], self.devices, (self.axis,)),
-            ("the sequence of keys", k.shape[1], self.devices, (self.axis,)),
+            ("the sequence of queries", q.shape[1], self.devices, (self.sequence_axis,)),
+            ("the sequence of keys", k.shape[1], self.devices, (self.sequence_axis,)),
         ]
         for name, size, devices, axes in sizes:
             if size % devices:
-                of = f"the {devices} devices of the mesh's {_quoted(axes)}"
+                of = f"the {devices} devices of the mesh's {quoted(axes)}"
                 raise ValueError(f"{name} ({size}) must be a multiple of {of}")
         if self.strategy != "ulysses":
             return
         for name, heads in (("query", q.shape[2]), ("key", k.shape[2])):
             if (own := heads // self.head_devices) % self.devices:
-                each = "" if self.head_devices == 1 else f" on each device of {_quoted(self.head_axes)}"
+                each = "" if self.head_devices == 1 else f" on each device of {quoted(self.head_axes)}"
                 raise ValueError(
                     f"strategy 'ulysses' spreads whole heads: {name} heads ({own}{each}) must be a "
                     f"multiple of the {self.devices} devices of {self.axis!r}; 'ring' and 'all_gather' have "
@@ -168,10 +168,6 @@ class Partitioning:
             return lax.dynamic_slice_in_dim(leaf, place * size, size)
 
         return jax.tree.map(own, mask)
-
-
-def _quoted(names: tuple) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _own_plan(

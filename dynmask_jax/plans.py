@@ -15,7 +15,7 @@ import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
 from dynmask_jax.block_codes import FULL, SKIP, TEST, over_blocks, picture
-from dynmask_jax.indexing import at, tree_at
+from dynmask_jax.indexing import at, row_and_block, tree_at
 from dynmask_jax.mask_algebra import Mask, by_head, check_mask, evaluate, head_count, visible_pairs
 from dynmask_jax.platforms import defaults_of
 from dynmask_jax.sharding import over_rows
@@ -153,17 +153,20 @@ def plan(
 @functools.partial(jax.jit, static_argnames=("block_q", "block_k"))
 def _plan(mask, q_tokens, kv_tokens, *, block_q, block_k):
     q_tokens, kv_tokens = _same_rows(q_tokens, kv_tokens)
-    codes = over_rows(functools.partial(_codes_of, blocks=(block_q, block_k)), mask, q_tokens, kv_tokens)
+    codes = _codes_by_row(mask, q_tokens, kv_tokens, (block_q, block_k))
     return Plan(mask, q_tokens, kv_tokens, codes, block_q, block_k)
 
 
 @jax.jit
 def _narrowed(plan: Plan, mask: Mask) -> Plan:
-    blocks = plan.block_q, plan.block_k
-    codes = over_rows(functools.partial(_codes_of, blocks=blocks), mask, plan.q_tokens, plan.kv_tokens)
+    codes = _codes_by_row(mask, plan.q_tokens, plan.kv_tokens, (plan.block_q, plan.block_k))
     # Of two codes the lesser: skip where either skips, full where both are.
     codes = jnp.minimum(plan.codes, codes)
     return dataclasses.replace(plan, mask=plan.mask & mask, codes=codes)
+
+
+def _codes_by_row(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, blocks: tuple[int, int]):
+    return over_rows(functools.partial(_codes_of, blocks=blocks), mask, q_tokens, kv_tokens)
 
 
 def _codes_of(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, *, blocks: tuple[int, int]):
@@ -270,7 +273,7 @@ def _count_in_rows(plan: Plan) -> Float[Array, " R"]:
     heads, tiles = head_count(plan.mask) or 1, tiles_of(plan)
 
     def row_of_blocks(number):
-        row, i = jnp.divmod(number, plan.codes.shape[1])
+        row, i = row_and_block(number, plan.codes.shape[1])
 
         def add(j, count):
             return count + tiles.visible(row, i, j).sum().astype(jnp.float32)

@@ -5,7 +5,7 @@ Auto axes they say nothing: the compiler decides, and a loop over blocks of the 
 the batch on every device. So what loops or calls a kernel runs here, on each device's own part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,9 +24,18 @@ def explicit_mesh(tree) -> AbstractMesh | None:
 
 def free_axes(mesh: AnyMesh) -> tuple[str, ...]:
     """The mesh's axes that no `jax.shard_map` around this call uses already."""
-    return tuple(
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual
-    )
+    manual = axes_of_kind(mesh, AxisType.Manual)
+    return tuple(name for name in mesh.axis_names if name not in manual)
+
+
+def axes_of_kind(mesh: AnyMesh, kind: AxisType) -> tuple[str, ...]:
+    """The mesh's axes that are Auto, Explicit or Manual."""
+    return tuple(name for name, each in zip(mesh.axis_names, mesh.axis_types, strict=True) if each == kind)
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Mesh axes as messages name them."""
+    return ", ".join(map(repr, names))
 
 
 def vmapped_axes(*, explicit: bool = False) -> frozenset[str]:
@@ -53,10 +62,10 @@ def axis_names(entry) -> tuple[str, ...]:
 
 def place(array, mesh: AnyMesh, spec: PartitionSpec):
     """The array, partitioned as `spec` over the Explicit axes of the mesh."""
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if AxisType.Explicit not in kinds.values():
+    explicit = axes_of_kind(mesh, AxisType.Explicit)
+    if not explicit:
         return array
-    named = (tuple(n for n in axis_names(entry) if kinds[n] == AxisType.Explicit) for entry in spec)
+    named = (tuple(name for name in axis_names(entry) if name in explicit) for entry in spec)
     return jax.sharding.reshard(
         array, NamedSharding(mesh, PartitionSpec(*(names or None for names in named)))
     )

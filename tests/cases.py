@@ -1,6 +1,7 @@
 """The masks, shapes and tolerances that tests and benchmarks share."""
 
 import dataclasses
+import re
 
 import jax
 import jax.experimental
@@ -102,3 +103,9 @@ TOLERANCE = {
     jnp.dtype("float16"): {"rtol": 2.0**-9, "atol": 2.0**-9},
 }
 """By the dtype of q, k and v; sums are float32 in all. Set at 2 to 4 times the errors measured."""
+
+
+def collectives(compiled) -> set[str]:
+    """The shapes and names of a program's collectives that move arrays between devices."""
+    moves = "all-gather|all-to-all|collective-permute"
+    return {" ".join(found) for found in re.findall(rf"= (\S+) ({moves})(?:-start)?\(", compiled.as_text())}

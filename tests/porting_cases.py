@@ -145,9 +145,3 @@ def difference(actual, expected) -> float:
         float(np.abs(a - b).max() / max(np.abs(b).max(), least))
         for a, b in zip(actual, expected, strict=True)
     )
-
-
-def collectives(compiled) -> set[str]:
-    """The shapes and names of a program's collectives that move arrays between devices."""
-    moves = "all-gather|all-to-all|collective-permute"
-    return {" ".join(found) for found in re.findall(rf"= (\S+) ({moves})(?:-start)?\(", compiled.as_text())}

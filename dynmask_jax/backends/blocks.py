@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree, static
-from dynmask_jax.block_codes import FULL, TEST, over_blocks
-from dynmask_jax.finite import bad_rows
+from dynmask_jax.block_codes import ACTIVE, TEST, over_blocks
+from dynmask_jax.finite import bad_rows, emptied
 from dynmask_jax.indexing import at
 from dynmask_jax.plans import Tiles
 from dynmask_jax.vma import vary_like
@@ -70,7 +70,7 @@ class Blocks:
         """Block i of sequence b, its heads outermost."""
         block = at(self.x, b, i)
         if self.bad is not None:
-            block = jnp.where(at(self.bad, b, i)[..., None], self.fill, block)
+            block = emptied(block, at(self.bad, b, i), self.fill)
         block = jnp.moveaxis(block, 1, 0)
         return block.reshape(key_heads, -1, *block.shape[2:])
 
@@ -107,7 +107,7 @@ def over_active(codes, add, start):
     def add_one(block, result):
         return add(block, result, tested=at(codes, block) == TEST)
 
-    return over_blocks(codes, (TEST, FULL), add_one, start)
+    return over_blocks(codes, ACTIVE, add_one, start)
 
 
 def visible_rows(tiles: Tiles, tested, place: tuple, heads: int, key_heads: int) -> Bool[Array, "*K rows bk"]:
@@ -138,11 +138,3 @@ def _where_tested(tiles: Tiles, tested, place: tuple, *, keys_first: bool = Fals
     # Of one type with the mask inside shard_map: `&` makes it so, where the mask does not read what varies.
     everything = vary_like(jnp.ones(jax.eval_shape(visible, *place).shape, bool), tiles, place)
     return lax.cond(tested, lambda: visible(*place) & everything, lambda: everything)
-
-
-def sequence_and_block(number, count: int):
-    """Which sequence, and which of its `count` blocks, a number of all blocks is."""
-    divisor = jnp.asarray(count, number.dtype)
-    return lax.div(number, divisor), lax.rem(
-        number, divisor
-    )  # of `//` and `%` XLA compiles four times as much

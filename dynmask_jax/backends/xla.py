@@ -1,7 +1,7 @@
 """Attention in plain XLA: a loop over the plan's active blocks, forward and backward.
 
 Runs wherever XLA does. Memory is O(T): one tile of logits lives at a time, and the residuals are
-q, k, v, out and lse. Full blocks are computed without the mask. Sums are taken in one fixed order, so
+q, k, v, out and lse. The mask is evaluated in the blocks to test alone. Sums are taken in one fixed order, so
 results are the same bit for bit from run to run.
 
 Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691.
@@ -12,9 +12,9 @@ from jax import lax
 
 from dynmask_jax.array_typing import sum_dtype
 from dynmask_jax.backends.backend import Backend, as_they_are
-from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_rows
+from dynmask_jax.backends.blocks import Blocks, over_active, visible_rows
 from dynmask_jax.backends.xla_backward import gradients
-from dynmask_jax.indexing import at
+from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.online_softmax import Partial, extend, normalize
 from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
@@ -30,7 +30,7 @@ def forward(scores, q, k, v, plan, over_lines=lax.map, *, test_all: bool = False
     k_blocks, v_blocks = Blocks.of_keys_values(k, v, plan.block_k)
 
     def query_block(number):
-        b, i = sequence_and_block(number, q_blocks.count)
+        b, i = row_and_block(number, q_blocks.count)
         row = b if plan.rows > 1 else 0
         queries = q_blocks.rows(b, i, key_heads).astype(wide) * scores.scale
 

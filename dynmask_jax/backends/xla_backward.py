@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree
-from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_columns
-from dynmask_jax.indexing import add_at, at
+from dynmask_jax.backends.blocks import Blocks, over_active, visible_columns
+from dynmask_jax.indexing import add_at, at, row_and_block
 from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
 
@@ -39,7 +39,7 @@ def gradients(scores, saved, cotangents):
     tiles, columns = tiles_of(plan), plan.codes.swapaxes(1, 2)
 
     def key_block(d_q, number):
-        b, j = sequence_and_block(number, k_blocks.count)
+        b, j = row_and_block(number, k_blocks.count)
         row = b if plan.rows > 1 else 0
         keys, values = (blocks.rows(b, j, key_heads).astype(wide) for blocks in (k_blocks, v_blocks))
         keys_across = keys.swapaxes(1, 2)

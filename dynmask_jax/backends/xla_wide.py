@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from dynmask_jax.backends.backend import Backend, as_they_are
-from dynmask_jax.backends.blocks import Blocks, over_active, sequence_and_block, visible_columns
+from dynmask_jax.backends.blocks import Blocks, visible_columns
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
-from dynmask_jax.indexing import at
+from dynmask_jax.block_codes import ACTIVE, over_blocks
+from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
 
@@ -66,29 +67,29 @@ def gradients(scores, saved, cotangents):
     columns = plan.codes.swapaxes(1, 2)
 
     def query_line(number):
-        b, i = sequence_and_block(number, q_blocks.count)
+        b, i = row_and_block(number, q_blocks.count)
         block = of.queries_at(b, i)
 
-        def add(j, d_q, **_):
+        def add(j, d_q):
             keys, values = of.keys_at(b, j)
             d_products, _ = of.tile((b, i, j), block, keys, values)
             return d_q + jnp.einsum("ksr,ksh->krh", d_products, keys)
 
-        d_q = over_active(at(plan.codes, of.row(b), i), add, jnp.zeros_like(block.q))
+        d_q = over_blocks(at(plan.codes, of.row(b), i), ACTIVE, add, jnp.zeros_like(block.q))
         return q_blocks.tokens(d_q * scores.scale)
 
     def key_line(number):
-        b, j = sequence_and_block(number, k_blocks.count)
+        b, j = row_and_block(number, k_blocks.count)
         keys, values = of.keys_at(b, j)
 
-        def add(i, sums, **_):
+        def add(i, sums):
             block, (d_k, d_v) = of.queries_at(b, i), sums
             d_products, weights = of.tile((b, i, j), block, keys, values)
             d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
             return d_k, d_v + jnp.einsum("ksr,krh->ksh", weights, block.d_out)
 
         start = vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys)
-        return tuple(k_blocks.tokens(x) for x in over_active(at(columns, of.row(b), j), add, start))
+        return tuple(k_blocks.tokens(x) for x in over_blocks(at(columns, of.row(b), j), ACTIVE, add, start))
 
     d_q = q_blocks.whole(_at_once(query_line, q_blocks.every()))
     d_k, d_v = (k_blocks.whole(x) for x in _at_once(key_line, k_blocks.every()))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE
+from cases import TOLERANCE, collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from slow import mostly
@@ -72,12 +72,6 @@ def assert_same(actual, expected, dtype="float32"):
         tolerance = TOLERANCE[jnp.dtype(dtype)]
         scale = max(1.0, float(jnp.abs(b).max()))
         np.testing.assert_allclose(a, b, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale)
-
-
-def collectives(compiled) -> set[str]:
-    """The shapes and names of a program's collectives that move arrays between devices."""
-    moves = "all-gather|all-to-all|collective-permute"
-    return {" ".join(found) for found in re.findall(rf"= (\S+) ({moves})(?:-start)?\(", compiled.as_text())}
 
 
 CASES = [(mesh, backend, kv_heads) for mesh in MESHES for backend in BACKENDS for kv_heads in (4, 2, 1)]

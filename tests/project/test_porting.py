@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import porting_cases as cases
 import pytest
+from cases import collectives
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -215,7 +216,7 @@ def test_a_sharded_batch_gives_what_one_device_does_and_gathers_nothing(name, po
         args = weights, jax.device_put(BATCHES[model], P(axes[0])), jax.device_put(jnp.int32(6), P())
         program = jax.jit(run).lower(*args).compile()
         assert difference(program(*args), expected) < F32
-        assert cases.collectives(program) == set()
+        assert collectives(program) == set()
 
 
 def test_the_blocks_run_as_printed():
