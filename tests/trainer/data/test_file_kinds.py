@@ -18,6 +18,13 @@ from train.data.sources import sources
 
 BOM = b"\xef\xbb\xbf"
 ROW = b'{"text": "one"}\n'
+
+
+def gzipped(content: bytes) -> bytes:
+    """`content` compressed, the same at every call: its time would be in the test's name."""
+    return gzip.compress(content, mtime=0)
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
@@ -32,11 +39,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         ("log.txt", b"\n" + ROW * 2, "lines", ""),
         ("long", b'{"text": "' + b"x" * 100_000 + b'"}\n', "lines", ""),
         ("second", ROW + b'{"text": "' + b"x" * 100_000 + b'"}\n', "lines", ""),
-        ("c4.JSON.GZ", gzip.compress(ROW), "lines", ""),
-        ("unnamed", gzip.compress(ROW * 2), "lines", ""),
-        ("x.txt.gz", gzip.compress(b"text"), "text", ""),
+        ("c4.JSON.GZ", gzipped(ROW), "lines", ""),
+        ("unnamed", gzipped(ROW * 2), "lines", ""),
+        ("x.txt.gz", gzipped(b"text"), "text", ""),
         ("x.csv", b"text\none\n", "table", ""),
-        ("x.TSV.gz", gzip.compress(b"text\none\n"), "table", ""),
+        ("x.TSV.gz", gzipped(b"text\none\n"), "table", ""),
         ("x.py", b"{'a': 1}\n", "text", ""),
         ("x.c", b"{\n  return;\n}\n", "text", ""),
         ("x.txt", ROW + b"and more\n", "text", ""),
@@ -56,7 +63,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         ("x.txt", b"%PDF is a format", "text", ""),
         ("app.log.txt", b'{"level": 1}\n{"level": 2}\nand text\n', "text", ""),
         ("app.log.txt", b'{"level": 1}\n', "text", ""),
-        ("x.json.gz", gzip.compress(b'[{"text": "one"}]'), None, "no object a line"),
+        ("x.json.gz", gzipped(b'[{"text": "one"}]'), None, "no object a line"),
         ("x.jsonl.gz", ROW, "lines", ""),
     ],
 )
@@ -151,7 +158,7 @@ def test_a_run_opens_with_what_was_found_and_what_was_left_out(tmp_path):
     (folder / "bom.txt").write_bytes(BOM + b"Once upon a time\nthere was a text.\n" * 3)
     for name in ("a.json", "b.ndjson", "c.JSONL"):
         (folder / name).write_bytes(ROW * 4)
-    (folder / "d.json.gz").write_bytes(gzip.compress(ROW * 4))
+    (folder / "d.json.gz").write_bytes(gzipped(ROW * 4))
     (folder / "e.txt").write_bytes(POINTER)
     (folder / "README.md").write_text("# Data\n")
     (tmp_path / "elsewhere").mkdir()
