@@ -6,6 +6,11 @@
 pictures in `dynmask_jax.plot`.
 """
 
+from dynmask_jax.bias_algebra import Bias as Bias
+from dynmask_jax.bias_algebra import bias_tensor as bias_tensor
+from dynmask_jax.biases import ALiBi as ALiBi
+from dynmask_jax.biases import BiasFunction as BiasFunction
+from dynmask_jax.biases import RelativeBuckets as RelativeBuckets
 from dynmask_jax.context.layouts import LAYOUTS as LAYOUTS
 from dynmask_jax.context.layouts import lay_out as lay_out
 from dynmask_jax.context.layouts import layout_order as layout_order
@@ -27,6 +32,8 @@ from dynmask_jax.curricula import growing_window as growing_window
 from dynmask_jax.curricula import reveal as reveal
 from dynmask_jax.dispatch import attention as attention
 from dynmask_jax.dispatch import default_backend as default_backend
+from dynmask_jax.dropout import Dropout as Dropout
+from dynmask_jax.dropout import dropout_mask as dropout_mask
 from dynmask_jax.errors import Unsupported as Unsupported
 from dynmask_jax.mask_algebra import Mask as Mask
 from dynmask_jax.mask_algebra import mask_tensor as mask_tensor

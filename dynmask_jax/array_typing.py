@@ -30,9 +30,9 @@ Number = int | float | np.ndarray | Array
 _Record = TypeVar("_Record")
 
 
-def static() -> Any:
+def static(default: Any = dataclasses.MISSING) -> Any:
     """A dataclass field that belongs to the structure of a pytree, not to its data."""
-    return dataclasses.field(metadata={"static": True})
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))

@@ -74,8 +74,8 @@ def check_arrays(q, k, v):
             raise TypeError(f"{name} must be floating, got {x.dtype}")
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must have one batch, tokens and heads, got {k.shape} and {v.shape}")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
     if q.shape[3] != k.shape[3]:

@@ -15,7 +15,9 @@ from dynmask_jax.backends.dense import DENSE
 from dynmask_jax.backends.tpu import TPU
 from dynmask_jax.backends.xla import XLA
 from dynmask_jax.backends.xla_wide import XLA_WIDE
+from dynmask_jax.bias_algebra import Bias, check_bias, for_heads
 from dynmask_jax.calls import as_plan, check_arrays, positive
+from dynmask_jax.dropout import Dropout, check_dropout
 from dynmask_jax.find_partitioning import find_partitioning
 from dynmask_jax.foreign_options import no_option
 from dynmask_jax.mask_algebra import Mask, head_count
@@ -50,30 +52,34 @@ def default_backend(platform: str | None = None) -> str:
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask_or_plan: Mask | Plan,
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    bias: Bias | None = None,
+    dropout: Dropout | None = None,
     backend: str | None = None,
     sharding: PartitionSpec | NamedSharding | None = None,
     return_lse: Literal[False] = False,
-) -> Float[Array, "B T N H"]: ...
+) -> Float[Array, "B T N V"]: ...
 @overload
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask_or_plan: Mask | Plan,
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    bias: Bias | None = None,
+    dropout: Dropout | None = None,
     backend: str | None = None,
     sharding: PartitionSpec | NamedSharding | None = None,
     return_lse: Literal[True],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]: ...
 def attention(
     q,
     k,
@@ -83,6 +89,8 @@ def attention(
     scale=None,
     soft_cap=None,
     sinks=None,
+    bias=None,
+    dropout=None,
     backend=None,
     sharding=None,
     return_lse=False,
@@ -92,8 +100,8 @@ def attention(
 
     Args:
       q: queries, `[B, T, N, H]`.
-      k, v: keys and values, `[B, S, K, H]`; K divides N, and query head n reads key head
-        n // (N // K) (grouped queries). All three have one floating dtype; sums are in float32.
+      k, v: keys `[B, S, K, H]` and values `[B, S, K, V]`; K divides N, and query head n reads key
+        head n // (N // K) (grouped queries). All three have one floating dtype; sums are in float32.
       mask_or_plan: a `Plan` made once for all layers, or a `Mask`, for which one is made here with
         queries and keys at positions 0, 1, …. That would be a guess for a mask that reads segments,
         and where the numbers of queries and keys differ for one that reads positions of queries:
@@ -102,6 +110,9 @@ def attention(
       soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
       sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
         Xiao et al. 2023, arXiv:2309.17453).
+      bias: what is added to the logits, after the soft cap: `ALiBi`, `RelativeBuckets`, a `BiasFunction`,
+        or a sum of them. It reads the tokens that the mask reads.
+      dropout: `Dropout(rate, key)` of the weights; the lse stays that of all weights.
       backend: "dense", "xla", "xla_wide", "tpu" (interpreted, and slow, on any other platform), or
         None for `default_backend()`. Neither a named backend nor the default falls back: on a TPU
         float16, say, is refused, until "xla" is named.
@@ -112,14 +123,14 @@ def attention(
       return_lse: give `(out, lse)`.
 
     Returns:
-      out, `[B, T, N, H]` in q's dtype; and with `return_lse` the float32 log-sum-exp `[B, T, N]` of
+      out, `[B, T, N, V]` in q's dtype; and with `return_lse` the float32 log-sum-exp `[B, T, N]` of
       each query's visible logits, the sink's among them.
 
     A query that sees nothing gets zeros, passes on zero gradients, and has lse −inf (its sink's
     logit, where there are sinks). A key or value with a NaN or an infinity makes NaN of the out and
     lse of the queries that see it, and of what comes back through out to them (and to the sink of
-    their head), and touches nothing else. Differentiable in q, k, v and sinks, in reverse mode and
-    once. Memory is O(T + S), but with "dense" O(T·S).
+    their head), and touches nothing else. Differentiable in q, k, v, sinks and the bias's
+    floating leaves, in reverse mode and once. Memory is O(T + S), but with "dense" O(T·S).
 
     Raises:
       ValueError, TypeError: arguments that do not fit, by name.
@@ -139,13 +150,14 @@ def attention(
         raise TypeError(
             "attention needs a mask or a plan after q, k and v: Everything(), where all is visible"
         )
-    call = checked(q, k, v, mask_or_plan, scale=scale, soft_cap=soft_cap, sinks=sinks, backend=backend)
-    how = {"backend": call.backend, "scores": call.scores}
+    options = {"scale": scale, "soft_cap": soft_cap, "bias": bias, "dropout": dropout}
+    call = checked(q, k, v, mask_or_plan, sinks=sinks, backend=backend, **options)
     partitioning = find_partitioning(q, k, v, call.plan, sharding)
+    arguments = q, k, v, sinks, call.plan, call.scores
     if partitioning is None:
-        out, lse = attend(q, k, v, sinks, call.plan, **how)
+        out, lse = attend(*arguments, backend=call.backend)
     else:
-        out, lse = attend_partitioned(q, k, v, sinks, call.plan, partitioning=partitioning, **how)
+        out, lse = attend_partitioned(*arguments, backend=call.backend, partitioning=partitioning)
     return (out, lse) if return_lse else out
 
 
@@ -156,7 +168,7 @@ class Call:
     Attributes:
       plan: which pairs.
       backend: its name.
-      scores: how products become logits.
+      scores: how products become logits, and which weights are dropped.
     """
 
     plan: Plan
@@ -164,7 +176,7 @@ class Call:
     scores: Scores
 
 
-def checked(q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, backend=None) -> Call:
+def checked(q, k, v, mask_or_plan, *, sinks=None, backend=None, **options) -> Call:
     """The arguments of `attention`, checked; raises as it says."""
     check_arrays(q, k, v)
     if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
@@ -172,41 +184,51 @@ def checked(q, k, v, mask_or_plan, *, scale=None, soft_cap=None, sinks=None, bac
     the_plan = as_plan(mask_or_plan, q.shape[0], q.shape[1], k.shape[1])
     if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
         raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
+    return Call(the_plan, known_backend(backend), _scores(q, **options))
+
+
+def _scores(q, *, scale=None, soft_cap=None, bias=None, dropout=None) -> Scores:
+    if bias is not None:
+        check_bias(bias)
+        bias = for_heads(bias, q.shape[2])
+    if dropout is not None:
+        check_dropout(dropout)
+        dropout = dropout.draws(q.shape[0], q.shape[2])
     scale = positive("scale", scale, 1 / math.sqrt(q.shape[3]))
-    return Call(the_plan, known_backend(backend), Scores(scale, positive("soft_cap", soft_cap, None)))
+    return Scores(bias, dropout, scale, positive("soft_cap", soft_cap, None))
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "scores"))
-def attend(q, k, v, sinks, the_plan: Plan, *, backend: str, scores: Scores):
+@functools.partial(jax.jit, static_argnames="backend")
+def attend(q, k, v, sinks, the_plan: Plan, scores: Scores, *, backend: str):
     """`(out, lse)` of arguments that have been checked."""
     # One type for all: inside shard_map a gradient must vary over the same axes as its array.
-    q, k, v = vary_like((q, k, v), q, k, v, the_plan)
+    q, k, v, scores = vary_like((q, k, v, scores), q, k, v, the_plan, scores)
     how = BACKENDS[backend]
     computed = functools.partial(how.attend, plan=the_plan, scores=scores)
     out, lse = keep_nonfinite_apart(computed, q, k, v, the_plan, marks_bad=how.marks_bad)
     return with_sinks(out, lse, sinks)
 
 
-@functools.partial(jax.jit, static_argnames=("partitioning", "backend", "scores"))
+@functools.partial(jax.jit, static_argnames=("partitioning", "backend"))
 def attend_partitioned(
-    q, k, v, sinks, the_plan: Plan, *, partitioning: Partitioning, backend: str, scores: Scores
+    q, k, v, sinks, the_plan: Plan, scores: Scores, *, partitioning: Partitioning, backend: str
 ):
     """`attend` where each device has its own rows and heads."""
     heads, key_heads = q.shape[2], k.shape[2]
     keys_shared = key_heads % partitioning.head_devices != 0
 
-    def on_device(own: Plan, q, k, v, sinks):
+    def on_device(own: Plan, q, k, v, sinks, scores):
         if keys_shared:
             k, v = (partitioning.own_key_heads(x, heads) for x in (k, v))
-        return attend(q, k, v, sinks, own, backend=backend, scores=scores)
+        return attend(q, k, v, sinks, own, scores, backend=backend)
 
     of_queries = partitioning.arrays
     of_keys = partitioning.rows if keys_shared else of_queries
     return partitioning.over_devices(
         on_device,
         the_plan,
-        (q, k, v, sinks),
-        (of_queries, of_keys, of_keys, partitioning.heads),
+        (q, k, v, sinks, scores),
+        (of_queries, of_keys, of_keys, partitioning.heads, partitioning.of_scores(scores)),
         (of_queries, of_queries),
         check_vma=BACKENDS[backend].check_vma,
     )

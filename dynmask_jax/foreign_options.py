@@ -7,11 +7,12 @@ REMEDIES = {
     "mask": "the mask is the fourth argument, an expression such as Causal() & Window(512)",
     "causal": "give the mask Causal(), or & Causal()",
     "mask_mod": "the fourth argument is a mask: Predicate(lambda q, k: …), over positions and segments",
-    "score_mod": "a soft cap is soft_cap, what hides pairs is a mask, and there is no bias",
-    "attn_bias": "there is none: jax.nn.dot_product_attention adds a bias to the logits",
-    "bias": "there is none: jax.nn.dot_product_attention adds a bias to the logits",
-    "dropout_rate": "attention weights are never formed here, so none is dropped: drop out what follows",
-    "dropout_p": "attention weights are never formed here, so none is dropped: drop out what follows",
+    "score_mod": "a soft cap is soft_cap, what hides pairs is a mask, and what is added to scores is bias",
+    "attn_bias": "it is bias here, an expression over positions and segments: ALiBi, BiasFunction, …",
+    "dropout_rate": "it is dropout=Dropout(rate, key)",
+    "dropout_rng": "it is dropout=Dropout(rate, key)",
+    "dropout_p": "it is dropout=Dropout(rate, key)",
+    "alibi_slopes": "it is bias=ALiBi(slopes)",
     "return_residual": "it is return_lse here, and differentiable",
     "return_residuals": "it is return_lse here, and differentiable",
     "query_seq_lengths": "padding is segment 0: plan(mask & SameSegment(), Tokens(position, segment))",
@@ -38,5 +39,7 @@ REMEDIES = {
 
 def no_option(name: str, backends: Iterable[str]) -> str:
     """The message for an option that `attention` has not."""
-    remedy = REMEDIES.get(name, "its options are scale, soft_cap, sinks, backend, sharding and return_lse")
+    remedy = REMEDIES.get(
+        name, "its options are scale, soft_cap, sinks, bias, dropout, backend, sharding and return_lse"
+    )
     return f"attention has no option {name!r}: {remedy.format(backends=', '.join(backends))}"

@@ -1,14 +1,21 @@
-"""Numbers in [0, 1) drawn from whole numbers, in both readings: what random and strided orders compare."""
+"""Whole numbers hashed, and numbers in [0, 1) drawn by it: random orders, strided ones, and dropout.
+
+The hash is C. Wellons' lowbias32 (2018, https://nullprogram.com/blog/2018/07/31/): two rounds of shift and
+multiplication, with the constants of the least bias that his "hash prospector" lists.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from dynmask_jax.spans import opaque
 
+FIRST, SECOND = (16, 0x21F0AAAD), (15, 0x735A2D97)
+"""The two rounds: by how much each shifts, and what it multiplies by."""
+
 
 def random_draw(seed, i, j):
     """A number in [0, 1) for each (seed, i, j), the same on every device and in every tile."""
-    return opaque(lambda i, j: _unit(_mixed(_mixed(_mixed(seed ^ 0x5BD1E995) ^ i) ^ j)), 0.0, 1.0, i, j)
+    return opaque(lambda i, j: _unit(mixed(mixed(mixed(seed ^ 0x5BD1E995) ^ i) ^ j)), 0.0, 1.0, i, j)
 
 
 def radical_inverse(n):
@@ -27,12 +34,16 @@ def _mirrored(n):
     return _unit(n)
 
 
-def _mixed(x):
-    """A 32-bit integer hash: the multiply-shift scheme of C. Wellons' lowbias32 (2018)."""
-    x = jnp.asarray(x).astype(jnp.int32)
-    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        x = (x ^ jax.lax.shift_right_logical(x, jnp.full_like(x, shift))) * multiplier
+def mixed(x):
+    """The hash of whole numbers, int32: one to one."""
+    x = hash_round(hash_round(jnp.asarray(x).astype(jnp.int32), FIRST), SECOND)
     return x ^ jax.lax.shift_right_logical(x, jnp.full_like(x, 15))
+
+
+def hash_round(x, constants: tuple[int, int]):
+    """One round of the hash, of int32: its upper bits depend on all of x. One to one."""
+    shift, multiplier = constants
+    return (x ^ jax.lax.shift_right_logical(x, jnp.full_like(x, shift))) * multiplier
 
 
 def _unit(x):

@@ -23,11 +23,11 @@ def keep_nonfinite_apart(
     attend: Callable,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     plan: Plan,
     *,
     marks_bad: bool,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """`attend(q, k, v)`, which takes bad rows for zeros, with what is not finite contained.
 
     `marks_bad`: whether queries that see a bad key or value come out of it as NaN.
@@ -43,19 +43,20 @@ def keep_nonfinite_apart(
 
 def marked(
     q: Float[Array, "B T N H"],
-    out: Float[Array, "B T N H"],
+    out: Float[Array, "B T N V"],
     lse: Float[Array, "B T N"],
     sees_bad: Bool[Array, "B T N"],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """A backend's `(out, lse)` with NaN for the queries that are not finite, or see what is not."""
     blind = jnp.isneginf(lse)
     poisoned = (bad_rows(q) | sees_bad) & ~blind
     # A selection, unlike a product, hands no NaN back to the side that it did not take.
     out = jnp.where(blind[..., None], jnp.zeros_like(out), out)
-    # In the poisoned rows out is q · NaN, so that NaN is also what comes back as q's gradient.
-    mark = jnp.where(poisoned, jnp.nan, 0.0)[..., None].astype(q.dtype)
+    # In the poisoned rows out is Σ q · NaN, so that NaN is also what comes back as q's gradient.
+    mark = jnp.where(poisoned, jnp.nan, 0.0).astype(q.dtype)
+    marked_rows = (q.sum(axis=-1) * mark)[..., None]
     lse = jnp.where(blind, -jnp.inf, jnp.where(poisoned, jnp.nan, lse))
-    return jnp.where(poisoned[..., None], q * mark, out), lse
+    return jnp.where(poisoned[..., None], jnp.broadcast_to(marked_rows, out.shape), out), lse
 
 
 def sees(plan: Plan, keys: Bool[Array, "B S K"], shape: tuple[int, ...]) -> Bool[Array, "B T N"]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.plans import Plan, plan
+from dynmask_jax.scores import Scores
 from dynmask_jax.sharding import AnyMesh, explicit_mesh, over_devices, place, quoted
 from dynmask_jax.tokens import Tokens
 
@@ -72,6 +73,10 @@ class Partitioning:
     def arrays(self) -> PartitionSpec:
         """Of `[B, T, N, H]`."""
         return PartitionSpec(self.batch_axes or None, self.axis, self.head_axes or None)
+
+    def of_scores(self, scores: Scores) -> Scores:
+        """Of what is per head or per row of the scores."""
+        return scores.specs(self.batch_axes or None, self.head_axes or None)
 
     def check(self, q, k):
         """Refuses arrays that cannot be divided evenly.
@@ -157,8 +162,8 @@ class Partitioning:
         first = lax.axis_index(self.head_axes) * own + together * jnp.arange(own // together, dtype=jnp.int32)
         return jnp.take(keys, first // group, axis=2)
 
-    def own_heads(self, mask: Mask) -> Mask:
-        """Of a mask's leaves for the heads of all devices of the sequence, those of this one's heads."""
+    def own_heads(self, tree):
+        """Of leaves `[N, …]` for the heads of all devices of the sequence, those of this one's heads."""
         place = lax.axis_index(self.axis)
 
         def own(leaf):
@@ -167,7 +172,7 @@ class Partitioning:
             size = leaf.shape[0] // self.devices
             return lax.dynamic_slice_in_dim(leaf, place * size, size)
 
-        return jax.tree.map(own, mask)
+        return jax.tree.map(own, tree)
 
 
 def _own_plan(

@@ -25,9 +25,9 @@ class Backend:
 
     Attributes:
       forward: `(scores, q, k, v, plan) -> (out, lse)`.
-      gradients: `(scores, (q, k, v, plan, out, lse), (d_out, d_lse)) -> (d_q, d_k, d_v)`. The keys may
-        be a part of those that out and lse are about: these are then the part's shares of the
-        gradients, and the shares of all parts add up to the whole.
+      gradients: `(scores, (q, k, v, plan, out, lse), (d_out, d_lse)) -> (d_q, d_k, d_v, d_bias)`, the last a
+        list as of `bias_algebra.learnable`. The keys may be a part of those that out and lse are about: these
+        are then the part's shares of the gradients, and the shares of all parts add up to the whole.
       prepared: of q, k and v before either of them: how the passes take rows.
       differentiable: whether JAX differentiates the forward pass as it is, and `gradients` is for parts
         alone. Else memory is O(T): what is kept is q, k, v, out and lse.
@@ -48,10 +48,10 @@ class Backend:
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
+        v: Float[Array, "B S K V"],
         plan: Plan,
         scores: Scores,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
         """`(out, lse)`: attention of every query over the keys that the plan's mask shows it.
 
         Raises:
@@ -68,14 +68,15 @@ def _forward(backend: Backend, scores, q, k, v, plan):
 
 def _with_residuals(backend: Backend, scores, q, k, v, plan):
     out, lse = _forward(backend, scores, q, k, v, plan)
-    return (out, lse), (q, k, v, plan, out, lse)
+    return (out, lse), (scores, q, k, v, plan, out, lse)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # so that the layers of a model trace it once
-def _backward(backend: Backend, scores, saved, cotangents):
-    arrays, (plan, out, lse) = saved[:3], saved[3:]
+@functools.partial(jax.jit, static_argnums=0)  # so that the layers of a model trace it once
+def _backward(backend: Backend, saved, cotangents):
+    scores, *arrays, plan, out, lse = saved
     prepared = *map(backend.prepared, arrays), plan, out, lse
-    return *without_bad(backend.gradients(scores, prepared, cotangents), arrays), None
+    *gradients, d_bias = backend.gradients(scores, prepared, cotangents)
+    return scores.gradient(d_bias), *without_bad(tuple(gradients), tuple(arrays)), None
 
 
 def without_bad(gradients: tuple, arrays: tuple) -> tuple:
@@ -83,5 +84,5 @@ def without_bad(gradients: tuple, arrays: tuple) -> tuple:
     return tuple(emptied(x, bad_rows(of)) for x, of in zip(gradients, arrays, strict=True))
 
 
-_attend = functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))(_forward)
+_attend = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))(_forward)
 _attend.defvjp(_with_residuals, _backward)

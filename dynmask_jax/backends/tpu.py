@@ -32,6 +32,7 @@ from dynmask_jax.backends.tpu_tile import (
     Tile,
     by_code,
     check_kernel_mask,
+    check_kernel_scores,
     dot,
     hidden,
     keep_tokens,
@@ -113,6 +114,7 @@ def forward(scores: Scores, q, k, v, plan: Plan):
             f"backend 'tpu' computes in float32 and bfloat16, got {q.dtype}; backend 'xla' takes others"
         )
     check_kernel_mask(plan.mask)
+    check_kernel_scores(scores)
     (size_q, size_k), rows = (plan.block_q, plan.block_k), plan.rows
     sizes = (q, size_q), (k, size_k), (v, size_k)
     blocks = [blocks_by_head(x, size, rows) for x, size in sizes]

@@ -29,7 +29,7 @@ from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
 
-def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, Array, Array]:
+def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, Array, Array, list[Array]]:
     """dq, dk, dv from the residuals `(q, k, v, plan, out, lse)` and the cotangents of out and lse."""
     q, k, v, plan, out, lse = saved
     d_out, d_lse = cotangents
@@ -46,6 +46,7 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
         from_blocks(dq, plan.block_q, q),
         from_blocks(dk, plan.block_k, k),
         from_blocks(dv, plan.block_k, v),
+        [],
     )
 
 

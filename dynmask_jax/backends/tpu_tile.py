@@ -117,6 +117,17 @@ def check_kernel_mask(mask: Mask):
         )
 
 
+def check_kernel_scores(scores: Scores):
+    """Refuses scores that a kernel cannot compute.
+
+    Raises:
+      Unsupported: a bias, or dropout.
+    """
+    for name in ("bias", "dropout"):
+        if getattr(scores, name) is not None:
+            raise Unsupported(f"backend 'tpu' has no {name} yet; take backend 'xla'")
+
+
 def _operations(jaxpr) -> set[str]:
     """The names of all operations in a traced function, in what it calls too."""
     names = set()

@@ -13,10 +13,10 @@ from jax import lax
 from dynmask_jax.array_typing import sum_dtype
 from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.blocks import Blocks, over_active, visible_rows
+from dynmask_jax.backends.score_tiles import Place, score_tiles
 from dynmask_jax.backends.xla_backward import gradients
 from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.online_softmax import Partial, extend, normalize
-from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
 
 
@@ -26,7 +26,7 @@ def forward(scores, q, k, v, plan, over_lines=lax.map, *, test_all: bool = False
     `test_all`: evaluate the mask in full blocks too, where a branch would not save it.
     """
     wide, heads, key_heads = sum_dtype(q.dtype), q.shape[2], k.shape[2]
-    q_blocks, tiles = Blocks.of_finite(q, plan.block_q), tiles_of(plan)
+    q_blocks, on_tiles = Blocks.of_finite(q, plan.block_q), score_tiles(scores, plan, heads, key_heads)
     k_blocks, v_blocks = Blocks.of_keys_values(k, v, plan.block_k)
 
     def query_block(number):
@@ -35,14 +35,21 @@ def forward(scores, q, k, v, plan, over_lines=lax.map, *, test_all: bool = False
         queries = q_blocks.rows(b, i, key_heads).astype(wide) * scores.scale
 
         def add(j, partial, *, tested):
+            place = Place(b, row, i, j)
             keys, values = (blocks.rows(b, j, key_heads).astype(wide) for blocks in (k_blocks, v_blocks))
-            visible = visible_rows(tiles, None if test_all else tested, (row, i, j), heads, key_heads)
-            logits = jnp.where(visible, scores.logits(jnp.einsum("krh,ksh->krs", queries, keys)), -jnp.inf)
-            return extend(partial, logits, lambda weights: jnp.einsum("krs,ksh->krh", weights, values))
+            tested = None if test_all else tested
+            visible = visible_rows(on_tiles.tiles, tested, place[1:], heads, key_heads)
+            logits = on_tiles.biased(scores.capped(jnp.einsum("krh,ksh->krs", queries, keys)), place)
 
-        empty = vary_like(Partial.empty(queries.shape, wide), queries)
+            def weigh(weights):
+                return jnp.einsum("krs,ksh->krh", on_tiles.kept(weights, place), values)
+
+            return extend(partial, jnp.where(visible, logits, -jnp.inf), weigh)
+
+        shape = (*queries.shape[:2], v.shape[3])
+        empty = vary_like(Partial.empty(shape, wide), queries, on_tiles)
         out, lse = normalize(over_active(at(plan.codes, row, i), add, empty))
-        return q_blocks.tokens(out).astype(q.dtype), q_blocks.tokens(lse)
+        return q_blocks.tokens(on_tiles.rescaled(out)).astype(q.dtype), q_blocks.tokens(lse)
 
     out, lse = over_lines(query_block, q_blocks.every())
     return q_blocks.whole(out), q_blocks.whole(lse)

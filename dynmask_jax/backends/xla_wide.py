@@ -18,11 +18,11 @@ import jax.numpy as jnp
 
 from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.blocks import Blocks, visible_columns
+from dynmask_jax.backends.score_tiles import Place, score_tiles
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
 from dynmask_jax.block_codes import ACTIVE, over_blocks
 from dynmask_jax.indexing import at, row_and_block
-from dynmask_jax.plans import tiles_of
 from dynmask_jax.vma import vary_like
 
 
@@ -36,15 +36,16 @@ class _Operands:
     def __init__(self, scores, saved, cotangents):
         q, k, v, self.plan, _, lse = saved
         self.scores, self.dtype = scores, lse.dtype
-        self.heads, self.key_heads, self.tiles = q.shape[2], k.shape[2], tiles_of(self.plan)
+        self.heads, self.key_heads = q.shape[2], k.shape[2]
+        self.on_tiles = score_tiles(scores, self.plan, self.heads, self.key_heads)
         others = cotangents[0], *levels_of(saved, cotangents)
         block_q, block_k = self.plan.block_q, self.plan.block_k
         self.of_queries = [Blocks.of_finite(q, block_q), *(Blocks.of(x, block_q) for x in others)]
         self.of_keys = [Blocks.of_finite(x, block_k) for x in (k, v)]
 
     def queries_at(self, b, i) -> QueryBlock:
-        queries, *others = (x.rows(b, i, self.key_heads).astype(self.dtype) for x in self.of_queries)
-        return QueryBlock(queries * self.scores.scale, *others)
+        queries, d_out, *others = (x.rows(b, i, self.key_heads).astype(self.dtype) for x in self.of_queries)
+        return QueryBlock(queries * self.scores.scale, self.on_tiles.rescaled(d_out), *others)
 
     def keys_at(self, b, j):
         return tuple(x.rows(b, j, self.key_heads).astype(self.dtype) for x in self.of_keys)
@@ -56,12 +57,13 @@ class _Operands:
     def tile(self, place, block, keys, values):
         """`tile_gradients` of the block of queries i and of keys j of sequence b, `place` = (b, i, j)."""
         b, i, j = place
-        visible = visible_columns(self.tiles, None, (self.row(b), i, j), self.heads, self.key_heads)
-        return tile_gradients(self.scores, block, keys, values, visible)
+        place = Place(b, self.row(b), i, j)
+        visible = visible_columns(self.on_tiles.tiles, None, place[1:], self.heads, self.key_heads)
+        return tile_gradients(self.on_tiles, place, block, (keys, values), visible)
 
 
 def gradients(scores, saved, cotangents):
-    """The gradients of q, k and v from those of out and lse."""
+    """The gradients of q, k, v and the bias from those of out and lse."""
     (q, k, v, plan, *_), of = saved, _Operands(scores, saved, cotangents)
     q_blocks, k_blocks = of.of_queries[0], of.of_keys[0]
     columns = plan.codes.swapaxes(1, 2)
@@ -70,13 +72,16 @@ def gradients(scores, saved, cotangents):
         b, i = row_and_block(number, q_blocks.count)
         block = of.queries_at(b, i)
 
-        def add(j, d_q):
+        def add(j, sums):
+            d_q, d_bias = sums
             keys, values = of.keys_at(b, j)
-            d_products, _ = of.tile((b, i, j), block, keys, values)
-            return d_q + jnp.einsum("ksr,ksh->krh", d_products, keys)
+            d_products, _, share = of.tile((b, i, j), block, keys, values)
+            return d_q + jnp.einsum("ksr,ksh->krh", d_products, keys), jax.tree.map(jnp.add, d_bias, share)
 
-        d_q = over_blocks(at(plan.codes, of.row(b), i), ACTIVE, add, jnp.zeros_like(block.q))
-        return q_blocks.tokens(d_q * scores.scale)
+        start = jnp.zeros_like(block.q), of.on_tiles.no_gradient(of.dtype)
+        start = vary_like(start, block, of.on_tiles, of.of_keys)
+        d_q, d_bias = over_blocks(at(plan.codes, of.row(b), i), ACTIVE, add, start)
+        return q_blocks.tokens(d_q * scores.scale), d_bias
 
     def key_line(number):
         b, j = row_and_block(number, k_blocks.count)
@@ -84,16 +89,17 @@ def gradients(scores, saved, cotangents):
 
         def add(i, sums):
             block, (d_k, d_v) = of.queries_at(b, i), sums
-            d_products, weights = of.tile((b, i, j), block, keys, values)
+            d_products, weights, _ = of.tile((b, i, j), block, keys, values)
             d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
             return d_k, d_v + jnp.einsum("ksr,krh->ksh", weights, block.d_out)
 
-        start = vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys)
+        start = vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys, of.on_tiles)
         return tuple(k_blocks.tokens(x) for x in over_blocks(at(columns, of.row(b), j), ACTIVE, add, start))
 
-    d_q = q_blocks.whole(_at_once(query_line, q_blocks.every()))
+    d_q, d_bias = _at_once(query_line, q_blocks.every())
+    d_q = q_blocks.whole(d_q)
     d_k, d_v = (k_blocks.whole(x) for x in _at_once(key_line, k_blocks.every()))
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), [x.sum(axis=0) for x in d_bias]
 
 
 XLA_WIDE = Backend(

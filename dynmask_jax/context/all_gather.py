@@ -9,20 +9,22 @@ from jax import lax
 
 from dynmask_jax.context.sequence_axis import SequenceAxis, with_gradients
 from dynmask_jax.plans import Plan
+from dynmask_jax.scores import Scores
 
 
-def _forward(sequence: SequenceAxis, q, k, v, local: Plan):
-    return sequence.backend.forward(sequence.scores, q, *_gathered(sequence, (k, v)), local), ()
+def _forward(sequence: SequenceAxis, scores: Scores, qkv: tuple, local: Plan):
+    q, *shards = qkv
+    return sequence.backend.forward(scores, q, *_gathered(sequence, shards), local), ()
 
 
-def _gradients(sequence: SequenceAxis, saved, kept, cotangents):
+def _gradients(sequence: SequenceAxis, scores: Scores, saved, kept, cotangents):
     q, k, v, local, out, lse = saved
     saved = q, *_gathered(sequence, (k, v)), local, out, lse
-    d_q, *d_keys = sequence.backend.gradients(sequence.scores, saved, cotangents)
+    d_q, *d_keys, d_bias = sequence.backend.gradients(scores, saved, cotangents)
     # As many roundings as devices, were the sums not wide.
     wide = (x.astype(lse.dtype) for x in d_keys)
     shares = (lax.psum_scatter(x, sequence.axis, scatter_dimension=1, tiled=True) for x in wide)
-    return d_q, *(x.astype(k.dtype) for x in shares)
+    return d_q, *(x.astype(k.dtype) for x in shares), d_bias
 
 
 def _gathered(sequence: SequenceAxis, shards):

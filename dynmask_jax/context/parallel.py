@@ -26,7 +26,7 @@ from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 from dynmask_jax.vma import agreed, vary_like
 
-OPTIONS = frozenset(["scale", "soft_cap", "sinks", "backend", "return_lse"])
+OPTIONS = frozenset(["scale", "soft_cap", "sinks", "bias", "dropout", "backend", "return_lse"])
 WITH_OWN_QUERIES = {"ring": attend_on_ring, "all_gather": attend_to_gathered}
 
 
@@ -139,8 +139,8 @@ class ContextParallel:
         return_lse, sinks = options.pop("return_lse", False), options.get("sinks")
         call = checked(q, k, v, mask_or_plan, **options)
         self.partitioning.check(q, k)
-        how = {"partitioning": self.partitioning, "backend": call.backend, "scores": call.scores}
-        out, lse = _attend(q, k, v, sinks, call.plan, **how)
+        how = {"partitioning": self.partitioning, "backend": call.backend}
+        out, lse = _attend(q, k, v, sinks, call.plan, call.scores, **how)
         return (out, lse) if return_lse else out
 
     def placed(self, plan: Plan) -> Plan:
@@ -186,24 +186,29 @@ def _options_of(function: Callable) -> dict[str, Any]:
     return options
 
 
-@functools.partial(jax.jit, static_argnames=("partitioning", "backend", "scores"))
-def _attend(q, k, v, sinks, plan: Plan, *, partitioning: Partitioning, backend: str, scores: Scores):
-    def on_device(own: Plan, q, k, v):
-        q, k, v = vary_like((q, k, v), q, k, v, own)
+@functools.partial(jax.jit, static_argnames=("partitioning", "backend"))
+def _attend(q, k, v, sinks, plan: Plan, scores: Scores, *, partitioning: Partitioning, backend: str):
+    def on_device(own: Plan, q, k, v, scores: Scores):
+        q, k, v, scores = vary_like((q, k, v, scores), q, k, v, own, scores)
         if partitioning.devices == 1:
-            return attend(q, k, v, None, own, backend=backend, scores=scores)
+            return attend(q, k, v, None, own, scores, backend=backend)
         if partitioning.strategy == "ulysses":
             return attend_by_heads(partitioning, backend, scores, own, (q, k, v))
         axis, mesh_axes = partitioning.sequence_axis, partitioning.mesh.axis_names
-        sequence = SequenceAxis(axis, partitioning.devices, BACKENDS[backend], scores, mesh_axes)
-        out, lse = WITH_OWN_QUERIES[partitioning.strategy](sequence, q, k, v, own)
+        sequence = SequenceAxis(axis, partitioning.devices, BACKENDS[backend], mesh_axes)
+        out, lse = WITH_OWN_QUERIES[partitioning.strategy](sequence, scores, q, k, v, own)
         if sequence.backend.marks_bad:
             return marked(q, out, lse, jnp.isnan(lse))
         return marked(q, out, lse, _sees_bad(sequence, q, bad_rows(k) | bad_rows(v), own))
 
     arrays = partitioning.arrays
     out, lse = partitioning.over_devices(
-        on_device, plan, (q, k, v), (arrays,) * 3, (arrays, arrays), check_vma=BACKENDS[backend].check_vma
+        on_device,
+        plan,
+        (q, k, v, scores),
+        (*[arrays] * 3, partitioning.of_scores(scores)),
+        (arrays, arrays),
+        check_vma=BACKENDS[backend].check_vma,
     )
     return with_sinks(out, lse, sinks)
 

@@ -24,17 +24,21 @@ from dynmask_jax.context.arcs import shortest_arcs
 from dynmask_jax.context.sequence_axis import SequenceAxis, with_gradients
 from dynmask_jax.online_softmax import Partial, merge, normalize
 from dynmask_jax.plans import Plan, plan
+from dynmask_jax.scores import Scores
 from dynmask_jax.vma import agreed, vary_like
 
 AHEAD, BEHIND = 1, -1
 
 
-def _forward(sequence: SequenceAxis, q, k, v, local: Plan):
+def _forward(sequence: SequenceAxis, scores: Scores, qkv: tuple, local: Plan):
+    q, k, v = qkv
+
     def visit(distance, keys) -> Partial:
         seen = part(local, sequence.owner(distance), sequence.devices)
-        return Partial.of(*sequence.backend.forward(sequence.scores, q, *keys, seen))
+        return Partial.of(*sequence.backend.forward(scores, q, *keys, seen))
 
-    nothing = vary_like(Partial.empty(q.shape, sum_dtype(q.dtype)), q, k, local)
+    shape = (*q.shape[:3], v.shape[3])
+    nothing = vary_like(Partial.empty(shape, sum_dtype(q.dtype)), q, k, local)
     ahead, behind = arcs(local, sequence.axis, sequence.mesh_axes, sequence.devices)
 
     def go_ahead(distance, carry):
@@ -55,39 +59,40 @@ def _forward(sequence: SequenceAxis, q, k, v, local: Plan):
     return (out.astype(q.dtype), lse), (last_ahead, last_behind)
 
 
-def _gradients(sequence: SequenceAxis, saved, kept, cotangents):
+def _gradients(sequence: SequenceAxis, scores: Scores, saved, kept, cotangents):
     q, k, v, local, out, lse = saved
 
     def visit(distance, keys):
+        """Shares of the gradients of the keys and values there, and of the queries and the bias."""
         seen = part(local, sequence.owner(distance), sequence.devices)
-        shares = sequence.backend.gradients(sequence.scores, (q, *keys, seen, out, lse), cotangents)
-        return tuple(x.astype(lse.dtype) for x in shares)
+        shares = sequence.backend.gradients(scores, (q, *keys, seen, out, lse), cotangents)
+        d_q, d_k, d_v, d_bias = jax.tree.map(lambda x: x.astype(lse.dtype), shares)
+        return (d_k, d_v), (d_q, d_bias)
 
-    def arc(direction: int, length, last, d_q):
+    def arc(direction: int, length, last, staying):
         """Brings home the shards of an arc, the farthest first, which is where the forward pass left it."""
 
         def step(turn, carry):
-            keys, d_keys, d_q = carry
-            share_q, *shares = visit(direction * (length - turn), keys)
+            keys, d_keys, staying = carry
+            shares, share = visit(direction * (length - turn), keys)
             # The keys may set out at once, and their gradients while those of the queries are computed.
             keys = sequence.shift(keys, -direction)
-            d_keys = sequence.shift(jax.tree.map(jnp.add, d_keys, tuple(shares)), -direction)
-            return keys, d_keys, d_q + share_q
+            d_keys = sequence.shift(jax.tree.map(jnp.add, d_keys, shares), -direction)
+            return keys, d_keys, jax.tree.map(jnp.add, staying, share)
 
-        nothing = vary_like((jnp.zeros(k.shape, lse.dtype),) * 2, q, k, local)
-        _, d_keys, d_q = lax.fori_loop(0, length, step, (last, nothing, d_q))
-        return d_keys, d_q
+        nothing = tuple(jnp.zeros(x.shape, lse.dtype) for x in (k, v))
+        start = last, vary_like(nothing, q, k, local), staying
+        _, d_keys, staying = lax.fori_loop(0, length, step, start)
+        return d_keys, staying
 
     ahead, behind = arcs(local, sequence.axis, sequence.mesh_axes, sequence.devices)
-    d_q = vary_like(jnp.zeros(q.shape, lse.dtype), q, k, local)
-    (k_ahead, v_ahead), d_q = arc(AHEAD, ahead, kept[0], d_q)
-    (k_behind, v_behind), d_q = arc(BEHIND, behind, kept[1], d_q)
-    home_q, home_k, home_v = visit(jnp.int32(0), (k, v))
-    return (
-        (d_q + home_q).astype(q.dtype),
-        (k_ahead + k_behind + home_k).astype(k.dtype),
-        (v_ahead + v_behind + home_v).astype(v.dtype),
-    )
+    # Home first: its shares have the types that those of the arcs are added to.
+    at_home, staying = visit(jnp.int32(0), (k, v))
+    ahead_keys, staying = arc(AHEAD, ahead, kept[0], staying)
+    behind_keys, (d_q, d_bias) = arc(BEHIND, behind, kept[1], staying)
+    sums = jax.tree.map(lambda *shares: sum(shares), ahead_keys, behind_keys, at_home)
+    d_k, d_v = (x.astype(k.dtype) for x in sums)
+    return d_q.astype(q.dtype), d_k, d_v, d_bias
 
 
 def _meanwhile(coming, found: Partial):

@@ -20,14 +20,12 @@ class SequenceAxis:
       axis: its name.
       devices: its size.
       backend: what computes on one device.
-      scores: how products become logits.
       mesh_axes: all of the mesh's.
     """
 
     axis: str
     devices: int
     backend: Backend
-    scores: Scores
     mesh_axes: tuple[str, ...]
 
     def owner(self, distance) -> Array:
@@ -42,28 +40,33 @@ class SequenceAxis:
 
 
 def with_gradients(forward: Callable, gradients: Callable) -> Callable:
-    """`attend(sequence, q, k, v, local) -> (out, lse)` of a device's shards, which JAX differentiates.
+    """`attend(sequence, scores, q, k, v, local) -> (out, lse)` of a device's shards, differentiable.
 
     Args:
-      forward: `(sequence, q, k, v, local) -> ((out, lse), kept)`, where local is the plan of the device's
-        own queries for the keys of all devices, in the order of devices.
-      gradients: `(sequence, (q, k, v, local, out, lse), kept, (d_out, d_lse)) -> (d_q, d_k, d_v)`.
+      forward: `(sequence, scores, (q, k, v), local) -> ((out, lse), kept)`, where local is the plan of the
+        device's own queries for the keys of all devices, in the order of devices.
+      gradients: `(sequence, scores, (q, k, v, local, out, lse), kept, (d_out, d_lse))` to
+        `(d_q, d_k, d_v, d_bias)`, as a backend's.
 
     Both take rows as the backend prepares them.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def attend(sequence: SequenceAxis, q, k, v, local):
-        return forward(sequence, *map(sequence.backend.prepared, (q, k, v)), local)[0]
+    def attend(sequence: SequenceAxis, scores: Scores, q, k, v, local):
+        return run(sequence, scores, q, k, v, local)[0]
 
-    def with_residuals(sequence: SequenceAxis, q, k, v, local):
-        results, kept = forward(sequence, *map(sequence.backend.prepared, (q, k, v)), local)
-        return results, (q, k, v, local, results, kept)
+    def run(sequence: SequenceAxis, scores: Scores, q, k, v, local):
+        return forward(sequence, scores, tuple(map(sequence.backend.prepared, (q, k, v))), local)
+
+    def with_residuals(sequence: SequenceAxis, scores: Scores, q, k, v, local):
+        results, kept = run(sequence, scores, q, k, v, local)
+        return results, (scores, q, k, v, local, results, kept)
 
     def backward(sequence: SequenceAxis, saved, cotangents):
-        *arrays, local, results, kept = saved
+        scores, *arrays, local, results, kept = saved
         saved = *map(sequence.backend.prepared, arrays), local, *results
-        return *without_bad(gradients(sequence, saved, kept, cotangents), tuple(arrays)), None
+        *found, d_bias = gradients(sequence, scores, saved, kept, cotangents)
+        return scores.gradient(d_bias), *without_bad(tuple(found), tuple(arrays)), None
 
     attend.defvjp(with_residuals, backward)
     return attend

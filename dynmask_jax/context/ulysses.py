@@ -20,6 +20,9 @@ from dynmask_jax.scores import Scores
 def attend_by_heads(partitioning: Partitioning, backend: str, scores: Scores, own: Plan, shards: tuple):
     """`(out, lse)` of this device's shards of q, k and v; `own` is for the whole sequence."""
     q, k, v = (lax.all_to_all(x, partitioning.axis, 2, 1, tiled=True) for x in shards)
-    own = dataclasses.replace(own, mask=partitioning.own_heads(own.mask))
-    results = attend(q, k, v, None, own, backend=backend, scores=scores)
+    own, scores = (
+        dataclasses.replace(own, mask=partitioning.own_heads(own.mask)),
+        partitioning.own_heads(scores),
+    )
+    results = attend(q, k, v, None, own, scores, backend=backend)
     return jax.tree.map(lambda x: lax.all_to_all(x, partitioning.axis, 1, 2, tiled=True), results)

@@ -191,13 +191,13 @@ def test_classes_are_no_masks():
     ("name", "remedy"),
     [
         ("is_causal", r"Causal\(\)"),
-        ("bias", r"jax\.nn\.dot_product_attention"),
-        ("dropout_rate", "attention weights are never formed"),
+        ("attn_bias", "it is bias here"),
+        ("dropout_rate", r"dropout=Dropout\(rate, key\)"),
         ("mask", "the fourth argument"),
         ("segment_ids", r"plan\(mask & SameSegment\(\)"),
         ("softmax_scale", "it is scale here"),
         ("implementation", "it is backend here: dense"),
-        ("other", "its options are scale, soft_cap, sinks, backend, sharding and return_lse"),
+        ("other", "its options are scale, soft_cap, sinks, bias, dropout, backend, sharding and return_lse"),
     ],
 )
 def test_options_of_other_libraries_are_refused_with_ours(name, remedy):

@@ -1,0 +1,109 @@
+"""Bias and dropout on one tile, for the loops of the XLA backends."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, static
+from dynmask_jax.backends.blocks import Blocks
+from dynmask_jax.bias_algebra import by_group, learnable, score_pairs
+from dynmask_jax.indexing import at, tree_at
+from dynmask_jax.plans import Plan, Tiles, blocks_of, tiles_of
+from dynmask_jax.scores import Scores
+
+
+class Place(NamedTuple):
+    """Where a tile is: sequence b, the plan's row for it, block i of queries and j of keys."""
+
+    b: Array
+    row: Array | int
+    i: Array
+    j: Array
+
+
+@pytree
+class ScoreTiles:
+    """The scores of one call with what they need of each tile. Made by `score_tiles`.
+
+    Tiles are `[K, rows, bk]`, or with `keys_first` `[K, bk, rows]`; see `Blocks` for the rows.
+
+    Attributes:
+      scores: scale, soft cap, bias and dropout.
+      tiles: the plan's tokens in blocks.
+      query_words, key_words: what draws are made of, in blocks; None without dropout. They are made once for
+        all tiles: within a tile a compiler would hash them anew for each pair.
+      heads, key_heads: N and K.
+    """
+
+    scores: Scores
+    tiles: Tiles
+    query_words: tuple[Blocks, Blocks] | None
+    key_words: Int[Array, "R Sb bk"] | None
+    heads: int = static()
+    key_heads: int = static()
+
+    def biased(self, capped: Float[Array, "K a b"], place: Place, *, keys_first: bool = False):
+        """A tile's logits with the bias, from those without."""
+        if self.scores.bias is None:
+            return capped
+        return capped + self._bias(self.scores.bias, place, keys_first).astype(capped.dtype)
+
+    def bias_gradient(self, d_logits: Float[Array, "K bk rows"], place: Place) -> list[Array]:
+        """Gradients of the bias's learnable leaves, from a tile's with its keys first."""
+        numbers, rebuilt = learnable(self.scores.bias)
+        if not numbers:
+            return []
+        numbers = [jnp.asarray(number).astype(d_logits.dtype) for number in numbers]
+
+        def tile(numbers):
+            bias = self._bias(rebuilt(numbers), place, keys_first=True)
+            return jnp.broadcast_to(bias, d_logits.shape).astype(d_logits.dtype)
+
+        return jax.vjp(tile, numbers)[1](d_logits)[0]
+
+    def no_gradient(self, dtype) -> list[Array]:
+        """Zeros, from which gradients of the bias are summed."""
+        return [jnp.zeros(jnp.shape(number), dtype) for number in learnable(self.scores.bias)[0]]
+
+    def kept(self, pairs: Float[Array, "K a b"], place: Place, *, keys_first: bool = False):
+        """A tile's numbers, 0 for the pairs that are dropped."""
+        if self.scores.dropout is None:
+            return pairs
+        return jnp.where(self._kept(place, keys_first), pairs, 0.0)
+
+    def rescaled(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x over 1 − rate: what dropout makes of weights that are kept."""
+        return x if self.scores.dropout is None else x * self.scores.dropout.scale.astype(x.dtype)
+
+    def _bias(self, bias, place: Place, keys_first: bool) -> Float[Array, "*K a b"]:
+        q, k = tree_at(self.tiles.q, place.row, place.i), tree_at(self.tiles.k, place.row, place.j)
+
+        def pairs(one_head):
+            return score_pairs(one_head, q, k, keys_first=keys_first)
+
+        tile = by_group(bias, pairs, self.heads, self.key_heads)  # [K, G, …]
+        tile = jnp.broadcast_to(tile, (tile.shape[0], self.heads // self.key_heads, *tile.shape[2:]))
+        if keys_first:
+            return tile.swapaxes(1, 2).reshape(tile.shape[0], tile.shape[2], -1)
+        return tile.reshape(tile.shape[0], -1, tile.shape[3])
+
+    def _kept(self, place: Place, keys_first: bool) -> Bool[Array, "K a b"]:
+        assert self.scores.dropout is not None
+        assert self.query_words is not None
+        assert self.key_words is not None
+        first, second = (words.rows(place.b, place.i, self.key_heads) for words in self.query_words)
+        of_keys = at(self.key_words, place.row, place.j)
+        if keys_first:
+            return self.scores.dropout.kept(first[:, None], second[:, None], of_keys[None, :, None])
+        return self.scores.dropout.kept(first[..., None], second[..., None], of_keys[None, None])
+
+
+def score_tiles(scores: Scores, plan: Plan, heads: int, key_heads: int) -> ScoreTiles:
+    """The scores of a call, for the plan's tiles."""
+    query_words = key_words = None
+    if scores.dropout is not None:
+        first, second = scores.dropout.of_queries(plan.q_tokens)
+        query_words = Blocks.of(first, plan.block_q), Blocks.of(second, plan.block_q)
+        key_words = blocks_of(scores.dropout.of_keys(plan.kv_tokens), plan.block_k)
+    return ScoreTiles(scores, tiles_of(plan), query_words, key_words, heads, key_heads)
