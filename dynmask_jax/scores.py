@@ -43,6 +43,8 @@ class Scores:
 
     def specs(self, rows, heads) -> "Scores":
         """How it is partitioned, by the mesh axes of rows and those of heads."""
-        by_head = jax.tree.map(lambda leaf: PartitionSpec(heads if jnp.ndim(leaf) else None), self.bias)
+        by_head = jax.tree.map(
+            lambda leaf: PartitionSpec(heads) if jnp.ndim(leaf) else PartitionSpec(), self.bias
+        )
         dropout = self.dropout and Draws(PartitionSpec(heads, rows), PartitionSpec())  # pyright: ignore
         return Scores(by_head, dropout, self.scale, self.soft_cap)

@@ -1,0 +1,322 @@
+"""Bias, dropout, and values of another width: values and gradients on every backend, against the oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import HEADS, MASKS, SHAPES, TOLERANCE, Shape
+
+from dynmask_jax import (
+    ALiBi,
+    BiasFunction,
+    Causal,
+    Dropout,
+    Everything,
+    RelativeBuckets,
+    SameSegment,
+    Tokens,
+    attention,
+    bias_tensor,
+    context_parallel,
+    dropout_mask,
+    lay_out,
+    layout_order,
+    plan,
+    restore,
+)
+from dynmask_jax.biases import bucket_starts
+
+FLOAT32 = TOLERANCE[jnp.dtype("float32")]
+KEY = jax.random.key(7)
+LOOPS = "xla", "xla_wide"
+
+
+def waves(q, k, frequency, shift):
+    return jnp.sin(frequency * (q.position - k.position - shift).astype(jnp.float32))
+
+
+def table(heads: int, buckets: int):
+    return jax.random.normal(jax.random.key(3), (heads, buckets))
+
+
+BIASES = {
+    "alibi": ALiBi.for_heads(HEADS),
+    "t5": RelativeBuckets(table(HEADS, 8), max_distance=20),
+    "function": BiasFunction(waves, 0.3, jnp.int32(3)),
+    "sum": ALiBi(jnp.float32(0.1)) + RelativeBuckets(table(1, 6), bidirectional=False, max_distance=20),
+}
+
+
+def arguments(shape: Shape, width: int | None = None):
+    q, k, v = shape.qkv()
+    if width is not None:
+        v = jax.random.normal(jax.random.key(9), (*v.shape[:3], width))
+    return q, k, v, plan(MASKS["same_segment"], *shape.tokens(), block_q=shape.block_q, block_k=shape.block_k)
+
+
+def results(call, q, k, v, the_plan, bias=None, **options):
+    """Out, lse, and the gradients of q, k, v and the bias's floating leaves, of a loss that reads both."""
+
+    @jax.jit
+    def loss(q, k, v, bias):
+        out, lse = call(q, k, v, the_plan, bias=bias, return_lse=True, **options)
+        waves = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        seen = jnp.where(jnp.isfinite(lse), lse, 0.0)
+        return (out * waves).sum() + jnp.sin(seen).sum(), (out, lse)
+
+    found = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True)(q, k, v, bias)
+    return [x for x in jax.tree.leaves(found) if x.dtype != jax.dtypes.float0]
+
+
+def assert_close(actual: list, expected: list):
+    assert len(actual) == len(expected)
+    for x, y in zip(actual, expected, strict=True):
+        # A leaf's gradient sums over all pairs, and so does its error.
+        atol = FLOAT32["atol"] * max(1.0, float(jnp.abs(jnp.where(jnp.isfinite(y), y, 0)).max()))
+        np.testing.assert_allclose(x, y, rtol=FLOAT32["rtol"], atol=max(atol, 1e-4 if x.ndim < 3 else 0))
+
+
+@pytest.mark.parametrize("backend", LOOPS)
+@pytest.mark.parametrize("shape", ["ragged", "one_kv_head", "one_query"])
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_bias_and_dropout_with_values_of_another_width(backend, shape, bias):
+    q, k, v, the_plan = arguments(SHAPES[shape], width=5)
+    how = {"bias": BIASES[bias], "dropout": Dropout(0.3, KEY), "soft_cap": 3.0}
+    expected = results(attention, q, k, v, the_plan, backend="dense", **how)
+    assert_close(results(attention, q, k, v, the_plan, backend=backend, **how), expected)
+
+
+@pytest.mark.parametrize("backend", ["dense", *LOOPS])
+def test_a_bias_is_what_an_array_of_it_would_be(backend):
+    q, k, v, the_plan = arguments(SHAPES["even"])
+    for bias in BIASES.values():
+        array = bias_tensor(bias, the_plan.q_tokens, the_plan.kv_tokens, heads=HEADS)
+        mask = SameSegment() & Causal()
+        logits = jnp.einsum("btkgh,bskh->bkgts", q.reshape(*q.shape[:2], 2, 2, -1), k) / np.sqrt(8)
+        logits = logits.reshape(2, HEADS, *logits.shape[3:]) + array
+        visible = mask.visible(the_plan.q_tokens[:, :, None], the_plan.kv_tokens[:, None, :])[:, None]
+        weights = jnp.where(visible, jnp.exp(logits), 0.0)
+        weights /= jnp.where(weights.sum(-1, keepdims=True) == 0, 1.0, weights.sum(-1, keepdims=True))
+        expected = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, 2, axis=2))
+        actual = attention(q, k, v, the_plan, bias=bias, backend=backend)
+        np.testing.assert_allclose(actual, expected, **FLOAT32)
+
+
+def test_gradients_of_tables_and_slopes_are_finite_differences():
+    q, k, v, the_plan = arguments(SHAPES["one_kv_head"])
+
+    def loss(bias):
+        return (attention(q, k, v, the_plan, bias=bias, dropout=Dropout(0.2, KEY)) ** 2).sum()
+
+    for name in ("alibi", "t5"):
+        (numbers,), structure = jax.tree.flatten(BIASES[name])
+        (gradient,) = jax.tree.leaves(jax.grad(loss)(BIASES[name]))
+        direction = jax.random.normal(jax.random.key(4), jnp.shape(numbers))
+        ahead, behind = (
+            loss(jax.tree.unflatten(structure, [numbers + step * direction])) for step in (1e-2, -1e-2)
+        )
+        np.testing.assert_allclose((ahead - behind) / 2e-2, (gradient * direction).sum(), rtol=2e-2)
+
+
+def test_slopes_are_the_papers():
+    np.testing.assert_allclose(ALiBi.for_heads(8).slopes, 0.5 ** np.arange(1, 9))
+    twelve = ALiBi.for_heads(12).slopes
+    np.testing.assert_allclose(twelve[:8], 0.5 ** np.arange(1, 9))
+    np.testing.assert_allclose(twelve[8:], 0.5 ** (np.arange(1, 8, 2) / 2))
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_are_those_of_t5(bidirectional):
+    tokens = Tokens.sequence(300)
+    bias = RelativeBuckets(
+        jnp.arange(32, dtype=jnp.float32)[None], bidirectional=bidirectional, max_distance=128
+    )
+    found = bias_tensor(bias, tokens, heads=1)[0]
+    after = np.arange(300)[None, :] - np.arange(300)[:, None]
+    buckets, expected = 32, np.zeros_like(after)
+    if bidirectional:
+        buckets = 16
+        expected += np.where(after > 0, 16, 0)
+    distance = abs(after) if bidirectional else np.maximum(-after, 0)
+    exact = buckets // 2
+    with np.errstate(divide="ignore"):
+        steps = np.log(distance / exact) / np.log(128 / exact) * (buckets - exact)
+    # In exact arithmetic, with a hair's breadth for the bound itself.
+    far = np.minimum(exact + np.floor(np.maximum(steps, 0) + 1e-9), buckets - 1)
+    np.testing.assert_array_equal(found, expected + np.where(distance < exact, distance, far))
+    assert bucket_starts(16, 128)[:9] == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def drawn(call, dropout, the_plan, batch: int = 2, heads: int = HEADS, **options):
+    """What attention keeps of each weight: its output for equal logits and values that name their key."""
+    t, s = the_plan.lengths
+    q, k = jnp.zeros((batch, t, heads, 4)), jnp.zeros((batch, s, 2, 4))
+    v = jnp.broadcast_to(jnp.eye(s)[None, :, None, :], (batch, s, 2, s))
+    return call(q, k, v, the_plan, dropout=dropout, **options).swapaxes(1, 2) > 0
+
+
+DOCUMENTS = jax.tree.map(lambda *rows: jnp.stack(rows), Tokens.packed([40, 24]), Tokens.packed([10, 54]))
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+@pytest.mark.parametrize("backend", ["dense", *LOOPS])
+def test_every_backend_and_block_size_draws_the_same(backend, broadcast):
+    dropout = Dropout(0.5, KEY, broadcast)
+    expected = np.asarray(dropout_mask(dropout, DOCUMENTS, batch=2, heads=HEADS))
+    assert 0.4 < expected.mean() < 0.6
+    assert (expected == expected[:, :1]).all() == broadcast
+    for block_q, block_k in ((64, 64), (16, 8), (13, 27)):
+        the_plan = plan(Everything(), DOCUMENTS, block_q=block_q, block_k=block_k)
+        np.testing.assert_array_equal(drawn(attention, dropout, the_plan, backend=backend), expected)
+
+
+def mesh_of(**axes: int):
+    auto = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=auto)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
+def test_every_strategy_and_layout_draws_the_same(strategy, layout):
+    mesh = mesh_of(data=2, context=2, tensor=1) if strategy == "ulysses" else mesh_of(data=2, context=4)
+    dropout = Dropout(0.3, KEY)
+    spread = context_parallel(attention, mesh=mesh, strategy=strategy)
+    order = layout_order(layout, 64, mesh.shape["context"])
+    tokens = jax.tree.map(lambda x: lay_out(x, order), DOCUMENTS)
+    found = jax.jit(lambda: drawn(spread, dropout, plan(Everything(), tokens, block_q=8, block_k=8)))()
+    found = restore(restore(found, order, axis=2), order, axis=3)
+    np.testing.assert_array_equal(found, dropout_mask(dropout, DOCUMENTS, batch=2, heads=HEADS))
+
+
+def test_rows_and_heads_on_several_devices_draw_the_same():
+    dropout = Dropout(0.3, KEY)
+    the_plan = plan(Everything(), DOCUMENTS, block_q=16, block_k=16)
+    with jax.set_mesh(mesh_of(data=2, tensor=4)) if hasattr(jax, "set_mesh") else mesh_of(data=2, tensor=4):
+        found = jax.jit(lambda the_plan: drawn(attention, dropout, the_plan))(the_plan)
+    np.testing.assert_array_equal(found, dropout_mask(dropout, DOCUMENTS, batch=2, heads=HEADS))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
+def test_gradients_over_devices_are_those_of_one(strategy):
+    shape = Shape(queries=32, keys=32, kv_heads=4)
+    q, k, v, the_plan = arguments(shape, width=6)
+    mesh = mesh_of(data=2, context=2, tensor=2)
+    spread = context_parallel(attention, mesh=mesh, strategy=strategy)
+    how = {"bias": BIASES["sum"] + BIASES["alibi"], "dropout": Dropout(0.3, KEY)}
+    expected = results(attention, q, k, v, the_plan, backend="dense", **how)
+    assert_close(results(spread, q, k, v, the_plan, backend="xla", **how), expected)
+
+
+def test_the_draw_is_uniform_and_independent():
+    """Chi-square tests of one degree of freedom each, on 10⁷ draws: 15.1 is passed once in 10,000."""
+    rate, tokens = 0.3, Tokens.sequence(1024)
+    kept = np.asarray(dropout_mask(Dropout(rate, KEY), tokens, batch=2, heads=5))
+    n = kept.size
+    assert n > 10**7
+    dropped = n - kept.sum()
+    assert (dropped - n * rate) ** 2 / (n * rate * (1 - rate)) < 15.1
+    for axis in range(4):
+        for step in (1, 2, 3, 64):
+            if step >= kept.shape[axis]:
+                continue
+            ahead, behind = (
+                np.take(kept, np.arange(kept.shape[axis] - step) + start, axis) for start in (0, step)
+            )
+            both = (~ahead & ~behind).sum()
+            p, m = rate**2, ahead.size
+            assert (both - m * p) ** 2 / (m * p * (1 - p)) < 25, (axis, step)
+            # 2 × 2: whether one draw says anything of the other.
+            observed = np.array([[(x & y).sum() for y in (behind, ~behind)] for x in (ahead, ~ahead)], float)
+            expected = observed.sum(1, keepdims=True) * observed.sum(0, keepdims=True) / m
+            assert ((observed - expected) ** 2 / expected).sum() < 15.1, (axis, step)
+    for axes in ((0, 1, 2), (0, 1, 3)):  # of each key, and of each query
+        shares = (~kept).sum(axis=axes)
+        trials = n / len(shares)
+        chi = ((shares - trials * rate) ** 2 / (trials * rate * (1 - rate))).sum()
+        assert abs(chi - len(shares)) < 4 * np.sqrt(2 * len(shares))
+
+
+def test_keys_of_any_kind_and_traced_rates():
+    tokens = Tokens.sequence(32)
+    mask = dropout_mask(Dropout(0.5, jax.random.key_data(KEY)), tokens)
+    np.testing.assert_array_equal(mask, dropout_mask(Dropout(0.5, KEY), tokens))
+    assert (mask != dropout_mask(Dropout(0.5, jax.random.key(8)), tokens)).any()
+    assert dropout_mask(Dropout(0.5, jax.random.key(0, impl="rbg")), tokens).any()
+    traced = jax.jit(lambda rate: dropout_mask(Dropout(rate, KEY), tokens))
+    np.testing.assert_array_equal(traced(0.5), mask)
+    assert traced(0.0).all()
+    # What a greater rate keeps, a lesser one keeps too.
+    assert (traced(0.25) >= mask).all()
+
+
+def test_without_a_rate_the_program_is_that_without_dropout():
+    q, k, v, the_plan = arguments(SHAPES["even"])
+
+    def lowered(**options):
+        loss = functools.partial(attention, mask_or_plan=the_plan, **options)
+        return jax.jit(jax.grad(lambda *x: loss(*x).sum(), (0, 1, 2))).lower(q, k, v).as_text()
+
+    assert lowered(dropout=Dropout(0.0, KEY)) == lowered()
+    assert lowered(dropout=Dropout(0.1, KEY)) != lowered()
+
+
+@pytest.mark.parametrize(
+    ("width_qk", "width_v"),
+    [pytest.param(192, 128, id="keys 192, values 128"), pytest.param(128, 192, id="keys 128, values 192")],
+)
+@pytest.mark.parametrize("backend", LOOPS)
+def test_shapes_of_multi_head_latent_attention(backend, width_qk, width_v):
+    shape = Shape(batch=1, queries=24, keys=24, head_dim=width_qk)
+    q, k, v, the_plan = arguments(shape, width=width_v)
+    expected = results(attention, q, k, v, the_plan, backend="dense")
+    assert_close(results(attention, q, k, v, the_plan, backend=backend), expected)
+
+
+def test_a_key_that_is_not_finite_reaches_who_sees_it_at_another_width():
+    q, k, v, the_plan = arguments(SHAPES["even"], width=5)
+    v = v.at[0, 3, 0, 2].set(jnp.nan)
+    found = [attention(q, k, v, the_plan, backend=name, dropout=Dropout(0.5, KEY)) for name in LOOPS]
+    seen = jnp.isnan(found[0]).all(axis=-1)
+    assert seen[0, 3:15, :2].all()
+    assert not seen[0, :, 2:].any()
+    assert not seen[1].any()
+    np.testing.assert_array_equal(*map(jnp.isnan, found))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"bias": jnp.zeros((48, 48))}, TypeError, r"bias must be a Bias, got an array \(48, 48\): .*ALiBi"),
+        ({"bias": ALiBi}, TypeError, r"an instance, ALiBi\(…\)"),
+        ({"bias": waves}, TypeError, r"BiasFunction\(function\)"),
+        ({"bias": ALiBi(jnp.ones(3))}, ValueError, r"has a leaf \(3,\), got 4 query heads"),
+        ({"dropout": 0.1}, TypeError, r"dropout must be a Dropout\(rate, key\), got 0.1"),
+    ],
+)
+def test_what_is_no_bias_or_dropout_is_refused(options, error, words):
+    q, k, v, the_plan = arguments(SHAPES["even"])
+    with pytest.raises(error, match=words):
+        attention(q, k, v, the_plan, **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: Dropout(1.0, KEY), ValueError, r"rate must lie in 0…1 \(1 excluded\), got 1.0"),
+        (lambda: Dropout(True, KEY), TypeError, "rate must be a number, got True"),
+        (lambda: Dropout(0.1, 3), TypeError, "key must be a key of jax.random, got 3"),
+        (lambda: Dropout(0.1, jax.random.split(KEY)), ValueError, r"one key, got keys of shape \(2,\)"),
+        (lambda: ALiBi(3), TypeError, "slopes must be floating, got int"),
+        (lambda: ALiBi.for_heads(0), ValueError, "heads must be at least 1, got 0"),
+        (lambda: RelativeBuckets(jnp.ones(8)), ValueError, r"table must be \[heads, buckets\], got \(8,\)"),
+        (lambda: RelativeBuckets(jnp.ones((4, 7))), ValueError, "a multiple of 2 and at least 4, got 7"),
+        (lambda: RelativeBuckets(jnp.ones((4, 32)), max_distance=8), ValueError, "max_distance must be at"),
+        (lambda: BiasFunction(3), TypeError, "function must be callable, got 3"),
+        (lambda: ALiBi(0.5) + 1.0, TypeError, "bias must be a Bias, got float"),
+    ],
+)
+def test_what_cannot_be_is_refused_when_built(build, error, words):
+    with pytest.raises(error, match=words):
+        build()
