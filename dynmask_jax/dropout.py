@@ -113,9 +113,13 @@ class Draws:
 
     def kept(self, first, second, of_key) -> Bool[Array, "..."]:
         """Whether pairs are kept, elementwise, from the words of queries and of keys, which broadcast."""
-        x = hash_round(first ^ of_key, FIRST)
-        # The upper bits decide alone, so the hash's last shift is left out.
-        return hash_round(x ^ second, SECOND) >= self.threshold
+        return draw(first, second, of_key) >= self.threshold
+
+
+def draw(first, second, of_key) -> Int[Array, "..."]:
+    """The draw of each pair, any int32 with equal probability, from the words of its query and its key."""
+    # The upper bits decide alone, so the hash's last shift is left out.
+    return hash_round(hash_round(first ^ of_key, FIRST) ^ second, SECOND)
 
 
 def _words(tokens: Tokens):

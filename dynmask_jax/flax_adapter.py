@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynmask_jax.array_typing import Array, Bool, Float, pytree
+from dynmask_jax.array_typing import Array, Bool, Float, is_concrete, pytree
 from dynmask_jax.calls import check_positions
 from dynmask_jax.dispatch import known_backend
+from dynmask_jax.dropout import Dropout
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.fields_read import reads_segments
 from dynmask_jax.mask_algebra import Mask
@@ -22,10 +23,11 @@ from dynmask_jax.plans import Plan, block_size, plan
 from dynmask_jax.sharding import axes_of
 from dynmask_jax.tokens import Tokens
 
-# Handled below, or without effect here: nothing is dropped out, and the softmax is float32 always.
+# Handled below, or without effect here: the softmax is float32 always.
 UNDERSTOOD = frozenset(
     [
         "mask",
+        "bias",
         "is_causal",
         "dtype",
         "deterministic",
@@ -126,9 +128,12 @@ def attend_for_flax(
           the query stood at the last key that it shows;
         - `Tokens`, of queries and keys alike; a `Plan`, which `mask_or_plan` narrows; or one more `Mask`.
 
+        Its `bias` is a `Bias`. Several batch axes are one to attention, so dropout counts their rows as one.
+
     Raises:
       Unsupported: an option that would change the result and that we have not, by name.
-      ValueError: tokens are needed, and were not told; or other ones were.
+      TypeError: a bias that is an array.
+      ValueError: tokens are needed, and were not told; or other ones were. Dropout without a key.
     """
     _refuse(original, options)
     if (dtype := options.get("dtype")) is not None:
@@ -139,7 +144,7 @@ def attend_for_flax(
     query, key, value = (_one_batch_axis(x, batch, 3) for x in qkv)
     call = _Call(how, batch, query.shape[1], key.shape[1])
     the_plan = call.plan(mask_or_plan, told, options.get("mask"))
-    out = how.attention(query, key, value, the_plan)
+    out = how.attention(query, key, value, the_plan, **_bias_and_dropout(how, options))
     return out if len(batch) == 1 else out.reshape(*batch, *out.shape[1:])
 
 
@@ -153,14 +158,26 @@ def _one_batch_axis(x: Array, batch: tuple[int, ...], rest: int) -> Array:
 
 
 def _refuse(original: Callable, options: Mapping[str, Any]):
-    if options.get("dropout_rate") and not options.get("deterministic"):
-        raise Unsupported(f"attention_fn has no dropout, got dropout_rate={options['dropout_rate']}")
     if options.get("module") is not None:
         raise Unsupported("attention_fn never forms attention weights: sow_weights must be False")
     known = inspect.signature(original).parameters
     for name, value in options.items():
         if name not in UNDERSTOOD and not (name in known and value is known[name].default):
             raise Unsupported(f"attention_fn does not support {name}={value!r}")
+
+
+def _bias_and_dropout(how: Computation, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What Flax's options add to the call of `attention`: nothing where they are off."""
+    added = {} if options.get("bias") is None else {"bias": options["bias"]}
+    rate = options.get("dropout_rate", 0.0)
+    if not (options.get("deterministic") or (is_concrete(rate) and rate == 0)):
+        if (rng := options.get("dropout_rng")) is None:
+            raise ValueError(f"attention_fn got dropout_rate={rate} and no dropout_rng, a key of jax.random")
+        added["dropout"] = Dropout(rate, rng, broadcast=options.get("broadcast_dropout", True))
+    for name in added:
+        if getattr(how.attention, "keywords", {}).get(name) is not None:
+            raise ValueError(f"attention_fn was made with {name}, and got {name} of its layer too: give one")
+    return added
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def attention_fn(
 
     Args:
       mask_or_plan: a `Plan`, which knows the batch's tokens, or a `Mask`.
-      attention: what computes it: `functools.partial(attention, soft_cap=50.0)`, a `context_parallel`.
+      attention: what computes it: `functools.partial(attention, bias=ALiBi.for_heads(8))`, with options of
+        its own, or a `context_parallel`.
       backend: its backend.
       block_q, block_k: tokens in a block of the plans that are made here, for a mask.
 
@@ -80,7 +81,7 @@ def attention_fn(
       TypeError: neither a mask nor a plan; or attention that cannot be called.
       ValueError: blocks for a plan, which has its own; when called, a mask that reads segments and no tokens,
         or other ones; other numbers of queries and keys and a mask that reads positions.
-      Unsupported: when called with dropout, a bias, a mask array of pairs, sown weights, or a precision.
+      Unsupported: when called with a mask array of pairs, sown weights, or a precision.
 
     >>> layer = nn.MultiHeadDotProductAttention(
     ...     num_heads=2, attention_fn=attention_fn(Causal() & Window(4)))

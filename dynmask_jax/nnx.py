@@ -87,10 +87,18 @@ class Attention(nnx.Module):
         return self._turned(self.key(context), tokens), self.value(context)
 
     def attend(
-        self, x: Float[Array, "B T D"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], plan: Plan
+        self,
+        x: Float[Array, "B T D"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        plan: Plan,
+        **options,
     ) -> Float[Array, "B T D"]:
-        """The layer's output for queries from `x`, given what `keys_values` made of their keys."""
-        return self.out(self.attention(self._turned(self.query(x), plan.q_tokens), k, v, plan))
+        """The layer's output for queries from `x`, given what `keys_values` made of their keys.
+
+        Options are those of `dynmask_jax.attention` for this call: `dropout=Dropout(rate, key)`, say.
+        """
+        return self.out(self.attention(self._turned(self.query(x), plan.q_tokens), k, v, plan, **options))
 
     def _turned(self, heads: Float[Array, "B S *NH"], tokens: Tokens) -> Float[Array, "B S *NH"]:
         return heads if self.rope_theta is None else rotary(heads, tokens.position, self.rope_theta)

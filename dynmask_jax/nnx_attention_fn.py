@@ -138,7 +138,8 @@ def attention_fn(
 
     Args:
       curriculum: `step -> Mask`, or a `Mask`.
-      attention: what computes it: `functools.partial(attention, soft_cap=50.0)`, a `context_parallel`.
+      attention: what computes it: `functools.partial(attention, bias=ALiBi.for_heads(8))`, with options of
+        its own, or a `context_parallel`.
       backend: its backend.
       block_q, block_k: tokens in a block of the plans that are made here.
 
@@ -167,7 +168,7 @@ def attention_fn(
       TypeError: neither a curriculum nor a mask; or attention that cannot be called.
       ValueError: a mask with traced numbers; when called, a mask that reads segments and no tokens, or other
         ones; other numbers of queries and keys and a mask that reads positions.
-      Unsupported: when called with dropout, a bias, a mask array of pairs, sown weights, or a precision.
+      Unsupported: when called with a mask array of pairs, sown weights, or a precision.
 
     >>> layer = nnx.MultiHeadAttention(
     ...     num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0),

@@ -16,26 +16,18 @@ from jax.experimental import pallas as pl
 from dynmask_jax.array_typing import Array, pytree
 from dynmask_jax.backends.backend import Backend
 from dynmask_jax.backends.tpu_backward import gradients
-from dynmask_jax.backends.tpu_grid import (
-    LANES,
-    Columns,
-    Kernel,
-    Lines,
-    block_type,
-    blocks_by_head,
-    from_blocks,
-    sweep,
-    token_blocks,
-)
+from dynmask_jax.backends.tpu_blocks import LANES, blocks_by_head, dropout_words, from_blocks, token_blocks
+from dynmask_jax.backends.tpu_grid import Columns, Kernel, Lines, block_type, sweep
 from dynmask_jax.backends.tpu_tile import (
     LOG2E,
+    Numbers,
     Tile,
     by_code,
+    check_kernel_bias,
     check_kernel_mask,
-    check_kernel_scores,
     dot,
     hidden,
-    keep_tokens,
+    keep_rows,
     lane_sums,
     widened,
 )
@@ -54,38 +46,45 @@ class State:
     tokens: Array  # [2, bq, 128]
     peak: Array  # [bq, 128]
     total: Array  # [bq, 128]
-    weighted: Array  # [bq, H]
+    weighted: Array  # [bq, V]
+    words: Array | None  # [2, bq, 128]
 
 
-def _kernel(active, mask, tokens, line, column, out, state, *, tile):
-    (q,), (k, v), (out, lse) = line, column, out
+def _kernel(active, numbers, tokens, line, column, out, state, *, tile):
+    (q, words), (k, v), (out, lse) = line, column, out
     head, step = pl.program_id(1), pl.program_id(2)
     code, begins, ends = active.at(step)
 
     @pl.when(begins)
     def _():
-        keep_tokens(state.tokens, tokens[0])
+        keep_rows(state.tokens, tokens[0])
+        if words is not None:
+            keep_rows(state.words, words)
         state.peak[...] = jnp.full(state.peak.shape, -jnp.inf, jnp.float32)
         state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
         state.weighted[...] = jnp.zeros(state.weighted.shape, jnp.float32)
 
-    def hide(logits):
-        return tile.hide(logits, mask, head, (state.tokens[...], tokens[1][...]))
+    of_tile = numbers, head, (state.tokens, tokens[1])
+
+    def keep(weights):
+        return weights if words is None else tile.kept(weights, numbers, (state.words, tokens[1][3:]))
 
     def add(hide):
-        _add(state, hidden(tile.logits(dot(q[...], k[...], 1, 1)), hide), v[...])
+        logits = tile.biased(tile.capped(dot(q[...], k[...], 1, 1)), *of_tile)
+        _add(state, hidden(logits, hide), v[...], keep)
 
-    by_code(code, add, hide)
+    by_code(code, add, lambda logits: tile.hide(logits, *of_tile))
 
     @pl.when(ends)
     def _():
         total = state.total[...].sum(axis=1, keepdims=True)  # [bq, 1]
-        out[...] = (state.weighted[...] / jnp.where(total == 0, 1.0, total)).astype(out.dtype)
+        mean = state.weighted[...] / jnp.where(total == 0, 1.0, total)
+        out[...] = (mean if words is None else mean * numbers.scale[0, 0]).astype(out.dtype)
         lse[...] = ((state.peak[...] + jnp.log2(total)) * (1 / LOG2E)).T[:1]
 
 
-def _add(state: State, logits, values):
-    """One more block of keys: logits `[bq, bk]` and values `[bk, H]`."""
+def _add(state: State, logits, values, keep):
+    """One more block of keys: logits `[bq, bk]`, values `[bk, V]`, and what drops weights."""
     before = state.peak[...]
     peak = jnp.maximum(before, logits.max(axis=1, keepdims=True))  # [bq, 128]
     # A row that has seen nothing has a peak of −inf, which cannot be subtracted from −inf.
@@ -94,7 +93,7 @@ def _add(state: State, logits, values):
     rescale = jnp.exp2(before - level)
     state.peak[...] = peak
     state.total[...] = state.total[...] * rescale + lane_sums(weights)
-    fresh = dot(weights.astype(values.dtype), values, 1, 0)
+    fresh = dot(keep(weights).astype(values.dtype), values, 1, 0)
     state.weighted[...] = state.weighted[...] * widened(rescale, fresh.shape[1]) + fresh
 
 
@@ -114,28 +113,30 @@ def forward(scores: Scores, q, k, v, plan: Plan):
             f"backend 'tpu' computes in float32 and bfloat16, got {q.dtype}; backend 'xla' takes others"
         )
     check_kernel_mask(plan.mask)
-    check_kernel_scores(scores)
+    check_kernel_bias(scores.bias)
     (size_q, size_k), rows = (plan.block_q, plan.block_k), plan.rows
     sizes = (q, size_q), (k, size_k), (v, size_k)
     blocks = [blocks_by_head(x, size, rows) for x, size in sizes]
-    lines = Lines.of_queries(plan, (blocks[0],))
-    columns = Columns(token_blocks(plan.kv_tokens, size_k), tuple(blocks[1:]))
-    heads, group, (bq, head_dim) = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3:]
+    words = dropout_words(scores.dropout, plan)
+    lines = Lines.of_queries(plan, (blocks[0], words.of_queries))
+    columns = Columns(token_blocks(plan.kv_tokens, size_k, words.of_keys), tuple(blocks[1:]))
+    heads, group, bq, width = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3], v.shape[3]
     kernel = Kernel(
         body=functools.partial(_kernel, tile=Tile.of(scores, plan, keys_first=False)),
         name="dynmask_forward",
         heads=heads,
         inner=1,
         column_head=lambda head, _: head // group,
-        out=(block_type((bq, head_dim), q.dtype), block_type((1, bq))),
+        out=(block_type((bq, width), q.dtype), block_type((1, bq))),
         scratch=State(
             block_type((2, bq, LANES), jnp.int32),
             block_type((bq, LANES)),
             block_type((bq, LANES)),
-            block_type((bq, head_dim)),
+            block_type((bq, width)),
+            None if scores.dropout is None else block_type((2, bq, LANES), jnp.int32),
         ),
     )
-    out, lse = sweep(kernel, plan.mask, lines, columns)
+    out, lse = sweep(kernel, Numbers.of(scores, plan), lines, columns)
     return from_blocks(out, size_q, q), from_blocks(lse[:, :, :, 0], size_q, q)
 
 

@@ -1,5 +1,7 @@
 """Gradients of the TPU backend: one kernel for dq, along lines of queries, one for dk and dv, of keys.
 
+A third one, of the bias, is a variant of that for dq.
+
 Each computes its tile of weights anew from q, k and lse; nothing of size T·S is kept. Logits, lse and
 delta are as in `tpu_tile`: with delta = Σ out·d_out − d_lse, a logit's gradient is
 weight · (d_out·v − delta).
@@ -13,40 +15,46 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, pytree
-from dynmask_jax.backends.tpu_grid import (
-    LANES,
-    Columns,
-    Kernel,
-    Lines,
-    block_type,
-    blocks_by_head,
-    from_blocks,
-    sweep,
-    token_blocks,
+from dynmask_jax.backends.tpu_blocks import LANES, blocks_by_head, dropout_words, from_blocks, token_blocks
+from dynmask_jax.backends.tpu_grid import Columns, Kernel, Lines, block_type, sweep
+from dynmask_jax.backends.tpu_tile import (
+    LOG2E,
+    Numbers,
+    Tile,
+    by_code,
+    dot,
+    hidden,
+    in_lanes,
+    keep_rows,
+    widened,
 )
-from dynmask_jax.backends.tpu_tile import LOG2E, Tile, by_code, dot, hidden, in_lanes, keep_tokens, widened
+from dynmask_jax.bias_algebra import learnable
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
 
 def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, Array, Array, list[Array]]:
-    """dq, dk, dv from the residuals `(q, k, v, plan, out, lse)` and the cotangents of out and lse."""
+    """dq, dk, dv, d_bias from the residuals `(q, k, v, plan, out, lse)` and the cotangents of out and lse."""
     q, k, v, plan, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     # A query that sees nothing gets weights of zero: exp2(−inf).
     level = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
+    if scores.dropout is not None:  # so that a tile's weights need only be left out
+        d_out = (d_out * scores.dropout.scale).astype(d_out.dtype)
+    words = dropout_words(scores.dropout, plan)
     queries = tuple(blocks_by_head(x, plan.block_q, plan.rows) for x in (q, d_out))
     shared = jnp.stack([blocks_by_head(x, plan.block_q, plan.rows) for x in (level, delta)], axis=3)
-    queries += (shared,)
+    queries += (shared, words.of_queries)
     keys = tuple(blocks_by_head(x, plan.block_k, plan.rows) for x in (k, v))
-    dq = _sweep_queries(scores, plan, queries, keys)
-    dk, dv = _sweep_keys(scores, plan, queries, keys)
+    columns = Columns(token_blocks(plan.kv_tokens, plan.block_k, words.of_keys), keys)
+    dq = _sweep_queries(scores, plan, queries, columns)
+    dk, dv = _sweep_keys(scores, plan, queries, Lines.of_keys(plan, words.of_keys, keys))
     return (
         from_blocks(dq, plan.block_q, q),
         from_blocks(dk, plan.block_k, k),
         from_blocks(dv, plan.block_k, v),
-        [],
+        bias_gradients(scores, plan, queries, columns),
     )
 
 
@@ -62,56 +70,84 @@ class QueryState:
     tokens: Array  # [2, bq, 128]
     level: Array  # [bq, 128]
     delta: Array  # [bq, 128]
-    dq: Array  # [bq, H]
+    words: Array | None  # [2, bq, 128]
+    sums: Array  # dq [bq, H], or the bias's gradients [leaves, 128]
 
 
-def _query_kernel(active, mask, tokens, line, column, out, state, *, tile):
-    (q, d_out, shared), (k, v) = line, column
+def _query_kernel(active, numbers, tokens, line, column, out, state, *, tile, of_bias):
+    """Sums the gradients of queries, or those of the bias, over a line of queries."""
+    (q, d_out, shared, words), (k, v) = line, column
     head, step = pl.program_id(1), pl.program_id(2)
     code, begins, ends = active.at(step)
+    of_tile = numbers, head, (state.tokens, tokens[1])
 
     @pl.when(begins)
     def _():
-        keep_tokens(state.tokens, tokens[0])
+        keep_rows(state.tokens, tokens[0])
+        if words is not None:
+            keep_rows(state.words, words)
         state.level[...] = in_lanes(shared[:1])
         state.delta[...] = in_lanes(shared[1:])
-        state.dq[...] = jnp.zeros(state.dq.shape, jnp.float32)
+        state.sums[...] = jnp.zeros(state.sums.shape, jnp.float32)
 
     def add(hide):
-        logits = tile.logits(dot(q[...], k[...], 1, 1))  # [bq, bk]
-        width = logits.shape[1]
-        weights = jnp.exp2(hidden(logits, hide) - widened(state.level[...], width))
+        capped = tile.capped(dot(q[...], k[...], 1, 1))  # [bq, bk]
+        width = capped.shape[1]
+        logits = hidden(tile.biased(capped, *of_tile), hide)
+        weights = jnp.exp2(logits - widened(state.level[...], width))
         d_weights = dot(d_out[...], v[...], 1, 1)
+        if words is not None:
+            d_weights = tile.kept(d_weights, numbers, (state.words, tokens[1][3:]))
         d_logits = weights * (d_weights - widened(state.delta[...], width))
-        d_products = _of_shown(tile.slope(logits, d_logits), weights, hide)
-        state.dq[...] += dot(d_products.astype(k.dtype), k[...], 1, 0)
+        if of_bias:
+            state.sums[...] += tile.bias_gradients(_of_shown(d_logits, weights, hide), *of_tile)
+            return
+        d_products = _of_shown(tile.slope(capped, d_logits), weights, hide)
+        state.sums[...] += dot(d_products.astype(k.dtype), k[...], 1, 0)
 
-    by_code(code, add, lambda logits: tile.hide(logits, mask, head, (state.tokens[...], tokens[1][...])))
+    by_code(code, add, lambda logits: tile.hide(logits, *of_tile))
 
     @pl.when(ends)
     def _():
-        out[...] = (state.dq[...] * tile.scores.scale).astype(out.dtype)
+        sums = state.sums[...]
+        out[...] = sums if of_bias else (sums * tile.scale).astype(out.dtype)
 
 
-def _sweep_queries(scores, plan: Plan, queries, keys):
+def _sweep_queries(scores: Scores, plan: Plan, queries, columns: Columns, *, of_bias: bool = False):
     heads, (bq, head_dim) = queries[0].shape[1], queries[0].shape[3:]
-    group = heads // keys[0].shape[1]
+    group = heads // columns.arrays[0].shape[1]
+    size, dtype = (bq, head_dim), queries[0].dtype
+    if of_bias:
+        size, dtype = (len(learnable(scores.bias)[0]), LANES), jnp.float32
     kernel = Kernel(
-        body=functools.partial(_query_kernel, tile=Tile.of(scores, plan, keys_first=False)),
-        name="dynmask_dq",
+        body=functools.partial(_query_kernel, tile=Tile.of(scores, plan, keys_first=False), of_bias=of_bias),
+        name="dynmask_dbias" if of_bias else "dynmask_dq",
         heads=heads,
         inner=1,
         column_head=lambda head, _: head // group,
-        out=block_type((bq, head_dim), queries[0].dtype),
+        out=block_type(size, dtype),
         scratch=QueryState(
             block_type((2, bq, LANES), jnp.int32),
             block_type((bq, LANES)),
             block_type((bq, LANES)),
-            block_type((bq, head_dim)),
+            None if scores.dropout is None else block_type((2, bq, LANES), jnp.int32),
+            block_type(size),
         ),
     )
-    columns = Columns(token_blocks(plan.kv_tokens, plan.block_k), keys)
-    return sweep(kernel, plan.mask, Lines.of_queries(plan, queries), columns)
+    return sweep(kernel, Numbers.of(scores, plan), Lines.of_queries(plan, queries), columns)
+
+
+def bias_gradients(scores: Scores, plan: Plan, queries, columns: Columns) -> list[Array]:
+    """Gradients of the bias's learnable leaves, by a kernel of its own.
+
+    Where nobody asks for them, as of an ALiBi's slopes that are constants, the compiler leaves it out.
+    """
+    leaves = learnable(scores.bias)[0]
+    if not leaves:
+        return []
+    found = _sweep_queries(scores, plan, queries, columns, of_bias=True)  # [O, N, L, leaves, 128]
+    by_head = found.sum(axis=(0, 2, 4))
+    return [by_head[:, at] if jnp.ndim(leaf) else by_head[:, at].sum() for at, leaf in enumerate(leaves)]
 
 
 @pytree
@@ -120,41 +156,47 @@ class KeyState:
 
     tokens: Array  # [2, bk, 128]
     dk: Array  # [bk, H]
-    dv: Array  # [bk, H]
+    dv: Array  # [bk, V]
+    words: Array | None  # [1, bk, 128]
 
 
-def _key_kernel(active, mask, tokens, line, column, out, state, *, tile, group):
-    (k, v), (q, d_out, shared), (dk, dv) = line, column, out
+def _key_kernel(active, numbers, tokens, line, column, out, state, *, tile, group):
+    (k, v), (q, d_out, shared, words), (dk, dv) = line, column, out
     head, step, inner = (pl.program_id(axis) for axis in (1, 2, 3))
     code, begins, ends = active.at(step)
 
     @pl.when(begins & (inner == 0))
     def _():
-        keep_tokens(state.tokens, tokens[0])
+        keep_rows(state.tokens, tokens[0])
+        if words is not None:
+            keep_rows(state.words, tokens[0], (3,))
         state.dk[...] = jnp.zeros(state.dk.shape, jnp.float32)
         state.dv[...] = jnp.zeros(state.dv.shape, jnp.float32)
 
+    of_tile = numbers, head * group + inner, (state.tokens, tokens[1])
+
+    def keep(pairs):
+        return pairs if words is None else tile.kept(pairs, numbers, (state.words, words))
+
     def add(hide):
-        logits = tile.logits(dot(k[...], q[...], 1, 1))  # [bk, bq]
-        weights = jnp.exp2(hidden(logits, hide) - shared[:1])
-        state.dv[...] += dot(weights.astype(d_out.dtype), d_out[...], 1, 0)
-        d_logits = weights * (dot(v[...], d_out[...], 1, 1) - shared[1:])
-        d_products = _of_shown(tile.slope(logits, d_logits), weights, hide)
+        capped = tile.capped(dot(k[...], q[...], 1, 1))  # [bk, bq]
+        weights = jnp.exp2(hidden(tile.biased(capped, *of_tile), hide) - shared[:1])
+        state.dv[...] += dot(keep(weights).astype(d_out.dtype), d_out[...], 1, 0)
+        d_logits = weights * (keep(dot(v[...], d_out[...], 1, 1)) - shared[1:])
+        d_products = _of_shown(tile.slope(capped, d_logits), weights, hide)
         state.dk[...] += dot(d_products.astype(q.dtype), q[...], 1, 0)
 
-    def hide(logits):
-        return tile.hide(logits, mask, head * group + inner, (state.tokens[...], tokens[1][...]))
-
-    by_code(code, add, hide)
+    by_code(code, add, lambda logits: tile.hide(logits, *of_tile))
 
     @pl.when(ends & (inner == group - 1))
     def _():
-        dk[...] = (state.dk[...] * tile.scores.scale).astype(dk.dtype)
+        dk[...] = (state.dk[...] * tile.scale).astype(dk.dtype)
         dv[...] = state.dv[...].astype(dv.dtype)
 
 
-def _sweep_keys(scores, plan: Plan, queries, keys):
-    heads, (bk, head_dim) = keys[0].shape[1], keys[0].shape[3:]
+def _sweep_keys(scores: Scores, plan: Plan, queries, lines: Lines):
+    k, v = lines.arrays
+    heads, bk = k.shape[1], k.shape[3]
     group = queries[0].shape[1] // heads
     kernel = Kernel(
         body=functools.partial(_key_kernel, tile=Tile.of(scores, plan, keys_first=True), group=group),
@@ -162,10 +204,13 @@ def _sweep_keys(scores, plan: Plan, queries, keys):
         heads=heads,
         inner=group,
         column_head=lambda head, inner: head * group + inner,
-        out=(block_type((bk, head_dim), keys[0].dtype),) * 2,
+        out=tuple(block_type(x.shape[3:], x.dtype) for x in (k, v)),
         scratch=KeyState(
-            block_type((2, bk, LANES), jnp.int32), block_type((bk, head_dim)), block_type((bk, head_dim))
+            block_type((2, bk, LANES), jnp.int32),
+            block_type(k.shape[3:]),
+            block_type(v.shape[3:]),
+            None if scores.dropout is None else block_type((1, bk, LANES), jnp.int32),
         ),
     )
     columns = Columns(token_blocks(plan.q_tokens, plan.block_q), queries)
-    return sweep(kernel, plan.mask, Lines.of_keys(plan, keys), columns)
+    return sweep(kernel, Numbers.of(scores, plan), lines, columns)

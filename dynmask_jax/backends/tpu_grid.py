@@ -20,14 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dynmask_jax.array_typing import Array, Float, Int, pytree
+from dynmask_jax.array_typing import Array, Int, pytree
+from dynmask_jax.backends.tpu_blocks import LANES, token_blocks
 from dynmask_jax.block_codes import SKIP, TEST
-from dynmask_jax.mask_algebra import Mask
-from dynmask_jax.plans import Plan, blocks_of
-from dynmask_jax.tokens import Tokens
+from dynmask_jax.plans import Plan
 from dynmask_jax.vma import shape_like
 
-LANES = 128
 MOST_BLOCKS = 2**15
 """Entries of the flat list in one call: three int32 each, where scalar memory holds 1 MiB. A plan with
 more blocks is worked through in groups of lines."""
@@ -61,13 +59,13 @@ class Lines:
     Attributes:
       codes: the plan's, `[L, C]`: all lines of all rows, and the columns of one row.
       start: number of the first of those columns over all rows, `[L]`.
-      tokens: of each line, `[L, 3, line]`; see `token_blocks`.
+      tokens: of each line, `[L, fields, line]`; see `token_blocks`.
       arrays: a pytree of arrays `[O, heads, L, …]`, of which a kernel gets the line's block.
     """
 
     codes: Int[Array, "L C"]
     start: Int[Array, " L"]
-    tokens: Int[Array, "L 3 line"]
+    tokens: Int[Array, "L fields line"]
     arrays: Any
 
     @classmethod
@@ -78,9 +76,10 @@ class Lines:
         return cls._of(codes, token_blocks(plan.q_tokens, plan.block_q), arrays)
 
     @classmethod
-    def of_keys(cls, plan: Plan, arrays) -> "Lines":
-        """All blocks of keys of all rows of a plan."""
-        return cls._of(plan.codes.swapaxes(1, 2), token_blocks(plan.kv_tokens, plan.block_k), arrays)
+    def of_keys(cls, plan: Plan, words, arrays) -> "Lines":
+        """All blocks of keys of all rows of a plan, with their words for dropout, or None."""
+        tokens = token_blocks(plan.kv_tokens, plan.block_k, words)
+        return cls._of(plan.codes.swapaxes(1, 2), tokens, arrays)
 
     @classmethod
     def _of(cls, codes: Int[Array, "R lines columns"], tokens, arrays) -> "Lines":
@@ -91,9 +90,9 @@ class Lines:
 
 @pytree
 class Columns:
-    """What lines attend to: tokens `[C, 3, column]` and arrays `[O, heads, C, …]`, over all rows."""
+    """What lines attend to: tokens `[C, fields, column]` and arrays `[O, heads, C, …]`, over all rows."""
 
-    tokens: Int[Array, "C 3 column"]
+    tokens: Int[Array, "C fields column"]
     arrays: Any
 
 
@@ -102,9 +101,9 @@ class Kernel:
     """A kernel and how it is called.
 
     Attributes:
-      body: `(active, mask, tokens, line, column, out, scratch) -> None`, all of them refs, in the
-        structures of the fields below; mask leaves are `[1, 1]` or `[1, N]` in scalar memory and tokens is
-        the pair of line's and column's.
+      body: `(active, numbers, tokens, line, column, out, scratch) -> None`, all of them refs, in the
+        structures of the fields below; numbers are those of mask and scores, `[1, 1]` or `[1, N]` in
+        scalar memory, and tokens is the pair of line's and column's.
       name: in profiles.
       heads: how many heads the lines have.
       inner: how many heads of the columns each works through, one after the other: G for dk and dv.
@@ -122,9 +121,9 @@ class Kernel:
     scratch: Any
 
 
-def sweep(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns):
+def sweep(kernel: Kernel, numbers: Any, lines: Lines, columns: Columns):
     """Runs the kernel over all lines: results `[O, heads, L, …]`, in the structure of `kernel.out`."""
-    run = functools.partial(_on_platform, kernel, mask, columns)
+    run = functools.partial(_on_platform, kernel, numbers, columns)
     size = max(1, MOST_BLOCKS // lines.codes.shape[1])
     count = lines.codes.shape[0]
     if count <= size:
@@ -135,10 +134,10 @@ def sweep(kernel: Kernel, mask: Mask, lines: Lines, columns: Columns):
     return jax.tree.map(lambda x: _joined(x)[:, :, :count], out)
 
 
-def _on_platform(kernel, mask, columns, lines: Lines):
+def _on_platform(kernel, numbers, columns, lines: Lines):
     """Compiled where the program is for a TPU, interpreted elsewhere."""
     compiled, interpreted = (functools.partial(_call, kernel, interpret=flag) for flag in (False, True))
-    return lax.platform_dependent(mask, columns, lines, tpu=compiled, default=interpreted)
+    return lax.platform_dependent(numbers, columns, lines, tpu=compiled, default=interpreted)
 
 
 def _split(lines: Lines, groups: int, size: int) -> Lines:
@@ -161,11 +160,11 @@ def _joined(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _call(kernel: Kernel, mask: Mask, columns: Columns, lines: Lines, *, interpret: bool):
+def _call(kernel: Kernel, numbers: Any, columns: Columns, lines: Lines, *, interpret: bool):
     active, length = active_blocks(lines.codes, lines.start)
     outer = jax.tree.leaves(lines.arrays)[0].shape[0]
-    mask = jax.tree.map(_scalars, mask)
-    operands = (mask, (lines.tokens, columns.tokens), lines.arrays, columns.arrays)
+    numbers = jax.tree.map(_scalars, numbers)
+    operands = (numbers, (lines.tokens, columns.tokens), lines.arrays, columns.arrays)
 
     def of_line(x):
         return _block(x, lambda o, h, s, g, active: (o, h, active.line[s]))
@@ -181,7 +180,7 @@ def _call(kernel: Kernel, mask: Mask, columns: Columns, lines: Lines, *, interpr
         num_scalar_prefetch=1,
         grid=(outer, kernel.heads, length, kernel.inner),
         in_specs=[
-            jax.tree.map(_in_scalar_memory, mask),
+            jax.tree.map(_in_scalar_memory, numbers),
             (of_line(lines.tokens), of_column(columns.tokens)),
             jax.tree.map(of_line, lines.arrays),
             jax.tree.map(of_column, columns.arrays),
@@ -236,42 +235,8 @@ def active_blocks(codes: Int[Array, "L C"], start: Int[Array, " L"]) -> tuple[Ac
     return Active(line, start[line] + at % columns, flags.reshape(-1)[at]), listed.sum(dtype=jnp.int32)
 
 
-def blocks_by_head(x: Float[Array, "B T N *H"], block: int, rows: int) -> Float[Array, "O N blocks size *H"]:
-    """Cut into blocks, heads first. O is B where one plan serves all sequences, else 1.
-
-    Blocks are numbered over the rows of the plan; size is the block, filled up with zeros.
-    """
-    batch, length, heads, *rest = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)))
-    x = x.reshape(batch // rows, rows, -1, block, heads, *rest)
-    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -block % LANES),) + ((0, 0),) * (x.ndim - 4))
-    x = jnp.moveaxis(x, 4, 1)
-    return x.reshape(batch // rows, heads, -1, x.shape[4], *rest)
-
-
-def from_blocks(x: Float[Array, "O N blocks size *H"], block: int, like: Float[Array, "B T N ..."]):
-    """`[B, T, N, *H]` again, of the batch and length of `like`."""
-    outer, heads, _, _, *rest = x.shape
-    x = x[:, :, :, :block].reshape(outer, heads, like.shape[0] // outer, -1, block, *rest)
-    x = jnp.moveaxis(x, 1, 4)
-    return x.reshape(like.shape[0], -1, heads, *rest)[:, : like.shape[1]]
-
-
-def token_blocks(tokens: Tokens, block: int) -> Int[Array, "blocks 3 size"]:
-    """Of each block, numbered over all rows: position, segment, and 1 where it is no filling."""
-    real = jnp.ones_like(tokens.position)
-    fields = [_filled(blocks_of(field, block), "edge") for field in (tokens.position, tokens.segment)]
-    real = jnp.pad(real, ((0, 0), (0, -real.shape[1] % block))).reshape(*fields[0].shape[:2], block)
-    fields = jnp.stack([*fields, _filled(real, "constant")], axis=2)
-    return fields.reshape(-1, *fields.shape[2:])
-
-
-def _filled(field, mode):
-    return jnp.pad(field, ((0, 0), (0, 0), (0, -field.shape[2] % LANES)), mode=mode)
-
-
 def _scalars(leaf) -> Array:
-    """A mask's leaf as scalar memory holds it: `[1, 1]` or `[1, N]`, of 32 bits."""
+    """A leaf of a mask or a bias as scalar memory holds it: `[1, 1]` or `[1, N]`, of 32 bits."""
     leaf = jnp.asarray(leaf)
     kind = jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32
     return leaf.astype(kind).reshape(1, -1)

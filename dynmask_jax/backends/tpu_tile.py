@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dynmask_jax.array_typing import Array, is_boolean
-from dynmask_jax.backends.tpu_grid import LANES
+from dynmask_jax.array_typing import Array, Float, Int, is_boolean, pytree
+from dynmask_jax.backends.tpu_blocks import LANES
+from dynmask_jax.bias_algebra import Bias, by_group, learnable, score_pairs
 from dynmask_jax.block_codes import FULL, TEST
+from dynmask_jax.dropout import draw
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.mask_algebra import Mask, evaluate, visible_pairs
 from dynmask_jax.plans import Plan
@@ -30,15 +32,16 @@ class Tile:
     """What is fixed for all tiles of a kernel.
 
     Attributes:
-      scores: scale and soft cap.
-      leaf_types: the types of the mask's leaves, in its structure.
+      scale, soft_cap: as in `Scores`.
+      types: the types of the numbers of mask and scores, in their structure.
       keys_first: whether the line is of keys and its columns of queries.
       filled: whether columns may be of keys that are filling, which must be hidden: their logits of 0
         can be far above all others. Filling among queries has no gradient, and needs no hiding.
     """
 
-    scores: Scores
-    leaf_types: Mask
+    scale: float
+    soft_cap: float | None
+    types: "Numbers"
     keys_first: bool
     filled: bool
 
@@ -46,42 +49,116 @@ class Tile:
     def of(cls, scores: Scores, plan: Plan, *, keys_first: bool) -> "Tile":
         """For the plan's mask and blocks."""
         filled = bool(plan.lengths[1] % plan.block_k or plan.block_k % LANES)
-        return cls(
-            scores, jax.eval_shape(lambda mask: mask, plan.mask), keys_first, filled and not keys_first
-        )
+        types = jax.eval_shape(lambda numbers: numbers, Numbers.of(scores, plan))
+        return cls(scores.scale, scores.soft_cap, types, keys_first, filled and not keys_first)
 
-    def logits(self, products):
-        """Products of unscaled queries as logits · log2 e."""
-        scale, cap = self.scores.scale, self.scores.soft_cap
+    def capped(self, products):
+        """Products of unscaled queries as logits · log2 e, without bias."""
+        scale, cap = self.scale, self.soft_cap
         if cap is None:
             return products * (scale * LOG2E)
         return (cap * LOG2E) * jnp.tanh(products * (scale / cap))
 
-    def slope(self, logits, gradients):
+    def slope(self, capped, gradients):
         """d loss / d (scaled product) from d loss / d logit."""
-        cap = self.scores.soft_cap
-        return gradients if cap is None else gradients * (1.0 - jnp.square(logits / (cap * LOG2E)))
+        cap = self.soft_cap
+        return gradients if cap is None else gradients * (1.0 - jnp.square(capped / (cap * LOG2E)))
 
-    def hide(self, logits, mask, head, tokens):
+    def hide(self, logits, numbers, head, tokens):
         """The logits `[line, column]`, −inf where the mask hides the pair.
 
-        `mask` holds refs to scalar memory; `tokens` are the line's, each in all lanes `[2, line, 128]`,
-        and the column's `[3, column]`.
+        `numbers` holds refs to scalar memory; `tokens` are the line's, each in all lanes `[n, line, 128]`,
+        and the column's `[fields, column]`.
         """
-        mask, (line, column) = _of_head(mask, self.leaf_types, head), tokens
-        line = Tokens(line[0], line[1])
-        strips = []
-        for start in range(0, logits.shape[1], LANES):
-            strip = column[:, start : start + LANES]
-            visible = self._visible(mask, line, strip)
-            strips.append(jnp.where(visible, logits[:, start : start + LANES], -jnp.inf))
-        return jnp.concatenate(strips, axis=1)
+        mask, line = _of_head(numbers.mask, self.types.mask, head), Tokens(tokens[0][0], tokens[0][1])
+
+        def hidden(logits, column):
+            return jnp.where(self._visible(mask, line, column), logits, -jnp.inf)
+
+        return by_strip(hidden, logits, tokens[1])
+
+    def biased(self, capped, numbers, head, tokens):
+        """The logits · log2 e with the bias; arguments as of `hide`."""
+        if self.types.bias is None:
+            return capped
+        bias, line = _of_head(numbers.bias, self.types.bias, head), Tokens(tokens[0][0], tokens[0][1])
+
+        def added(capped, column):
+            return capped + LOG2E * self.score(bias, line, Tokens(column[0:1], column[1:2]))
+
+        return by_strip(added, capped, tokens[1])
+
+    def score(self, bias: Bias, line: Tokens, column: Tokens):
+        """The bias of one head on a strip, `[line, 128]`."""
+        score = bias.score(column, line) if self.keys_first else bias.score(line, column)
+        return jnp.broadcast_to(jnp.asarray(score).astype(jnp.float32), line.shape)
+
+    def bias_gradients(self, d_logits, numbers, head, tokens):
+        """Of each learnable leaf of the bias, from gradients of logits `[line, column]`: `[leaves, 128]`.
+
+        Lines are of queries. The sum over lanes is left for later.
+        """
+        bias, line = _of_head(numbers.bias, self.types.bias, head), Tokens(tokens[0][0], tokens[0][1])
+        leaves, rebuilt = learnable(bias)
+        spread = [jnp.broadcast_to(leaf, line.shape) for leaf in leaves]
+        total = jnp.zeros((len(leaves), LANES), jnp.float32)
+        for start in range(0, d_logits.shape[1], LANES):
+            column = tokens[1][:, start : start + LANES]
+            column = Tokens(column[0:1], column[1:2])
+            pull = jax.vjp(lambda spread, at=column: self.score(rebuilt(spread), line, at), spread)[1]
+            (found,) = pull(d_logits[:, start : start + LANES])
+            total += jnp.concatenate([x.sum(axis=0, keepdims=True) for x in found], axis=0)
+        return total
+
+    def kept(self, pairs, numbers, words):
+        """The pairs `[line, column]`, 0 where the weight is dropped.
+
+        `words` are the line's, in all lanes `[n, line, 128]`, and the column's `[n, column]`: of the side of
+        the queries two, of that of the keys one.
+        """
+        threshold, line = numbers.threshold[0, 0], words[0]
+
+        def kept(pairs, column):
+            of_queries, of_key = (column, line[0]) if self.keys_first else (line, column[0:1])
+            first, second = (of_queries[0:1], of_queries[1:2]) if self.keys_first else (line[0], line[1])
+            first, second, of_key = (jnp.broadcast_to(x, pairs.shape) for x in (first, second, of_key))
+            return jnp.where(draw(first, second, of_key) >= threshold, pairs, 0.0)
+
+        return by_strip(kept, pairs, words[1])
 
     def _visible(self, mask, line: Tokens, strip):
         column = Tokens(strip[0:1], strip[1:2])
         seen = evaluate(mask, column, line) if self.keys_first else evaluate(mask, line, column)
         seen = jnp.broadcast_to(seen, line.shape)
         return seen & (jnp.broadcast_to(strip[2:3], line.shape) != 0) if self.filled else seen
+
+
+@pytree
+class Numbers:
+    """What a kernel reads of mask and scores from scalar memory.
+
+    Attributes:
+      mask, bias: their leaves are scalars or `[N]`.
+      threshold: draws below it are dropped, int32; None without dropout.
+      scale: what weights that are kept are multiplied by; None without dropout.
+    """
+
+    mask: Mask
+    bias: Bias | None
+    threshold: Int[Array, ""] | None
+    scale: Float[Array, ""] | None
+
+    @classmethod
+    def of(cls, scores: Scores, plan: Plan) -> "Numbers":
+        """Of one call."""
+        drop = scores.dropout
+        return cls(plan.mask, scores.bias, drop and drop.threshold, drop and drop.scale)
+
+
+def by_strip(function, pairs, columns):
+    """`function(pairs, columns)` over strips of 128 lanes, of `[line, column]` and `[n, column]`."""
+    strips = [slice(start, start + LANES) for start in range(0, pairs.shape[1], LANES)]
+    return jnp.concatenate([function(pairs[:, strip], columns[:, strip]) for strip in strips], axis=1)
 
 
 _LOOKUPS = {"gather", "dynamic_slice", "dynamic_update_slice", "scatter", "sort", "while", "scan"}
@@ -94,6 +171,10 @@ def check_kernel_mask(mask: Mask):
       Unsupported: its function closes over an array or looks things up in one, or a leaf is of a type
         that scalar memory does not hold.
     """
+    _check_kernel_function(mask, visible_pairs)
+
+
+def _check_kernel_function(mask: Mask | Bias, function):
     for leaf in jax.tree.leaves(mask):
         kind = jax.typeof(leaf) if hasattr(leaf, "dtype") else jax.typeof(jnp.asarray(leaf))
         # Under x64 a Python number is traced with 64 bits, which it does not need.
@@ -103,7 +184,7 @@ def check_kernel_mask(mask: Mask):
                 "float32"
             )
     tokens = Tokens.sequence(2)
-    traced = jax.make_jaxpr(visible_pairs)(mask, tokens, tokens)
+    traced = jax.make_jaxpr(function)(mask, tokens, tokens)
     if traced.consts:
         shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in traced.consts)
         raise Unsupported(
@@ -117,15 +198,24 @@ def check_kernel_mask(mask: Mask):
         )
 
 
-def check_kernel_scores(scores: Scores):
-    """Refuses scores that a kernel cannot compute.
+def check_kernel_bias(bias: Bias | None):
+    """Refuses a bias that a kernel cannot compute.
 
     Raises:
-      Unsupported: a bias, or dropout.
+      Unsupported: it looks numbers up in a table, closes over an array, or has leaves of other types.
     """
-    for name in ("bias", "dropout"):
-        if getattr(scores, name) is not None:
-            raise Unsupported(f"backend 'tpu' has no {name} yet; take backend 'xla'")
+    if bias is None:
+        return
+    if any(jnp.ndim(leaf) > 1 for leaf in jax.tree.leaves(bias)):
+        raise Unsupported(
+            f"backend 'tpu': {bias!r} has a table, which a kernel cannot read; take backend 'xla'"
+        )
+
+    def pairs(bias, q, k):
+        heads = next((jnp.shape(leaf)[0] for leaf in jax.tree.leaves(bias) if jnp.ndim(leaf)), 1)
+        return by_group(bias, lambda one_head: score_pairs(one_head, q, k), heads, 1)
+
+    _check_kernel_function(bias, pairs)
 
 
 def _operations(jaxpr) -> set[str]:
@@ -139,11 +229,12 @@ def _operations(jaxpr) -> set[str]:
     return names
 
 
-def _of_head(mask: Mask, types: Mask, head) -> Mask:
+def _of_head(mask, types, head):
     def leaf(ref, kind):
         value = ref[0, head if kind.shape else 0]
         if is_boolean(kind):
             return value != 0
+        # Python's float, where x64 is on, is float64 outside; scalar memory holds 32 bits.
         return value.astype(jnp.uint32) if kind.dtype == jnp.uint32 else value
 
     return jax.tree.map(leaf, mask, types)
@@ -171,10 +262,10 @@ def hidden(logits, hide):
     return logits if hide is None else hide(logits)
 
 
-def keep_tokens(kept, tokens):
-    """At a line's first block: its position and segment, upright, for as long as it lasts."""
-    for field in range(2):
-        kept[field] = in_lanes(tokens[field : field + 1])
+def keep_rows(kept, rows, places: tuple[int, ...] = (0, 1)):
+    """At a line's first block: rows of it, such as position and segment, upright, for as long as it lasts."""
+    for at, row in enumerate(places):
+        kept[at] = in_lanes(rows[row : row + 1])
 
 
 def in_lanes(row: Array) -> Array:
