@@ -95,36 +95,33 @@ class RelativeBuckets(Bias):
         check_whole("RelativeBuckets", "max_distance", self.max_distance, least=buckets // sides // 2 + 1)
 
     def score(self, q, k):
-        after = k.position - q.position
-        table = self.table
+        after, buckets = k.position - q.position, self.table.shape[0]
         if not self.bidirectional:
-            return table[self._bucket(jnp.maximum(-after, 0), table.shape[0])]
-        half = table.shape[0] // 2
-        return table[jnp.where(after > 0, half, 0) + self._bucket(abs(after), half)]
+            return self._by_distance(buckets)[jnp.clip(-after, 0, self.max_distance)]
+        limit = self.max_distance
+        return self._by_distance(buckets // 2)[jnp.clip(after, -limit, limit) + limit]
 
-    def _bucket(self, distance, buckets: int):
-        """The bucket of each distance ≥ 0: how many buckets begin at or before it, but the first."""
-        found = jnp.zeros_like(distance)
-        for start in bucket_starts(buckets, self.max_distance)[1:]:
-            found += (distance >= start).astype(jnp.int32)
-        return found
+    def _by_distance(self, buckets: int):
+        """The numbers of all distances that differ: so a pair is a lookup, not a search for its bucket."""
+        bucket = bucket_of_distances(buckets, self.max_distance)
+        if self.bidirectional:
+            bucket = np.concatenate([bucket[::-1], bucket[1:] + buckets])
+        return self.table[jnp.asarray(bucket)]
 
 
-def bucket_starts(buckets: int, max_distance: int) -> list[int]:
-    """The least distance of each bucket, by T5's formula in float32, as its code rounds it."""
+def bucket_of_distances(buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket of the distances 0 … max_distance, int32: T5's formula in float32, as its code rounds."""
     exact = buckets // 2
     distance = np.arange(max_distance + 1)
-    # Of max_distance itself the quotient is 1, whatever rounding makes of it.
     with np.errstate(divide="ignore"):
         steps = np.log(distance.astype(np.float32) / np.float32(exact)) / np.float32(
             np.log(max_distance / exact)
         )
-    far = np.minimum(
-        exact + np.nan_to_num(steps * np.float32(buckets - exact), neginf=0).astype(int), buckets - 1
-    )
-    bucket = np.where(distance < exact, distance, far)
+    far = exact + np.nan_to_num(steps * np.float32(buckets - exact), neginf=0).astype(np.int32)
+    bucket = np.where(distance < exact, distance, np.minimum(far, buckets - 1))
+    # Of max_distance itself the quotient is 1, whatever rounding makes of it.
     bucket[max_distance] = buckets - 1
-    return [int(np.searchsorted(bucket, number)) for number in range(buckets)]
+    return bucket.astype(np.int32)
 
 
 @pytree

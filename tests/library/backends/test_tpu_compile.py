@@ -46,6 +46,28 @@ def test_every_option(options):
     assert facts("v5e:2x2", f"{FILE}:attention_and_gradient", options).kernels == KERNELS
 
 
+@pytest.mark.parametrize("topology", mostly(TOPOLOGIES, ["v5e:2x2"]))
+def test_alibi_and_dropout(topology):
+    options = {"bias": True, "learned": True, "rate": 0.1}
+    assert facts(topology, f"{FILE}:scores_and_gradient", options).kernels == {*KERNELS, "dynmask_dbias"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    mostly(
+        [
+            {"bias": True, "learned": False, "rate": 0.0, "keys": 192, "values": 128},
+            {"bias": False, "learned": False, "rate": 0.1, "keys": 192, "values": 128},
+            {"bias": False, "learned": False, "rate": 0.0, "keys": 128, "values": 192},
+        ],
+        [{"bias": True, "learned": False, "rate": 0.0, "keys": 192, "values": 128}],
+    ),
+    ids=lambda options: "_".join(name for name, value in options.items() if value),
+)
+def test_constant_slopes_have_no_kernel_and_values_any_width(options):
+    assert facts("v5e:2x2", f"{FILE}:scores_and_gradient", options).kernels == KERNELS
+
+
 @pytest.mark.parametrize(
     "options",
     mostly(

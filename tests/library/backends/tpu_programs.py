@@ -9,7 +9,7 @@ from cases import HEADS, MASKS
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from dynmask_jax import Causal, Predicate, SameSegment, Tokens, Window, attention, plan
+from dynmask_jax import ALiBi, Causal, Dropout, Predicate, SameSegment, Tokens, Window, attention, plan
 from train.config.run import Curriculum, Data, Generation, Model, Run
 from train.data.batch import Batch
 from train.evaluate.generation import Generator, Prompts, _Continuation, _follow
@@ -34,6 +34,22 @@ def attention_and_gradient(dtype: str = "bfloat16", head_dim: int = 128, kv_head
         return out.astype(jnp.float32).sum() + lse.sum()
 
     return jax.value_and_grad(loss), ((q, k, k, sinks), tokens, tokens, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def scores_and_gradient(bias: bool, learned: bool, rate: float, keys: int = 128, values: int = 128):
+    """ALiBi, its slopes learned or constants, dropout, and values of another width than keys."""
+    q, v = (jax.ShapeDtypeStruct((2, 4096, 8, dim), jnp.bfloat16) for dim in (keys, values))
+    slopes, seed = jax.ShapeDtypeStruct((8,), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+
+    def loss(arrays, slopes, seed):
+        q, k, v = arrays
+        slopes = slopes if learned else jax.lax.stop_gradient(slopes)
+        how = {"bias": ALiBi(slopes)} if bias else {}
+        if rate:
+            how["dropout"] = Dropout(rate, seed)
+        return attention(q, k, v, Causal(), backend="tpu", **how).astype(jnp.float32).sum()
+
+    return jax.value_and_grad(loss, argnums=(0, 1)), ((q, q, v), slopes, seed)
 
 
 def attention_over_rows_and_heads(axes: dict[str, int], kind: str, sharding: list | None = None):
