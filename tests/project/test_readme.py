@@ -24,6 +24,7 @@ PRINTED = [
     ["(2, 128, 32)"],
     ["(2, 128, 32)"],
     ["512 queries x 512 keys in blocks of 8 x 8", "blocks skipped", "(Causal() & Predicate(near, 108))"],
+    ["((8, 32), ())"],
     ["step 0: 1 hops, each device sends 0.12 MiB", "step 12: 2 hops", "step 50: 5 hops", "step 100: 7 hops"],
 ]
 
