@@ -77,10 +77,16 @@ def attention_fn(
     What a layer is given as its `mask` narrows that: a padding mask `[batch, 1, 1, keys]` hides keys, and
     `Tokens` say positions and segments. A `Plan` is narrowed by the mask. Mask arrays of pairs are refused.
 
+    The layer's `dropout_rate`, `broadcast_dropout` and `deterministic` mean what they mean in Flax; the draws
+    are those of `Dropout`, at the key that the layer draws. Flax's layers pass no bias: give it to attention,
+    `functools.partial(attention, bias=RelativeBuckets(table))`, whose table is a parameter of the module that
+    calls this.
+
     Raises:
-      TypeError: neither a mask nor a plan; or attention that cannot be called.
+      TypeError: neither a mask nor a plan; attention that cannot be called; or an array as a bias.
       ValueError: blocks for a plan, which has its own; when called, a mask that reads segments and no tokens,
-        or other ones; other numbers of queries and keys and a mask that reads positions.
+        or other ones; other numbers of queries and keys and a mask that reads positions; dropout without a
+        key.
       Unsupported: when called with a mask array of pairs, sown weights, or a precision.
 
     >>> layer = nn.MultiHeadDotProductAttention(

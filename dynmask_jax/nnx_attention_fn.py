@@ -153,6 +153,10 @@ def attention_fn(
     Under any other mask a padding mask hides keys. Mask arrays of pairs, `[…, queries, keys]`, are refused.
     With `decode=True` Flax itself takes arrays alone.
 
+    The layer's `dropout_rate`, `broadcast_dropout` and `deterministic` mean what they mean in Flax; the draws
+    are those of `Dropout`, at the key that the layer draws. Flax's layers pass no bias. A module of your own
+    that calls this may: `bias=RelativeBuckets(self.table[...])`, of a learned table.
+
     Numbers that the mask or curriculum keeps must outlive the transformation that the model is made in: use
     NumPy arrays for per-head values, not jnp.
 
@@ -165,9 +169,9 @@ def attention_fn(
     whole state too: `jit` cannot read the restored step.
 
     Raises:
-      TypeError: neither a curriculum nor a mask; or attention that cannot be called.
+      TypeError: neither a curriculum nor a mask; attention that cannot be called; or an array as a bias.
       ValueError: a mask with traced numbers; when called, a mask that reads segments and no tokens, or other
-        ones; other numbers of queries and keys and a mask that reads positions.
+        ones; other numbers of queries and keys and a mask that reads positions; dropout without a key.
       Unsupported: when called with a mask array of pairs, sown weights, or a precision.
 
     >>> layer = nnx.MultiHeadAttention(

@@ -13,17 +13,22 @@ from migration_checks import (
     Check,
     S,
     T,
+    alibi_bias,
     blocks,
     counts,
     every,
+    factor,
     flax_mask,
     fragments,
     gives,
     grows,
     jax_nn,
+    jax_nn_bias,
     lengths_of,
     linen_layer,
     mask_mod,
+    nnx_bias,
+    nnx_dropout,
     nnx_layer,
     nothing_visible,
     pairs,
@@ -34,6 +39,7 @@ from migration_checks import (
     softmax_of,
     splash,
     splash_mask,
+    t5_bias,
     tokamax_mask,
 )
 
@@ -96,6 +102,13 @@ EXPECTED: dict[str, dict[str, Check]] = {
         ),
         "score_mod: 20 * tanh(score / 20)": softmax_of(CAUSAL, soft_cap=20.0),
         "score_mod: where(q_idx >= kv_idx, score, -inf)": softmax_of(CAUSAL),
+        "score_mod: score - slope[h] * (q_idx - kv_idx)": softmax_of(CAUSAL, bias=alibi_bias()),
+        "score_mod: score + (q_idx - kv_idx)": softmax_of(
+            CAUSAL, bias=np.subtract.outer(*[np.arange(T)] * 2)
+        ),
+        "flex_attention(q, k, v[..., :4], block_mask=causal)": gives(
+            lambda names: softmax(names, CAUSAL)[0][..., :4]
+        ),
         "flex_attention(..., scale=0.3)": softmax_of(CAUSAL, scale=0.3),
         "flex_attention(..., enable_gqa=True)": softmax_of(ALL),
         "flex_attention(..., return_lse=True)": gives(lambda names: softmax(names, CAUSAL)),
@@ -136,6 +149,8 @@ EXPECTED: dict[str, dict[str, Check]] = {
         "query_seq_lengths=jnp.array([24, 15]), key_value_seq_lengths=jnp.array([20, 13])": jax_nn,
         "mask=jnp.tril(jnp.ones((1, 1, T, T), bool))": jax_nn,
         "mask=jnp.zeros((1, 1, T, T), bool)": gives(nothing_visible),
+        "bias=t5_bias": jax_nn_bias(t5_bias),
+        "bias=alibi, is_causal=True": jax_nn_bias(lambda _: alibi_bias(), is_causal=True),
         "scale=0.3": jax_nn,
         'implementation="xla"': softmax_of(CAUSAL),
         "is_causal=True, return_residual=True": jax_nn,
@@ -153,6 +168,13 @@ EXPECTED: dict[str, dict[str, Check]] = {
         "linen.MultiHeadDotProductAttention(2)(x, mask=combine_masks(causal, documents))": linen_layer(
             DOCUMENTS & CAUSAL
         ),
+        "dot_product_attention(q, k, v, dropout_rng=rng, dropout_rate=0.1)": gives(
+            lambda names: softmax(names, ALL, factor=factor(0.1, names["rng"], 4, broadcast=True))[0]
+        ),
+        "nnx.MultiHeadAttention(..., dropout_rate=0.1)(x, deterministic=False)": gives(nnx_dropout),
+        "nnx.MultiHeadAttention(...)(x) with ALiBi": nnx_bias(lambda _: alibi_bias(), CAUSAL),
+        "nnx.MultiHeadAttention(...)(x) with T5's learned bias": nnx_bias(t5_bias, ALL),
+        "linen.MultiHeadDotProductAttention(4)(x) with T5's learned bias": linen_layer(ALL, 4, t5_bias),
     },
     "tokamax": {
         "Mask(is_causal=True)": tokamax_mask,
@@ -194,6 +216,10 @@ EXPECTED: dict[str, dict[str, Check]] = {
     "xFormers": {
         "LowerTriangularMask()": shows(CAUSAL),
         "LowerTriangularMask() with T queries and S keys": shows(pairs(lambda q, k: k <= q, T, S)),
+        "LowerTriangularMaskWithTensorBias(alibi)": softmax_of(CAUSAL, bias=alibi_bias()),
+        "memory_efficient_attention(q, k, v, p=0.1)": gives(
+            lambda names: softmax(names, ALL, factor=factor(0.1, names["rng"], 4, broadcast=False))[0]
+        ),
         "LowerTriangularFromBottomRightMask()": shows(pairs(lambda q, k: S - k >= T - q, T, S)),
         "LowerTriangularFromBottomRightLocalAttentionMask(w)": shows(
             pairs(lambda q, k: 0 <= (S - k) - (T - q) < 5, T, S)
@@ -223,11 +249,13 @@ EXPECTED: dict[str, dict[str, Check]] = {
     },
     "Not supported": {
         "additive bias, [..., T, S]": refuses(
-            TypeError, "'bias'", "jax.nn.dot_product_attention adds a bias"
+            TypeError, "got an array (1, 4, 24, 24)", "goes to jax.nn.dot_product_attention"
         ),
-        "score_mod of ALiBi, or of relative positions": refuses(TypeError, "'score_mod'", "there is no bias"),
-        "T5's bias in Flax": refuses(Unsupported, "attention_fn does not support bias"),
-        "LowerTriangularMaskWithTensorBias": refuses(TypeError, "'attn_bias'", "adds a bias to the logits"),
+        "score_mod as a function": refuses(TypeError, "'score_mod'", "what is added to scores is bias"),
+        "an additive bias in Flax": refuses(
+            TypeError, "got an array (1, 4, 24, 24)", "RelativeBuckets(table)"
+        ),
+        "attn_bias=array": refuses(TypeError, "'attn_bias'", "it is bias here, an expression"),
         "NumpyMask(array), mask=array": refuses(TypeError, "masks are expressions", "segment of Tokens"),
         "Mask(bool_mask) beside other masks": refuses(
             TypeError, "masks are expressions", "segment of Tokens"
@@ -235,10 +263,8 @@ EXPECTED: dict[str, dict[str, Check]] = {
         "a mask array in a Flax layer": refuses(Unsupported, "write what it says of pairs as an expression"),
         "a mask_mod that indexes a tensor": refuses(TypeError, "jnp.asarray(table)[q.position]"),
         "is_causal=True, causal=True": refuses(TypeError, "give the mask Causal()"),
-        "attention dropout, dropout_rate=0.1": refuses(TypeError, "drop out what follows"),
-        "dropout in a Flax layer": refuses(Unsupported, "has no dropout"),
+        "dropout_rate=0.1 as an option of attention": refuses(TypeError, "it is dropout=Dropout(rate, key)"),
         "sown attention weights, sow_weights=True": refuses(Unsupported, "sow_weights must be False"),
-        "values of another head dim": refuses(ValueError, "k and v must have one shape"),
         "a learned or traced scale": refuses(TypeError, "scale must be a Python number"),
         "segments without tokens": refuses(ValueError, "make a plan of the tokens"),
         "segments without tokens in a Flax layer": refuses(ValueError, "set_tokens(model, Tokens("),

@@ -1,13 +1,15 @@
 """How a row of docs/migration.md is compared with the library that it names.
 
 Where the cell `there` is code that runs here, it is evaluated too: by that library where it is installed, or
-by its rule, pair by pair in NumPy. None of the expected values reads a mask of ours.
+by its rule, pair by pair in NumPy. None of the expected values reads a mask or a bias of ours. Those of
+dropout read which pairs we keep: libraries draw other numbers from a key, and compute the same with them.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.linen as linen
 import jax
@@ -17,7 +19,7 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from dynmask_jax import Mask, Plan, Tokens, attention, mask_tensor
+from dynmask_jax import Dropout, Mask, Plan, Tokens, attention, dropout_mask, mask_tensor
 
 T, S = 24, 32
 DOCUMENT = [0] * 9 + [1] * 7 + [2] * 8
@@ -157,20 +159,55 @@ def every(length: int) -> list[int]:
     return list(range(length - 1, T, length))
 
 
-def softmax(names, seen, *, scale=1 / math.sqrt(8), soft_cap=None):
-    """`(out, lse)` of attention in float64, one logit after the other."""
+def softmax(names, seen, *, scale=1 / math.sqrt(8), soft_cap=None, bias: Any = 0.0, factor: Any = 1.0):
+    """`(out, lse)` of attention in float64; `factor` is what weights are multiplied by after all."""
     q, k, v = (np.asarray(names[name], np.float64) for name in "qkv")
     k, v = (each.repeat(q.shape[2] // each.shape[2], axis=2) for each in (k, v))
     logits = np.einsum("btnh,bsnh->bnts", q, k) * scale
     logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
-    weights = np.where(seen, np.exp(logits), 0.0)
+    weights = np.where(seen, np.exp(logits + bias), 0.0)
     total = weights.sum(axis=-1)
-    out = np.einsum("bnts,bsnh->btnh", weights / total[..., None], v)
+    out = np.einsum("bnts,bsnh->btnh", weights / total[..., None] * factor, v)
     return out, np.log(total).swapaxes(1, 2)
 
 
 def softmax_of(seen, **options) -> Check:
     return gives(lambda names: softmax(names, seen, **options)[0])
+
+
+def alibi_bias() -> np.ndarray:
+    """As its paper, `[4, T, T]`: m · −(q − k), of slopes 2^−2, 2^−4, 2^−6 and 2^−8."""
+    return np.array(
+        [[[-(2.0 ** -(2 * h)) * (q - k) for k in range(T)] for q in range(T)] for h in (1, 2, 3, 4)]
+    )
+
+
+def t5_bias(names) -> np.ndarray:
+    """As T5's code adds it, `[4, T, T]`, from its table: 32 buckets, half for keys after the query."""
+
+    def bucket(distance: int) -> int:
+        if distance < 8:
+            return distance
+        return min(8 + int(math.log(distance / 8) / math.log(128 / 8) * 8), 15)
+
+    index = np.array([[(16 if k > q else 0) + bucket(abs(k - q)) for k in range(T)] for q in range(T)])
+    return np.asarray(names["table"])[:, index]
+
+
+def factor(rate: float, rng, heads: int, *, broadcast: bool) -> np.ndarray:
+    """What libraries multiply weights by, `[2, heads, T, T]`: 1 / (1 − rate) where they keep one, else 0."""
+    kept = dropout_mask(Dropout(rate, rng, broadcast), Tokens.sequence(T), batch=2, heads=heads)
+    return np.where(kept, np.float32(1 / (1 - rate)), np.float32(0))
+
+
+def jax_nn_bias(bias: Callable, **options) -> Check:
+    """As `jax.nn.dot_product_attention` gives with an array as its bias."""
+
+    def expected(names):
+        array = jnp.asarray(bias(names), jnp.float32)[None]
+        return jax.nn.dot_product_attention(*(names[name] for name in "qkv"), bias=array, **options)
+
+    return gives(expected)
 
 
 def mask_mod(row: Row, names: dict):
@@ -242,12 +279,41 @@ def nnx_layer(names):
     return layer(x, mask=nnx.make_causal_mask(x[..., 0]))
 
 
-def linen_layer(seen: np.ndarray) -> Check:
-    """As Flax's own layer gives under this mask."""
-    layer = linen.MultiHeadDotProductAttention(2)
-    return gives(
-        lambda names: layer.init_with_output(jax.random.key(0), names["x"], mask=seen[None, None])[0]
-    )
+def nnx_dropout(names):
+    """Flax's own layer under its own causal mask, and its own weights, dropped where we drop them."""
+
+    def attend(query, key, value, *, mask, dropout_rng, dropout_rate, broadcast_dropout, deterministic, **_):
+        assert not deterministic
+        weights = linen.dot_product_attention_weights(query, key, mask=mask)
+        weights *= factor(dropout_rate, dropout_rng, 2, broadcast=broadcast_dropout)
+        return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+    options = {"decode": False, "dropout_rate": 0.1, "attention_fn": attend}
+    layer, x = nnx.MultiHeadAttention(2, 16, rngs=nnx.Rngs(0), **options), names["x"]
+    return layer(x, mask=nnx.make_causal_mask(x[..., 0]), deterministic=False)
+
+
+def nnx_bias(bias: Callable, seen: np.ndarray) -> Check:
+    """As Flax's own layer gives where its own attention is given an array as its bias."""
+
+    def expected(names):
+        attend = partial(nnx.dot_product_attention, bias=jnp.asarray(bias(names), jnp.float32)[None])
+        layer = nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0), attention_fn=attend)
+        return layer(names["x"], mask=jnp.asarray(seen)[None, None])
+
+    return gives(expected)
+
+
+def linen_layer(seen: np.ndarray, heads: int = 2, bias: Callable | None = None) -> Check:
+    """As Flax's own layer gives under this mask, with this array as its attention's bias."""
+
+    def expected(names):
+        array = None if bias is None else jnp.asarray(bias(names), jnp.float32)[None]
+        attend = partial(linen.dot_product_attention, bias=array)
+        layer = linen.MultiHeadDotProductAttention(heads, attention_fn=attend)
+        return layer.init_with_output(jax.random.key(0), names["x"], mask=seen[None, None])[0]
+
+    return gives(expected)
 
 
 def tokamax_mask(row: Row, names: dict):

@@ -8,17 +8,24 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import MASKS, UNREADABLE
 
 from dynmask_jax import (
+    ALiBi,
     Causal,
+    Dropout,
+    Everything,
     Prefix,
+    RelativeBuckets,
     SameSegment,
     Tokens,
     Unsupported,
     Window,
     attention,
+    bias_tensor,
+    dropout_mask,
     growing_window,
     linear,
     mask_tensor,
@@ -260,11 +267,6 @@ def test_is_causal_and_more_batch_axes():
 @pytest.mark.parametrize(
     ("options", "call", "words"),
     [
-        (
-            {"dropout_rate": 0.5, "deterministic": False},
-            {"rngs": nnx.Rngs(0)},
-            "no dropout, got dropout_rate=0.5",
-        ),
         ({}, {"mask": jnp.ones((2, 1, LENGTH, LENGTH))}, "takes a mask array over keys alone"),
         ({}, {"sow_weights": True}, "sow_weights must be False"),
         ({"precision": "highest"}, {}, "does not support precision='highest'"),
@@ -284,9 +286,282 @@ def test_linen_does_not_keep_the_mask_to_itself():
         layer.init(jax.random.key(0), inputs(), sow_weights=True)
 
 
-def test_dropout_is_fine_where_it_is_off():
-    model = Stack(lambda: our_nnx.attention_fn(Causal()), dropout_rate=0.5, deterministic=True)
-    assert model(inputs()).shape == inputs().shape
+def heads_of(seed=0, batch=(2,)):
+    """Queries, keys and values as a Flax layer passes them to its `attention_fn`."""
+    return jax.random.normal(jax.random.key(seed), (3, *batch, LENGTH, HEADS, WIDTH // HEADS))
+
+
+ATTENTION_FN = {"nnx": our_nnx.attention_fn, "linen": our_linen.attention_fn}
+BROADCAST = pytest.mark.parametrize("broadcast", [True, False], ids=["broadcast", "each"])
+
+
+@pytest.mark.parametrize("api", ATTENTION_FN)
+def test_dropout_that_is_off_leaves_the_program_as_it_is(api):
+    """Nothing is given to an attention that knows neither dropout nor bias."""
+
+    def program(**options):
+        bare = lambda q, k, v, mask_or_plan: attention(q, k, v, mask_or_plan)  # noqa: E731
+        return str(
+            jax.make_jaxpr(functools.partial(ATTENTION_FN[api](Causal(), attention=bare), **options))(
+                *heads_of()
+            )
+        )
+
+    without = program()
+    assert program(dropout_rate=0.5, dropout_rng=jax.random.key(0), deterministic=True) == without
+    assert program(dropout_rate=0.0, dropout_rng=jax.random.key(0), deterministic=False, bias=None) == without
+
+
+@BROADCAST
+@pytest.mark.parametrize("api", ATTENTION_FN)
+@pytest.mark.parametrize("batch", [(2,), (3, 2)], ids=str)
+def test_dropout_drops_flaxs_weights_by_our_draws(api, batch, broadcast):
+    """Flax's own weights; where it broadcasts, one draw for all heads and all rows, of any batch axes."""
+    q, k, v = heads_of(batch=batch)
+    key = jax.random.key(7)
+    options = {"dropout_rate": 0.4, "dropout_rng": key, "broadcast_dropout": broadcast}
+    actual = ATTENTION_FN[api](Causal())(q, k, v, **options)
+    rows = int(np.prod(batch))
+    kept = dropout_mask(Dropout(0.4, key, broadcast), Tokens.sequence(LENGTH), batch=rows, heads=HEADS)
+    alike = (kept == kept[:1, :1]).all(axis=(1, 2, 3))
+    assert alike.all() == broadcast
+    causal = nn.make_causal_mask(jnp.ones((*batch, LENGTH)))
+    weights = nn.dot_product_attention_weights(q, k, mask=causal)
+    weights = jnp.where(kept.reshape(*batch, *kept.shape[1:]), weights / 0.6, 0.0)
+    np.testing.assert_allclose(actual, jnp.einsum("...hqk,...khd->...qhd", weights, v), rtol=2e-5, atol=5e-6)
+
+
+def by_hand(query, key, value, *, dropout_rate, dropout_rng, broadcast_dropout, **others):
+    """An `attention_fn` without an adapter."""
+    dropout = Dropout(dropout_rate, dropout_rng, broadcast_dropout)
+    return attention(query, key, value, Causal(), dropout=dropout)
+
+
+@BROADCAST
+def test_dropout_in_flax_nnx_layers_is_that_of_attention_and_draws_anew(broadcast):
+    options = {"dropout_rate": 0.3, "broadcast_dropout": broadcast, "deterministic": False}
+    ours = Stack(lambda: our_nnx.attention_fn(Causal()), **options)
+    theirs = Stack(lambda: by_hand, **options)
+
+    def value_and_grad(model):
+        return nnx.value_and_grad(lambda m: jnp.square(m(inputs())).mean())(model)
+
+    first, second = ((value_and_grad(model) for model in (ours, theirs)) for _ in range(2))
+    losses = []
+    for actual, expected in (first, second):
+        losses.append(float(actual[0]))
+        leaves = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+        for a, b in leaves:
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert losses[0] != losses[1]
+    without = Stack(lambda: our_nnx.attention_fn(Causal()))
+    np.testing.assert_array_equal(ours(inputs(), deterministic=True), without(inputs()))
+    assert not np.allclose(ours(inputs()), without(inputs()))
+
+
+@BROADCAST
+def test_dropout_in_flax_linen_layers_is_that_of_attention_at_the_key(broadcast):
+    options = {"dropout_rate": 0.3, "broadcast_dropout": broadcast}
+    ours = nn.MultiHeadDotProductAttention(HEADS, attention_fn=our_linen.attention_fn(Causal()), **options)
+    theirs = nn.MultiHeadDotProductAttention(HEADS, attention_fn=by_hand, **options)
+    weights = ours.init(jax.random.key(0), inputs(), deterministic=True)
+
+    def run(layer, key):
+        call = lambda weights: layer.apply(  # noqa: E731
+            weights, inputs(), deterministic=False, rngs={"dropout": key}
+        )
+        return jax.value_and_grad(lambda weights: jnp.square(call(weights)).mean())(weights)
+
+    # Keys of both kinds: typed, and the older uint32.
+    actual, other = (run(ours, key) for key in (jax.random.key(1), jax.random.PRNGKey(2)))
+    chex.assert_trees_all_close(actual, run(theirs, jax.random.key(1)), rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal(actual, run(ours, jax.random.key(1)))
+    assert float(actual[0]) != float(other[0])
+    without = ours.clone(dropout_rate=0.0).apply(weights, inputs())
+    np.testing.assert_array_equal(ours.apply(weights, inputs(), deterministic=True), without)
+
+
+def falls(losses):
+    losses = np.array(losses)
+    return np.isfinite(losses).all() and losses[-4:].mean() < 0.8 * losses[:4].mean()
+
+
+@BROADCAST
+def test_flax_nnx_layers_train_with_dropout_in_one_compilation(broadcast):
+    model = Stack(
+        lambda: our_nnx.attention_fn(CURRICULUM),
+        dropout_rate=0.1,
+        broadcast_dropout=broadcast,
+        deterministic=False,
+    )
+    optimizer = nnx.Optimizer(model, optax.sgd(0.5, momentum=0.5), wrt=nnx.Param)
+    chex.clear_trace_counter()
+
+    @nnx.jit
+    @chex.assert_max_traces(n=1)
+    def train(model, optimizer, step):
+        our_nnx.set_step(model, step)
+        loss, grads = nnx.value_and_grad(lambda m: jnp.square(m(inputs()) - inputs(1)).mean())(model)
+        optimizer.update(model, grads)
+        return loss
+
+    assert falls([train(model, optimizer, jnp.int32(step)) for step in range(16)])
+
+
+@BROADCAST
+def test_flax_linen_layers_train_with_dropout_in_one_compilation(broadcast):
+    """As lm1b's blocks call theirs."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, step):
+            attend = our_linen.attention_fn(CURRICULUM(step))
+            for _ in range(2):
+                x = x + nn.MultiHeadDotProductAttention(
+                    HEADS,
+                    use_bias=False,
+                    dropout_rate=0.1,
+                    broadcast_dropout=broadcast,
+                    deterministic=False,
+                    attention_fn=attend,
+                )(x)
+            return x
+
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    weights, optimizer = Model().init(keys, inputs(), 0), optax.sgd(0.5, momentum=0.5)
+    state = optimizer.init(weights)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def train(weights, state, step):
+        def loss(weights):
+            rngs = {"dropout": jax.random.fold_in(jax.random.key(1), step)}
+            return jnp.square(Model().apply(weights, inputs(), step, rngs=rngs) - inputs(1)).mean()
+
+        value, grads = jax.value_and_grad(loss)(weights)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(weights, updates), state, value
+
+    losses = []
+    for step in range(16):
+        weights, state, value = train(weights, state, jnp.int32(step))
+        losses.append(float(value))
+    assert falls(losses)
+
+
+@pytest.mark.parametrize("api", ATTENTION_FN)
+def test_a_bias_of_attention_or_of_the_call_is_what_flax_adds(api):
+    q, k, v = heads_of()
+    bias = ALiBi.for_heads(HEADS)
+    expected = nn.dot_product_attention(
+        q,
+        k,
+        v,
+        bias=bias_tensor(bias, Tokens.sequence(LENGTH), heads=HEADS)[None],
+        mask=nn.make_causal_mask(jnp.ones((2, LENGTH))),
+    )
+    with_bias = ATTENTION_FN[api](Causal(), attention=functools.partial(attention, bias=bias))
+    np.testing.assert_allclose(with_bias(q, k, v), expected, rtol=2e-5, atol=5e-6)
+    np.testing.assert_allclose(
+        ATTENTION_FN[api](Causal())(q, k, v, bias=bias), expected, rtol=2e-5, atol=5e-6
+    )
+
+
+def test_a_bias_of_attention_reaches_flaxs_layers_over_a_curriculum():
+    bias = ALiBi.for_heads(HEADS)
+    model = Stack(lambda: our_nnx.attention_fn(CURRICULUM, attention=functools.partial(attention, bias=bias)))
+    array = bias_tensor(bias, Tokens.sequence(LENGTH), heads=HEADS)[None]
+    theirs = Stack(lambda: functools.partial(nnx.dot_product_attention, bias=array))
+
+    @nnx.jit
+    def run(model, step):
+        our_nnx.set_step(model, step)
+        return model(inputs())
+
+    for step in (0, 8):
+        expected = theirs(inputs(), mask=dense_mask(step))
+        np.testing.assert_allclose(run(model, step), expected, rtol=2e-5, atol=5e-6)
+
+
+class Learned(nnx.Module):
+    """An `attention_fn` with T5's table, given as an expression, or as the array that it stands for."""
+
+    def __init__(self, as_array):
+        self.table = nnx.Param(jax.random.normal(jax.random.key(3), (HEADS, 32)))
+        self.as_array = as_array
+        self.attend = our_nnx.attention_fn(Everything())
+
+    def __call__(self, query, key, value, **options):
+        bias = RelativeBuckets(self.table[...])
+        if self.as_array:
+            array = bias_tensor(bias, Tokens.sequence(LENGTH), heads=HEADS)[None]
+            return nnx.dot_product_attention(query, key, value, bias=array, **options)
+        return self.attend(query, key, value, bias=bias, **options)
+
+
+def test_a_learned_bias_of_a_module_around_attention_fn_has_its_gradient():
+    ours, theirs = (Stack(lambda as_array=as_array: Learned(as_array)) for as_array in (False, True))
+    actual, expected = (nnx.grad(lambda m: jnp.square(m(inputs())).mean())(model) for model in (ours, theirs))
+    chex.assert_trees_all_close(nnx.to_pure_dict(actual), nnx.to_pure_dict(expected), rtol=2e-4, atol=1e-6)
+    assert np.abs(actual["layers"][0]["attention_fn"]["table"][...]).max() > 1e-4
+
+
+def test_a_learned_bias_of_a_linen_module_has_its_gradient():
+    class Model(nn.Module):
+        as_array: bool
+
+        @nn.compact
+        def __call__(self, x):
+            bias = RelativeBuckets(self.param("table", nn.initializers.normal(1.0), (HEADS, 32)))
+            attend = our_linen.attention_fn(Everything(), attention=functools.partial(attention, bias=bias))
+            if self.as_array:
+                array = bias_tensor(bias, Tokens.sequence(LENGTH), heads=HEADS)[None]
+                attend = functools.partial(nn.dot_product_attention, bias=array)
+            return nn.MultiHeadDotProductAttention(HEADS, attention_fn=attend)(x)
+
+    weights = Model(False).init(jax.random.key(0), inputs())
+    actual, expected = (
+        jax.grad(lambda weights, model: jnp.square(model.apply(weights, inputs())).mean())(weights, model)
+        for model in (Model(False), Model(True))
+    )
+    chex.assert_trees_all_close(actual, expected, rtol=2e-4, atol=1e-6)
+    assert np.abs(actual["params"]["table"]).max() > 1e-4
+
+
+ALIBI = ALiBi.for_heads(HEADS)
+
+
+@pytest.mark.parametrize("api", ATTENTION_FN)
+@pytest.mark.parametrize(
+    ("made", "options", "error", "words"),
+    [
+        (
+            {},
+            {"dropout_rate": 0.1},
+            ValueError,
+            "got dropout_rate=0.1 and no dropout_rng, a key of jax.random",
+        ),
+        (
+            {},
+            {"dropout_rate": 1.0, "dropout_rng": jax.random.key(0)},
+            ValueError,
+            r"rate must lie in 0…1 \(1 excluded\), got 1.0",
+        ),
+        ({}, {"bias": jnp.zeros((1, HEADS, 1, 1))}, TypeError, r"got an array \(1, 4, 1, 1\): .* ALiBi"),
+        ({"bias": ALIBI}, {"bias": ALIBI}, ValueError, "was made with bias, and got bias of its layer too"),
+        (
+            {"dropout": Dropout(0.1, jax.random.key(0))},
+            {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)},
+            ValueError,
+            "was made with dropout, and got dropout of its layer too",
+        ),
+    ],
+)
+def test_a_wrong_bias_or_dropout_is_refused(api, made, options, error, words):
+    attend = ATTENTION_FN[api](Causal(), attention=functools.partial(attention, **made))
+    with pytest.raises(error, match=words):
+        attend(*heads_of(), **options)
 
 
 def test_an_unreadable_mask_warns_inside_a_layer_too():
