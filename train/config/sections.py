@@ -15,6 +15,7 @@ from train.config.checks import above_zero, at_least, one_of
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 Reach = Literal["global", "local"]
+BiasName = Literal["none", "alibi"]
 RowKind = Literal["packed", "chunked"]
 PrefixKind = Literal["bidirectional", "causal"]
 Kind = Literal["full", "static", "window", "chunks", "reveal"]
@@ -37,6 +38,12 @@ class Model:
     """Hidden features of the feed-forward layer (SwiGLU)."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding; its longest wavelength is about 6 times as many tokens."""
+    bias: BiasName = "none"
+    """What is added to the scores of attention; rotary positions stay. alibi: minus the distance of query and
+    key, times a slope of each head, which is not learned (ALiBi, with the slopes of its paper)."""
+    attention_dropout: float = 0.0
+    """Share of the attention weights that are dropped in training, drawn anew in each step and layer; the
+    others are divided by 1 - attention_dropout."""
     backend: str | None = None
     """Implementation of attention: "xla", "xla_wide", "tpu" or "dense". None: the platform's default."""
     dtype: Dtype = "float32"
@@ -53,7 +60,11 @@ class Model:
     def __post_init__(self):
         at_least("model.", self, layers=1, width=1, heads=1, kv_heads=1, hidden=1, local_window=1)
         above_zero("model.", self, "rope_theta")
-        one_of("model.", self, dtype=Dtype, remat=Remat)
+        one_of("model.", self, dtype=Dtype, remat=Remat, bias=BiasName)
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(
+                f"model.attention_dropout must lie in 0…1 (1 excluded), got {self.attention_dropout}"
+            )
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"model.width must be a multiple of 2 * model.heads ({2 * self.heads}), for an even "

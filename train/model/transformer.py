@@ -8,7 +8,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
-from dynmask_jax import Plan
+from dynmask_jax import ALiBi, Dropout, Plan
 from dynmask_jax.array_typing import Array, Float, Int, pytree
 from dynmask_jax.nnx import Attention
 from train.config import sections
@@ -67,14 +67,15 @@ class Block(nnx.Module):
     """Attention, then feed-forward, each added to its input after an RMSNorm of it."""
 
     def __init__(self, shape: sections.Model, placement: Placement, *, rngs: nnx.Rngs):
-        self.placement = placement
+        self.placement, self.attention_dropout = placement, shape.attention_dropout
+        bias = ALiBi.for_heads(shape.heads) if shape.bias == "alibi" else None
         self.attention_norm = nnx.RMSNorm(shape.width, rngs=rngs)
         self.attention = Attention(
             shape.width,
             shape.heads,
             num_kv_heads=shape.kv_heads,
             rope_theta=shape.rope_theta,
-            attention=placement.attention(shape.backend),
+            attention=placement.attention(shape.backend, bias),
             dtype=jnp.dtype(shape.dtype),
             rngs=rngs,
         )
@@ -82,16 +83,28 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(shape, placement, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], plan: Plan, cache: Cache | None = None, layer=0, slot=0
+        self,
+        x: Float[Array, "B T D"],
+        plan: Plan,
+        cache: Cache | None = None,
+        layer=0,
+        slot=0,
+        key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The block's output. With a cache, x's keys are written there first, and x attends to all keys."""
+        """The block's output. With a cache, x's keys are written there first, and x attends to all keys.
+
+        With a key, which all layers share, attention weights are dropped.
+        """
         normed = _normed(self.attention_norm, x)
         k, v = self.attention.keys_values(normed, plan.q_tokens)
         if cache is not None:
             cache = cache.write(layer, slot, k, v)
             k, v = cache.keys[layer], cache.values[layer]
+        options = {}
+        if key is not None:
+            options["dropout"] = Dropout(self.attention_dropout, jax.random.fold_in(key, layer))
         mesh = self.placement.mesh
-        x = constrain_activations(mesh, x + self.attention.attend(normed, k, v, plan))
+        x = constrain_activations(mesh, x + self.attention.attend(normed, k, v, plan, **options))
         fed = self.feed_forward(_normed(self.feed_forward_norm, x))
         return constrain_activations(mesh, x + fed), cache
 
@@ -142,9 +155,17 @@ class Transformer(nnx.Module):
         )
         """hidden `[..., D]` -> logits `[..., vocabulary]`, in float32 whatever the dtype."""
 
-    def __call__(self, tokens: Int[Array, "B T"], plans: Plans) -> Float[Array, "B T D"]:
-        """The features from which `logits` predicts each next token."""
-        return self._layers(tokens, plans)[0]
+    def __call__(
+        self, tokens: Int[Array, "B T"], plans: Plans, key: Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """The features from which `logits` predicts each next token.
+
+        Args:
+          tokens: the rows.
+          plans: what layers of each reach see.
+          key: of `model.attention_dropout`, in training: a new one for each call. None: nothing is dropped.
+        """
+        return self._layers(tokens, plans, key=key)[0]
 
     def begin_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` sequences of at most `slots` tokens."""
@@ -166,7 +187,7 @@ class Transformer(nnx.Module):
         """
         return self._layers(tokens, plans, cache, slot)
 
-    def _layers(self, tokens, plans: Plans, cache: Any = None, slot: Any = 0):
+    def _layers(self, tokens, plans: Plans, cache: Any = None, slot: Any = 0, key: Any = None):
         graph, weights = nnx.split(self.groups)
         pattern = self.shape.pattern
 
@@ -175,7 +196,7 @@ class Transformer(nnx.Module):
             blocks = nnx.merge(graph, weights).layers
             for i, (reach, block) in enumerate(zip(pattern, blocks, strict=True)):
                 layer = number * len(pattern) + i
-                x, cache = self._remat(block)(x, plans[reach], cache, layer, slot)
+                x, cache = self._remat(block)(x, plans[reach], cache, layer, slot, key)
             return (x, cache), None
 
         numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)

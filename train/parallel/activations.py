@@ -48,9 +48,12 @@ def constrain_features(mesh: Mesh, x: Float[Array, "B T F"]) -> Float[Array, "B 
     return _constrain(mesh, x, ROWS, TOKENS, FEATURES)
 
 
-def split_rows(mesh: Mesh, x: Array, count: int) -> Array:
-    """`[B, T]` rows as `[count, B / count, T]`; on a mesh every part has rows of every device."""
-    if not is_sharded(mesh):
+def split_rows(mesh: Mesh, x: Array, count: int, *, strided: bool = False) -> Array:
+    """`[B, T]` rows as `[count, B / count, T]`; on a mesh every part has rows of every device.
+
+    Part n has the rows n, n + count, … there, and with `strided` on one device too.
+    """
+    if not is_sharded(mesh) and not strided:
         return x.reshape(count, -1, x.shape[1])
     return _constrain(mesh, x.reshape(-1, count, x.shape[1]).swapaxes(0, 1), None, ROWS, TOKENS)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dynmask_jax.array_typing import Array
 from train.config import sections
 from train.data.batch import Batch
 from train.model.loss import TokenLosses, token_losses
@@ -23,6 +24,7 @@ def batch_losses(
     plans: Plans,
     options: sections.Loss,
     placement: Placement,
+    key: Array | None = None,
 ) -> TokenLosses:
     """The loss of each target of a batch, `[B, T]`.
 
@@ -32,10 +34,11 @@ def batch_losses(
       plans: what layers of each reach see.
       options: the section `loss` of the config.
       placement: the devices.
+      key: of the dropout, in training; None: nothing is dropped.
     """
     model: Transformer = nnx.merge(graph, params)
     inputs, targets, weights = map(jnp.asarray, (batch.inputs, batch.targets, batch.weights))
-    mesh, hidden = placement.mesh, model(inputs, plans)
+    mesh, hidden = placement.mesh, model(inputs, plans, key)
     with jax.named_scope("loss"):
         folded = token_losses(
             fold_tokens(mesh, hidden),

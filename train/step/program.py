@@ -50,7 +50,7 @@ class Program:
         """
         masks = self.masks
         mask, weight = masks.at(state), batch.weights.sum()
-        (gradients, loss, pairs), travel = self._over_parts(state.params, batch, mask)
+        (gradients, loss, pairs), travel = self._over_parts(state, batch, mask)
         norm = optax.tree.norm(gradients)
         # optax skips a gradient that is not finite. Where only the loss is not, it is made so.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -97,7 +97,14 @@ class Program:
         """The weights for validation and export: the running mean, where the run has one."""
         return state.params if state.ema is None else state.ema
 
-    def _over_parts(self, params, batch: Batch, mask: Mask):
+    def _dropout_keys(self, state: State) -> Array | None:
+        """A key for each part of the step's rows, `[accumulate]`; None where the run drops nothing."""
+        if not self.run.model.attention_dropout:
+            return None
+        of_step = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        return jax.random.split(of_step, self.run.optimizer.accumulate)
+
+    def _over_parts(self, state: State, batch: Batch, mask: Mask):
         """Gradient and mean loss of the batch, and its visible pairs, summed over parts of its rows.
 
         Beside these sums, what each part sends of its keys. A part's loss is divided by the weight of the
@@ -106,25 +113,29 @@ class Program:
         mesh, masks, pattern = self.placement.mesh, self.masks, self.run.model.pattern
         weight = batch.weights.sum()
         total = jnp.where(weight > 0, weight, 1.0)  # rows of padding only: a loss and gradient of 0
-        parts = jax.tree.map(lambda x: split_rows(mesh, x, self.run.optimizer.accumulate), batch)
+        keys, count = self._dropout_keys(state), self.run.optimizer.accumulate
+        # Dropout reads the number of a row in its part, so with it a row's part is the same on any mesh.
+        strided = keys is not None
+        parts = jax.tree.map(lambda x: split_rows(mesh, x, count, strided=strided), batch)
 
-        def loss_of(params, part: Batch, plans: Plans):
-            losses = self._losses(params, part, plans)
+        def loss_of(params, part: Batch, plans: Plans, key):
+            losses = self._losses(params, part, plans, key)
             nats, penalty = (part.weights * losses.nats).sum(), (part.weights * losses.penalty).sum()
             return (nats + penalty) / total, nats / total
 
-        def add(sums, part: Batch):
+        def add(sums, of_part: tuple[Batch, Array | None]):
+            part, key = of_part
             plans, rows = masks.plans(mask, masks.tokens(part)), part.inputs.shape[0]
-            (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, part, plans)
+            (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, part, plans, key)
             added = constrain_weights(mesh, gradients), loss, masks.visible_pairs(plans, rows)
             return jax.tree.map(jnp.add, sums, added), masks.travel(plans, rows)
 
         zero = jnp.zeros((), jnp.float32)
-        start = jax.tree.map(jnp.zeros_like, params), zero, dict.fromkeys(set(pattern), zero)
-        return jax.lax.scan(add, start, parts)
+        start = jax.tree.map(jnp.zeros_like, state.params), zero, dict.fromkeys(set(pattern), zero)
+        return jax.lax.scan(add, start, (parts, keys))
 
-    def _losses(self, params, batch: Batch, plans: Plans) -> TokenLosses:
-        return batch_losses(self.graph, params, batch, plans, self.run.loss, self.placement)
+    def _losses(self, params, batch: Batch, plans: Plans, key: Array | None = None) -> TokenLosses:
+        return batch_losses(self.graph, params, batch, plans, self.run.loss, self.placement, key)
 
 
 def _scored_bytes(batch: Batch) -> Int[Array, "B T"]:

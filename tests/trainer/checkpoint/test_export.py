@@ -22,7 +22,14 @@ def weights(tmp_path_factory) -> Weights:
     """Of a model whose every option is some other than the usual one, and whose weights are all random."""
     run = small_run(
         tmp_path_factory.mktemp("run"),
-        model=replace(MODEL, layers=4, pattern=("local", "global"), dtype="bfloat16"),
+        model=replace(
+            MODEL,
+            layers=4,
+            pattern=("local", "global"),
+            dtype="bfloat16",
+            bias="alibi",
+            attention_dropout=0.1,
+        ),
         data=Data(paths=("a.txt", "b"), columns={"text": "body"}, tokenizer="own.json", length=32, batch=2),
         optimizer=Optimizer(ema=0.9),
     )

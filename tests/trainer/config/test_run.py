@@ -25,6 +25,15 @@ from train.step.curriculum import growth
         (Model, "rope_theta", 0.0, r"model\.rope_theta must be positive, got 0\.0"),
         (Model, "dtype", "float16", r"model\.dtype must be one of 'float32', 'bfloat16', got 'float16'"),
         (Model, "remat", "some", r"model\.remat must be one of 'none', 'full', .*got 'some'"),
+        (Model, "bias", "rope", r"model\.bias must be one of 'none', 'alibi', got 'rope'"),
+        (
+            Model,
+            "attention_dropout",
+            1.0,
+            r"model\.attention_dropout must lie in 0…1 \(1 excluded\), got 1\.0",
+        ),
+        (Model, "attention_dropout", -0.1, r"model\.attention_dropout must lie in 0…1 .*, got -0\.1"),
+        (Model, "attention_dropout", math.nan, r"model\.attention_dropout must lie in 0…1 .*, got nan"),
         (Model, "pattern", ("near",), r"model\.pattern must be of 'global' and 'local', got \('near',\)"),
         (Model, "pattern", (), r"model\.pattern must be of 'global' and 'local', got \(\)"),
         (Model, "layers", 0, r"model\.layers must be at least 1, got 0"),
@@ -113,10 +122,20 @@ def test_a_run_comes_back_from_its_json():
     run = Run(
         task="summarize",
         data=Data(paths=("a.jsonl", "b"), columns={"summary": "abstract"}),
-        model=Model(layers=6, pattern=("local", "local", "global")),
+        model=Model(layers=6, pattern=("local", "local", "global"), bias="alibi", attention_dropout=0.1),
         optimizer=Optimizer(ema=0.99),
     )
     assert from_json(to_json(run)) == run
+
+
+def test_a_config_older_than_bias_and_dropout_has_none():
+    saved = json.loads(to_json(Run()))
+    del saved["model"]["bias"], saved["model"]["attention_dropout"]
+    assert from_json(json.dumps(saved)) == Run()
+    assert differences(saved, Run(model=Model(bias="alibi", attention_dropout=0.1))) == [
+        "model.attention_dropout: 0.0 saved, 0.1 asked for",
+        "model.bias: 'none' saved, 'alibi' asked for",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,14 @@ def test_the_running_mean_is_validated_where_there_is_one(run):
     assert validate(averages).loss == pytest.approx(Validator(plain, text)(state).loss, rel=1e-6)
 
 
+def test_nothing_is_dropped_in_validation_and_the_needle_probe(run):
+    probed = replace(run, evaluation=replace(run.evaluation, needles=1))
+    dropping = replace(probed, model=replace(run.model, attention_dropout=0.5))
+    expected, actual = (Validator(p, t)(s) for r in (probed, dropping) for p, s, t in [validated(r)])
+    assert actual == expected
+    assert "needle" in actual.evaluators
+
+
 def test_buckets_without_a_token_are_left_out_and_do_not_spoil_the_mean():
     sums = total(
         lambda batch: Evaluated(jnp.asarray([6.0, 0.0]), jnp.asarray([2.0, 0.0]), jnp.asarray([3, 0])), [0, 1]

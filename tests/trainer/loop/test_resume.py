@@ -10,11 +10,11 @@ from pathlib import Path
 import kill_run
 import pytest
 from slow import mostly
-from train_cases import small_run, steps_of
+from train_cases import MODEL, small_run, steps_of
 
 from train.checkpoint.folder import RunFolder
 from train.config.operation import Checkpoints, Evaluation
-from train.config.sections import Curriculum, Data, Optimizer
+from train.config.sections import Curriculum, Data, Model, Optimizer
 from train.loop.prepare import prepare
 from train.loop.training import train
 from train.metrics.log import read
@@ -22,7 +22,7 @@ from train.metrics.log import read
 STEPS, EVERY = 15, 5
 
 
-def paced_run(folder: Path, rows: str):
+def paced_run(folder: Path, rows: str, model: Model):
     """A run whose curriculum the loss moves, over several epochs that no checkpoint ends."""
     text = folder / "texts.jsonl"
     words = ["mask key query", "step", "a longer text of some words", "query " * 9, "key mask " * 4]
@@ -31,6 +31,7 @@ def paced_run(folder: Path, rows: str):
         folder,
         name=rows,
         steps=STEPS,
+        model=model,
         data=Data(paths=(str(text),), held_out=0.2, length=32, batch=2, rows=rows, packing_bins=2),
         optimizer=Optimizer(learning_rate=1e-2, ema=0.9, accumulate=2),
         curriculum=Curriculum(start=4, pace="loss", stages=3, patience=2),
@@ -43,10 +44,14 @@ def folder_of(run) -> RunFolder:
     return RunFolder(Path(run.folder) / run.name)
 
 
-@pytest.fixture(scope="module", params=["packed", "chunked"])
+MODELS = {"packed": replace(MODEL, bias="alibi", attention_dropout=0.2), "chunked": MODEL}
+"""Of the runs, by their rows."""
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def alone(request, tmp_path_factory):
     """A run left alone, with all its checkpoints."""
-    run = paced_run(tmp_path_factory.mktemp(request.param), request.param)
+    run = paced_run(tmp_path_factory.mktemp(request.param), request.param, MODELS[request.param])
     train(prepare(run))
     return run
 

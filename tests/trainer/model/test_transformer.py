@@ -11,7 +11,7 @@ from cases import MASKS
 from slow import mostly
 from train_cases import MODEL
 
-from dynmask_jax import Causal, Chunks, SameSegment, Tokens, Window, plan
+from dynmask_jax import ALiBi, Causal, Chunks, SameSegment, Tokens, Window, plan
 from train.model.transformer import Transformer
 
 LENGTH = 16
@@ -38,8 +38,8 @@ def plans(mask, q=Tokens.sequence(LENGTH), k=None, local=4):
 
 
 @nnx.jit
-def features(model, tokens, seen):
-    return model(tokens, seen)
+def features(model, tokens, seen, key=None):
+    return model(tokens, seen, key)
 
 
 def changed(model, mask, at):
@@ -73,14 +73,41 @@ def test_shapes_and_grouped_heads():
         assert block.attention.key.kernel.shape == (3, 16, 1, 8)
 
 
-def test_many_layers_in_a_loop_are_the_same_layers_one_after_the_other():
-    model = transformer(layers=6, pattern=PATTERN)
+@pytest.mark.parametrize("key", [None, jax.random.key(7)], ids=["plain", "dropout"])
+def test_many_layers_in_a_loop_are_the_same_layers_one_after_the_other(key):
+    model = transformer(layers=6, pattern=PATTERN, attention_dropout=0.3)
     x, seen = model.embed(TOKENS), plans(Causal())
     for group in range(3):
-        for reach, block in zip(PATTERN, model.groups.layers, strict=True):
+        for i, (reach, block) in enumerate(zip(PATTERN, model.groups.layers, strict=True)):
             graph, stacked = nnx.split(block)
-            x, _ = nnx.merge(graph, jax.tree.map(lambda w, n=group: w[n], stacked))(x, seen[reach])
-    np.testing.assert_allclose(features(model, TOKENS, seen), model.norm(x), rtol=1e-4, atol=1e-5)
+            one = nnx.merge(graph, jax.tree.map(lambda w, n=group: w[n], stacked))
+            x, _ = one(x, seen[reach], None, 2 * group + i, 0, key)
+    np.testing.assert_allclose(features(model, TOKENS, seen, key), model.norm(x), rtol=1e-4, atol=1e-5)
+
+
+def first_block(model):
+    graph, stacked = nnx.split(model.groups.layers[0])
+    return nnx.merge(graph, jax.tree.map(lambda w: w[0], stacked))
+
+
+def test_layers_and_keys_drop_otherwise_and_without_a_key_nothing_is_dropped(model):
+    x, seen = model.embed(TOKENS), plans(Causal())["global"]
+    block = first_block(transformer(attention_dropout=0.3))
+    drawn = [(0, jax.random.key(0)), (1, jax.random.key(0)), (0, jax.random.key(1))]
+    outs = [block(x, seen, None, layer, 0, key)[0] for layer, key in drawn]
+    plain = first_block(model)(x, seen)[0]
+    for i, out in enumerate(outs):
+        assert all(jnp.abs(out - other).max() > 1e-2 for other in [plain, *outs[:i]])
+    np.testing.assert_array_equal(block(x, seen)[0], plain)
+
+
+def test_alibi_is_added_to_the_scores_and_rotary_positions_stay():
+    x, seen = transformer().embed(TOKENS), plans(Causal())["global"]
+    biased, plain = (first_block(transformer(bias=bias)).attention for bias in ("alibi", "none"))
+    k, v = plain.keys_values(x, seen.q_tokens)
+    expected = plain.attend(x, k, v, seen, bias=ALiBi.for_heads(MODEL.heads))
+    np.testing.assert_array_equal(biased(x, seen), expected)
+    assert jnp.abs(expected - plain(x, seen)).max() > 1e-2
 
 
 def test_layers_begin_with_weights_of_their_own():
@@ -91,16 +118,29 @@ def test_layers_begin_with_weights_of_their_own():
     assert len({tuple(layer) for layer in layers.tolist()}) == 4
 
 
-def gradient(model, tokens=TOKENS):
+def gradient(model, tokens=TOKENS, key=None):
     graph, weights = nnx.split(model)
     seen = plans(Causal())
-    return jax.jit(jax.grad(lambda w: jnp.square(nnx.merge(graph, w)(tokens, seen)[:, :, 0]).sum()))(weights)
+    return jax.jit(jax.grad(lambda w: jnp.square(nnx.merge(graph, w)(tokens, seen, key)[:, :, 0]).sum()))(
+        weights
+    )
 
 
 @pytest.mark.parametrize(("remat", "layers"), [("full", 2), ("dots", 5), ("dots_no_batch", 5)])
 def test_remat_changes_no_gradient(remat, layers):
     expected, actual = (gradient(transformer(remat=name, layers=layers)) for name in ("none", remat))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", mostly([2, 5], [5]))
+def test_remat_drops_the_same_again(layers):
+    key = jax.random.key(3)
+    expected, actual = (
+        jax.tree.leaves(gradient(transformer(remat=name, layers=layers, attention_dropout=0.3), key=key))
+        for name in ("none", "full")
+    )
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -160,9 +200,17 @@ def decoded(model, tokens, mask, at: Tokens, cuts):
     return jnp.concatenate(pieces, axis=1)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("window", 6), ("sinks", 6), ("strided", 2)])
-def test_decoding_in_steps_is_one_pass(name, layers):
-    deep = transformer(pattern=PATTERN, layers=layers)
+@pytest.mark.parametrize(
+    ("name", "layers", "options"),
+    [
+        ("window", 6, {}),
+        ("sinks", 6, {}),
+        ("strided", 2, {}),
+        ("sinks", 2, {"bias": "alibi", "attention_dropout": 0.5}),
+    ],
+)
+def test_decoding_in_steps_is_one_pass(name, layers, options):
+    deep = transformer(pattern=PATTERN, layers=layers, **options)
     tokens = jax.random.randint(jax.random.key(3), (2, LENGTH), 0, 256)
     # Two documents in a row, and beside it a row that begins with padding.
     place = jnp.arange(LENGTH)

@@ -84,6 +84,7 @@ class Case:
 
 ONE_LAYER = replace(GROUPED, layers=1, pattern=("global",), backend="dense")
 ALIKE = replace(ONE_LAYER, kv_heads=4)
+DROPPING = replace(ONE_LAYER, attention_dropout=0.3, bias="alibi")
 CASES = {
     "data 8": Case(Mesh(data=8), options={"batch": 8, "model": ONE_LAYER}),
     "data 4, context 2": Case(Mesh(data=4, context=2), "striped", {"rows": "chunked", "model": ALIKE}),
@@ -91,6 +92,9 @@ CASES = {
         Mesh(fsdp=2, context=4, strategy="all_gather"), "striped", {"accumulate": 2}
     ),
     "fsdp 2, context 2, tensor 2": Case(Mesh(fsdp=2, context=2, tensor=2), "zigzag", {"model": ONE_LAYER}),
+    "data 2, context 2, tensor 2, in parts, dropout": Case(
+        Mesh(data=2, context=2, tensor=2), "striped", {"model": DROPPING, "accumulate": 2}
+    ),
     "context 2, tensor 2, ulysses": Case(
         Mesh(context=2, tensor=2, strategy="ulysses"), "contiguous", {"model": ALIKE, "rows": "chunked"}
     ),
@@ -99,7 +103,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "name", mostly(CASES, [name for name in CASES if "fsdp" in name or "ulysses" in name])
+    "name",
+    mostly(CASES, [name for name in CASES if any(word in name for word in ("fsdp", "ulysses", "dropout"))]),
 )
 def test_a_train_step_is_that_of_one_device(name):
     case = CASES[name]

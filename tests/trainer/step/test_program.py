@@ -232,6 +232,74 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(run):
         assert (b != 0).any()
 
 
+DROPPING = replace(MODEL, attention_dropout=0.3, bias="alibi")
+SEEN_IN_FULL = Curriculum(kind="full")
+
+
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory):
+    """A program with dropout, whose mask never changes, its state, and its train step, compiled once."""
+    run = small_run(tmp_path_factory.mktemp("dropping"), model=DROPPING, curriculum=SEEN_IN_FULL)
+    program, state = of(run, optimizer=Optimizer(accumulate=2))
+    return program, state, jax.jit(program.train_step)
+
+
+def loss_of(train_step, state, batch=PACKED):
+    return float(train_step(state, batch)[1].loss)
+
+
+def test_a_run_with_dropout_and_alibi_is_one_compilation_and_another_run(run):
+    first = []
+    for options in ({}, {"attention_dropout": 0.1, "bias": "alibi"}):
+        program, state = of(run, model=replace(MODEL, **options))
+        _, history = trained(program, state, PACKED, run.steps)
+        assert history[-1].loss < history[0].loss
+        first.append(float(history[0].loss))
+    assert first[0] != first[1]
+    assert first[0] == pytest.approx(first[1], rel=0.1)
+
+
+def test_a_step_drops_the_same_again_and_other_steps_and_keys_drop_otherwise(dropping):
+    _, state, train_step = dropping
+    once, again = (train_step(state, PACKED) for _ in range(2))
+    chex.assert_trees_all_equal(once, again)
+    later = replace(state, step=state.step + 1)
+    other = replace(state, key=jax.random.key_data(jax.random.key(9)))
+    losses = [loss_of(train_step, each) for each in (state, later, other)]
+    assert len(set(losses)) == 3
+
+
+def test_without_dropout_the_key_and_the_step_are_not_read(run):
+    _, state = of(run, curriculum=SEEN_IN_FULL)
+    for rate in (0.0, 0.3):
+        program, _ = of(run, curriculum=SEEN_IN_FULL, model=replace(MODEL, attention_dropout=rate))
+        jaxpr = str(jax.make_jaxpr(program.train_step)(state, PACKED))
+        assert ("random_wrap" in jaxpr) == ("random_fold_in" in jaxpr) == (rate > 0)
+
+
+def test_accumulated_parts_drop_otherwise(dropping):
+    """The same row twice, of which one part each time is in the loss."""
+    _, state, train_step = dropping
+    row = batch_of([9, 14, 5])
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), row)
+    losses = [
+        loss_of(train_step, state, replace(twice, weights=twice.weights * np.float32(part)))
+        for part in ([[1], [0]], [[0], [1]])
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_evaluation_with_dropout_is_the_program_without(dropping):
+    program, state, _ = dropping
+    without, _ = of(replace(program.run, model=replace(DROPPING, attention_dropout=0.0)))
+    expected, actual = (
+        str(jax.make_jaxpr(each.evaluate)(state.params, PACKED, each.masks.full))
+        for each in (without, program)
+    )
+    assert actual == expected
+
+
 @pytest.fixture(scope="module")
 def settled(tmp_path_factory):
     """A program with a running mean, its first state, and its train step, compiled once."""
