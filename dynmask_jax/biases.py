@@ -13,7 +13,7 @@ from dynmask_jax.array_typing import Number, is_boolean, pytree, static
 from dynmask_jax.bias_algebra import Bias as Bias
 from dynmask_jax.bias_algebra import Sum as Sum
 from dynmask_jax.bias_algebra import bias_tensor as bias_tensor
-from dynmask_jax.leaves import check_whole
+from dynmask_jax.leaves import check_function, check_whole
 
 
 @pytree
@@ -135,6 +135,7 @@ class BiasFunction(Bias):
 
     Raises:
       TypeError: the function is not callable.
+      ValueError: it closes over a traced value, which must be a parameter.
 
     >>> same_document = BiasFunction(lambda q, k, extra: extra * (q.segment == k.segment), 0.5)
     """
@@ -143,8 +144,7 @@ class BiasFunction(Bias):
     parameters: tuple = ()
 
     def __init__(self, function: Callable, *parameters):
-        if not callable(function):
-            raise TypeError(f"BiasFunction: function must be callable, got {function!r}")
+        check_function("BiasFunction", function)
         object.__setattr__(self, "function", function)
         object.__setattr__(self, "parameters", parameters)
 

@@ -4,7 +4,6 @@ What a mask is, and how masks combine and are read, is in `dynmask_jax.mask_alge
 """
 
 from collections.abc import Callable
-from types import CellType
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,12 +11,11 @@ import jax.numpy as jnp
 from dynmask_jax.array_typing import (
     Number,
     is_boolean,
-    is_traced,
     pytree,
     static,
 )
 from dynmask_jax.hashes import random_draw
-from dynmask_jax.leaves import check_fraction, check_whole
+from dynmask_jax.leaves import check_fraction, check_function, check_whole
 from dynmask_jax.mask_algebra import And as And
 from dynmask_jax.mask_algebra import Mask as Mask
 from dynmask_jax.mask_algebra import Not as Not
@@ -234,14 +232,7 @@ class Predicate(Mask):
     parameters: tuple = ()
 
     def __init__(self, function: Callable, *parameters):
-        if not callable(function):
-            raise TypeError(f"Predicate: function must be callable, got {function!r}")
-        for name, value in _closed_over(function):
-            if is_traced(value):
-                raise ValueError(
-                    f"Predicate: the function closes over {name}, which is traced; give it as a parameter: "
-                    f"Predicate(lambda q, k, {name}: …, {name})"
-                )
+        check_function("Predicate", function)
         object.__setattr__(self, "function", function)
         object.__setattr__(self, "parameters", parameters)
 
@@ -251,11 +242,3 @@ class Predicate(Mask):
     def __repr__(self):
         name = getattr(self.function, "__name__", repr(self.function))
         return f"Predicate({', '.join([name, *map(repr, self.parameters)])})"
-
-
-def _closed_over(function) -> list[tuple[str, Any]]:
-    """The variables of an enclosing function that it uses, with their values."""
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    if code is None or cells is None:
-        return []
-    return [(n, c.cell_contents) for n, c in zip(code.co_freevars, cells, strict=True) if c != CellType()]
