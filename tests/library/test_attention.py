@@ -532,7 +532,7 @@ Q = (1, 4, 4, 8)
             r"q must have shape \[batch, tokens, heads, head_dim\], got \(4, 4, 8\)",
         ),
         ({"k": (1, 0, 2, 8), "v": (1, 0, 2, 8)}, ValueError, "k must have shape"),
-        ({"v": (1, 5, 2, 8)}, ValueError, "k and v must have one shape"),
+        ({"v": (1, 5, 2, 8)}, ValueError, "k and v must have one batch, tokens and heads"),
         ({"k": (2, 4, 2, 8), "v": (2, 4, 2, 8)}, ValueError, "one batch size, got 1 and 2"),
         ({"k": (1, 4, 2, 4), "v": (1, 4, 2, 4)}, ValueError, "one head dim, got 8 and 4"),
         (
