@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from benchmarks.markdown import ratio, table
 from benchmarks.tpu_compile import kernels
 from benchmarks.vliw import Step
-from dynmask_jax import Causal, Tokens, Window, attention, plan
+from dynmask_jax import ALiBi, Causal, Dropout, Tokens, Window, attention, plan
 
 HEADS, BLOCK = 8, 512
 
@@ -56,22 +56,34 @@ class Program:
 
 PROGRAMS = (
     Program("dynmask_jax", "benchmarks.tpu_schedule:ours", {}, ("full", "partial")),
+    Program("with ALiBi", "benchmarks.tpu_schedule:ours", {"scores": "bias"}, ("full", "partial")),
+    Program("with dropout", "benchmarks.tpu_schedule:ours", {"scores": "dropout"}, ("full", "partial")),
     Program("splash", "benchmarks.tpu_schedule:splash", {"mask": "full"}, ("full",)),
     Program("splash", "benchmarks.tpu_schedule:splash", {"mask": "causal"}, ("partial",)),
 )
 
 
-def ours(tokens: int, head_dim: int):
-    """Our gradient under a causal window whose length is data: the program of a whole curriculum."""
+def ours(tokens: int, head_dim: int, scores: str | None = None):
+    """Our gradient under a causal window whose length is data: the program of a whole curriculum.
 
-    def attend(q, k, v, window):
+    `scores` adds a "bias", `ALiBi` of constant slopes, or "dropout" of 0.1.
+    """
+
+    def attend(q, k, v, window, seed):
         mask = Causal() & Window(window)
+        how = {"bias": ALiBi.for_heads(HEADS), "dropout": Dropout(0.1, seed)}
         return attention(
-            q, k, v, plan(mask, Tokens.sequence(tokens), block_q=BLOCK, block_k=BLOCK), backend="tpu"
+            q,
+            k,
+            v,
+            plan(mask, Tokens.sequence(tokens), block_q=BLOCK, block_k=BLOCK),
+            backend="tpu",
+            **({scores: how[scores]} if scores else {}),
         )
 
     array = jax.ShapeDtypeStruct((1, tokens, HEADS, head_dim), jnp.bfloat16)
-    return gradient(attend), (array, array, array, jax.ShapeDtypeStruct((), jnp.int32))
+    data = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return gradient(attend), (array, array, array, *data)
 
 
 def splash(mask: str, tokens: int, head_dim: int):

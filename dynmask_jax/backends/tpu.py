@@ -122,7 +122,7 @@ def forward(scores: Scores, q, k, v, plan: Plan):
     columns = Columns(token_blocks(plan.kv_tokens, size_k, words.of_keys), tuple(blocks[1:]))
     heads, group, bq, width = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3], v.shape[3]
     kernel = Kernel(
-        body=functools.partial(_kernel, tile=Tile.of(scores, plan, keys_first=False)),
+        body=functools.partial(_kernel, tile=Tile.of(scores, plan)),
         name="dynmask_forward",
         heads=heads,
         inner=1,

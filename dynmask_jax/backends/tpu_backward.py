@@ -74,7 +74,7 @@ class QueryState:
     sums: Array  # dq [bq, H], or the bias's gradients [leaves, 128]
 
 
-def _query_kernel(active, numbers, tokens, line, column, out, state, *, tile, of_bias):
+def _query_kernel(active, numbers, tokens, line, column, out, state, *, tile):
     """Sums the gradients of queries, or those of the bias, over a line of queries."""
     (q, d_out, shared, words), (k, v) = line, column
     head, step = pl.program_id(1), pl.program_id(2)
@@ -99,7 +99,7 @@ def _query_kernel(active, numbers, tokens, line, column, out, state, *, tile, of
         if words is not None:
             d_weights = tile.kept(d_weights, numbers, (state.words, tokens[1][3:]))
         d_logits = weights * (d_weights - widened(state.delta[...], width))
-        if of_bias:
+        if tile.of_bias:
             state.sums[...] += tile.bias_gradients(_of_shown(d_logits, weights, hide), *of_tile)
             return
         d_products = _of_shown(tile.slope(capped, d_logits), weights, hide)
@@ -110,7 +110,7 @@ def _query_kernel(active, numbers, tokens, line, column, out, state, *, tile, of
     @pl.when(ends)
     def _():
         sums = state.sums[...]
-        out[...] = sums if of_bias else (sums * tile.scale).astype(out.dtype)
+        out[...] = sums if tile.of_bias else (sums * tile.scale).astype(out.dtype)
 
 
 def _sweep_queries(scores: Scores, plan: Plan, queries, columns: Columns, *, of_bias: bool = False):
@@ -120,7 +120,7 @@ def _sweep_queries(scores: Scores, plan: Plan, queries, columns: Columns, *, of_
     if of_bias:
         size, dtype = (len(learnable(scores.bias)[0]), LANES), jnp.float32
     kernel = Kernel(
-        body=functools.partial(_query_kernel, tile=Tile.of(scores, plan, keys_first=False), of_bias=of_bias),
+        body=functools.partial(_query_kernel, tile=Tile.of(scores, plan, of_bias=of_bias)),
         name="dynmask_dbias" if of_bias else "dynmask_dq",
         heads=heads,
         inner=1,
@@ -160,9 +160,10 @@ class KeyState:
     words: Array | None  # [1, bk, 128]
 
 
-def _key_kernel(active, numbers, tokens, line, column, out, state, *, tile, group):
+def _key_kernel(active, numbers, tokens, line, column, out, state, *, tile):
     (k, v), (q, d_out, shared, words), (dk, dv) = line, column, out
     head, step, inner = (pl.program_id(axis) for axis in (1, 2, 3))
+    group = pl.num_programs(3)
     code, begins, ends = active.at(step)
 
     @pl.when(begins & (inner == 0))
@@ -199,7 +200,7 @@ def _sweep_keys(scores: Scores, plan: Plan, queries, lines: Lines):
     heads, bk = k.shape[1], k.shape[3]
     group = queries[0].shape[1] // heads
     kernel = Kernel(
-        body=functools.partial(_key_kernel, tile=Tile.of(scores, plan, keys_first=True), group=group),
+        body=functools.partial(_key_kernel, tile=Tile.of(scores, plan, keys_first=True)),
         name="dynmask_dkv",
         heads=heads,
         inner=group,

@@ -37,6 +37,7 @@ class Tile:
       keys_first: whether the line is of keys and its columns of queries.
       filled: whether columns may be of keys that are filling, which must be hidden: their logits of 0
         can be far above all others. Filling among queries has no gradient, and needs no hiding.
+      of_bias: whether the kernel sums gradients of the bias.
     """
 
     scale: float
@@ -44,13 +45,14 @@ class Tile:
     types: "Numbers"
     keys_first: bool
     filled: bool
+    of_bias: bool
 
     @classmethod
-    def of(cls, scores: Scores, plan: Plan, *, keys_first: bool) -> "Tile":
+    def of(cls, scores: Scores, plan: Plan, *, keys_first: bool = False, of_bias: bool = False) -> "Tile":
         """For the plan's mask and blocks."""
         filled = bool(plan.lengths[1] % plan.block_k or plan.block_k % LANES)
         types = jax.eval_shape(lambda numbers: numbers, Numbers.of(scores, plan))
-        return cls(scores.scale, scores.soft_cap, types, keys_first, filled and not keys_first)
+        return cls(scores.scale, scores.soft_cap, types, keys_first, filled and not keys_first, of_bias)
 
     def capped(self, products):
         """Products of unscaled queries as logits · log2 e, without bias."""

@@ -164,6 +164,21 @@ def drawn(call, dropout, the_plan, batch: int = 2, heads: int = HEADS, **options
     return call(q, k, v, the_plan, dropout=dropout, **options).swapaxes(1, 2) > 0
 
 
+GRAINS = (64, 64), (128, 128), (512, 512), (100, 52)
+"""Of 600 queries and keys: none of them divides it."""
+
+
+@pytest.mark.parametrize("rate", mostly([0.0, 0.1, 0.5], [0.5]))
+@pytest.mark.parametrize(("block_q", "block_k"), mostly(GRAINS, [(512, 512)]))
+@pytest.mark.parametrize("backend", LOOPS)
+def test_any_rate_in_blocks_of_any_size_has_the_gradients_of_dense(backend, block_q, block_k, rate):
+    shape = Shape(batch=1, queries=600, keys=600, block_q=block_q, block_k=block_k)
+    q, k, v, the_plan = arguments(shape)
+    dropout = Dropout(rate, KEY)
+    expected = results(attention, q, k, v, the_plan, backend="dense", dropout=dropout)
+    assert_close(results(attention, q, k, v, the_plan, backend=backend, dropout=dropout), expected)
+
+
 DOCUMENTS = jax.tree.map(lambda *rows: jnp.stack(rows), Tokens.packed([40, 24]), Tokens.packed([10, 54]))
 
 
@@ -174,7 +189,7 @@ def test_every_backend_and_block_size_draws_the_same(backend, broadcast):
     expected = np.asarray(dropout_mask(dropout, DOCUMENTS, batch=2, heads=HEADS))
     assert 0.4 < expected.mean() < 0.6
     assert (expected == expected[:, :1]).all() == broadcast
-    for block_q, block_k in ((64, 64), (16, 8), (13, 27)):
+    for block_q, block_k in ((64, 64), (16, 8), (128, 512), (13, 27)):
         the_plan = plan(Everything(), DOCUMENTS, block_q=block_q, block_k=block_k)
         np.testing.assert_array_equal(drawn(attention, dropout, the_plan, backend=backend), expected)
 
