@@ -42,7 +42,7 @@ def _learned() -> dict:
         return attention(q, k, v, Causal(), bias=bias)
 
     def both(q, k, v, cotangent, bias: Bias):
-        out, pull = jax.vjp(lambda *x: attention(*x[:3], Causal(), bias=x[3]), q, k, v, bias)
+        out, pull = jax.vjp(lambda q, k, v, bias: forward(q, k, v, None, bias), q, k, v, bias)
         return out, pull(cotangent)
 
     return {FORWARD: jax.jit(forward), BOTH: jax.jit(both)}
