@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Float, pytree
+from dynmask_jax.mask_algebra import remedy
 from dynmask_jax.tokens import Tokens, check_tokens
 
 
@@ -86,11 +87,39 @@ class Sum(Bias):
     b: Bias
 
     def score(self, q, k):
-        a, b = (jnp.asarray(each.score(q, k)).astype(jnp.float32) for each in (self.a, self.b))
-        return a + b
+        a, b = scored(self.a, q, k), scored(self.b, q, k)
+        wide = jnp.promote_types(a.dtype, b.dtype)
+        return a.astype(wide) + b.astype(wide)
 
     def __repr__(self):
         return f"({self.a!r} + {self.b!r})"
+
+
+def scored(bias: Bias, q: Tokens, k: Tokens) -> Float[Array, "..."]:
+    """`bias.score(q, k)` of one head, in float32 (float64 where it is that), which broadcasts to the pairs.
+
+    Raises:
+      TypeError: it is no real number, or the bias asks for one pair's tokens.
+      ValueError: it is of other pairs.
+    """
+    try:
+        score = bias.score(q, k)
+    except Exception as cause:
+        if (words := remedy(cause)) is not None:
+            raise TypeError(f"{bias!r} {words}") from cause
+        cause.add_note(f"in {bias!r}, whose score is of tokens {q.shape} and {k.shape}")
+        raise
+    if not (isinstance(score, int | float) or hasattr(score, "dtype")):
+        raise TypeError(f"{bias!r} must give real numbers, got {type(score).__name__}")
+    score = jnp.asarray(score)
+    if not jnp.issubdtype(score.dtype, jnp.number) or jnp.issubdtype(score.dtype, jnp.complexfloating):
+        raise TypeError(f"{bias!r} must give real numbers, got {score.dtype}")
+    pairs = jnp.broadcast_shapes(q.shape, k.shape)
+    if len(score.shape) > len(pairs) or any(
+        n not in (1, m) for n, m in zip(score.shape[::-1], pairs[::-1], strict=False)
+    ):
+        raise ValueError(f"{bias!r} must give numbers that broadcast to the pairs {pairs}, got {score.shape}")
+    return score if score.dtype == jnp.float64 else score.astype(jnp.float32)
 
 
 def for_heads(bias: Bias, heads: int) -> Bias:
@@ -132,12 +161,7 @@ def score_pairs(bias: Bias, q: Tokens, k: Tokens, *, keys_first: bool = False) -
         pair, shape = (q[None, :], k[:, None]), k.shape + q.shape
     else:
         pair, shape = (q[:, None], k[None, :]), q.shape + k.shape
-    score = jnp.asarray(bias.score(*pair))
-    if not jnp.issubdtype(score.dtype, jnp.number) or jnp.issubdtype(score.dtype, jnp.complexfloating):
-        raise TypeError(f"{bias!r} must give real numbers, got {score.dtype}")
-    if score.dtype != jnp.float64:
-        score = score.astype(jnp.float32)
-    return jnp.broadcast_to(score, shape)
+    return jnp.broadcast_to(scored(bias, *pair), shape)
 
 
 def bias_tensor(

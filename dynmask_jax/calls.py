@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynmask_jax.bias_algebra import Bias
 from dynmask_jax.fields_read import fields_read, reads_segments
 from dynmask_jax.mask_algebra import Mask, check_mask
 from dynmask_jax.plans import Plan, plan
@@ -16,49 +17,50 @@ MANY_HEADS = 128
 """No model has more key heads in a layer, as far as we know; sequences have more tokens."""
 
 
-def as_plan(mask_or_plan: Mask | Plan, batch: int, queries: int, keys: int) -> Plan:
+def as_plan(mask_or_plan: Mask | Plan, batch: int, queries: int, keys: int, bias: Bias | None = None) -> Plan:
     """The plan itself, or one for the mask with queries and keys at positions 0, 1, ….
 
     Raises:
       TypeError: it is neither.
-      ValueError: the plan is for another batch, or other numbers of queries and keys; or the mask needs
-        tokens.
+      ValueError: the plan is for another batch, or other numbers of queries and keys; or the mask, or the
+        bias that reads the same tokens, needs them.
     """
     if isinstance(mask_or_plan, Plan):
         _check_plan(mask_or_plan, batch, queries, keys)
         return mask_or_plan
     check_mask(mask_or_plan, "mask_or_plan must be a Mask or a Plan")
-    check_without_tokens(mask_or_plan, queries, keys)
+    for expression in (mask_or_plan, bias):
+        check_without_tokens(expression, queries, keys)
     return plan(mask_or_plan, Tokens.sequence(queries), Tokens.sequence(keys))
 
 
-def check_without_tokens(mask: Mask, queries: int, keys: int):
-    """Refuses a mask that needs to be told more of queries and keys than their numbers.
+def check_without_tokens(expression: Mask | Bias | None, queries: int, keys: int):
+    """Refuses a mask or a bias that needs to be told more of queries and keys than their numbers.
 
     Raises:
       ValueError: it reads segments; or as `check_positions` says.
     """
-    if reads_segments(mask):
+    if reads_segments(expression):
         raise ValueError(
-            f"{mask!r} reads the segments of tokens, and there are none here, so packed documents would see "
-            "each other: make a plan of the tokens, plan(mask, Tokens.packed([300, 212])) or "
+            f"{expression!r} reads the segments of tokens, and there are none here, so packed documents "
+            "would count as one: make a plan of the tokens, plan(mask, Tokens.packed([300, 212])) or "
             "plan(mask, Tokens(position, segment)), and give it in place of the mask"
         )
-    check_positions(mask, queries, keys)
+    check_positions(expression, queries, keys)
 
 
-def check_positions(mask: Mask, queries: int, keys: int):
-    """Refuses a mask for which it must be said where the queries stand among the keys.
+def check_positions(expression: Mask | Bias | None, queries: int, keys: int):
+    """Refuses a mask or a bias for which it must be said where the queries stand among the keys.
 
     Raises:
       ValueError: it reads positions of queries, and there are more keys than queries, or fewer.
     """
-    if queries != keys and "q.position" in fields_read(mask):
+    if expression is not None and queries != keys and "q.position" in fields_read(expression):
         start = f"Tokens.sequence({queries}), Tokens.sequence({keys})"
         end = f"Tokens.sequence({queries}, start={keys - queries}), Tokens.sequence({keys})"
         raise ValueError(
-            f"{mask!r} reads positions, and where {queries} queries stand among {keys} keys is not said: "
-            f"give plan(mask, {end}) in place of the mask if the queries are the last tokens, "
+            f"{expression!r} reads positions, and where {queries} queries stand among {keys} keys is not "
+            f"said: give plan(mask, {end}) in place of the mask if the queries are the last tokens, "
             f"plan(mask, {start}) if they start where the keys do"
         )
 

@@ -105,7 +105,7 @@ def attention(
       mask_or_plan: a `Plan` made once for all layers, or a `Mask`, for which one is made here with
         queries and keys at positions 0, 1, …. That would be a guess for a mask that reads segments,
         and where the numbers of queries and keys differ for one that reads positions of queries:
-        such a call needs a plan.
+        such a call needs a plan. So does one whose bias reads them.
       scale: what products are multiplied by; 1/√H by default.
       soft_cap: squash logits into ±soft_cap by c·tanh(x/c), before the mask.
       sinks: `[N]` logits, one a head, of a key that everyone sees and whose value is zero (gpt-oss;
@@ -181,7 +181,9 @@ def checked(q, k, v, mask_or_plan, *, sinks=None, backend=None, **options) -> Ca
     check_arrays(q, k, v)
     if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
         raise ValueError(f"sinks must have shape [heads] = ({q.shape[2]},), got {jnp.shape(sinks)}")
-    the_plan = as_plan(mask_or_plan, q.shape[0], q.shape[1], k.shape[1])
+    if (bias := options.get("bias")) is not None:
+        check_bias(bias)
+    the_plan = as_plan(mask_or_plan, q.shape[0], q.shape[1], k.shape[1], bias)
     if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
         raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
     return Call(the_plan, known_backend(backend), _scores(q, **options))
@@ -189,7 +191,6 @@ def checked(q, k, v, mask_or_plan, *, sinks=None, backend=None, **options) -> Ca
 
 def _scores(q, *, scale=None, soft_cap=None, bias=None, dropout=None) -> Scores:
     if bias is not None:
-        check_bias(bias)
         bias = for_heads(bias, q.shape[2])
     if dropout is not None:
         check_dropout(dropout)

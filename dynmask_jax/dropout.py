@@ -26,14 +26,17 @@ class Dropout:
     The log-sum-exp stays that of all weights.
 
     Args:
-      rate: 0 ≤ rate < 1. At a Python 0 nothing is drawn. A traced rate may change without a new compilation.
+      rate: 0 ≤ rate < 1. At a Python 0 nothing is drawn. A traced rate may change without a new compilation;
+        it is not checked (at 1 everything is NaN), and attention has no gradient in it.
       key: a key of `jax.random`, a new one for each layer and step: `jax.random.fold_in(key, layer)`.
       broadcast: whether all rows and heads draw alike, as `broadcast_dropout` of Flax.
 
     The draw is a function of the key, the row of the batch, the query head, and the positions and segments
     of query and key. So it does not depend on the backend, on blocks, or on the devices that share the work,
     in any layout of the sequence. Tokens of one row with the same position and segment draw alike. So do
-    the calls that `jax.vmap` makes of one call, unless it maps the key.
+    the calls that `jax.vmap` makes of one call, unless it maps the key; and the devices of a `jax.shard_map`
+    or `pmap` of one's own, each of which counts its rows and heads from 0: give each a key of its own,
+    `jax.random.fold_in(key, jax.lax.axis_index(axis))`.
 
     Raises:
       TypeError: the rate is no number, or the key no key.
@@ -71,7 +74,7 @@ class Dropout:
             for word in words:
                 seed = mixed(seed ^ word)
             seeds.append(mixed(mixed(seed ^ rows)[None, :] ^ of_heads[:, None]))
-        rate = jnp.asarray(self.rate).astype(jnp.float32)
+        rate = jax.lax.stop_gradient(jnp.asarray(self.rate)).astype(jnp.float32)
         return Draws(jnp.stack(seeds, axis=-1), rate)
 
 

@@ -1,39 +1,42 @@
-"""Which fields of tokens a mask reads: whether a call can do without the caller's tokens."""
+"""Which fields of tokens a mask or a bias reads: whether a call can do without the caller's tokens."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from dynmask_jax.bias_algebra import Bias, scored
 from dynmask_jax.mask_algebra import Mask, evaluate
 from dynmask_jax.tokens import Tokens
 
 FIELDS = "q.position", "q.segment", "k.position", "k.segment"
 
 
-def fields_read(mask: Mask) -> frozenset[str]:
-    """The fields of queries and keys, of `FIELDS`, that what the mask shows may depend on.
+def fields_read(expression: Mask | Bias) -> frozenset[str]:
+    """The fields of queries and keys, of `FIELDS`, that what a mask shows, or a bias adds, may depend on.
 
-    Found in the mask's own trace, so masks of one's own are read like those of the catalogue. Numbers of the
-    mask do not matter: `Window(n)` reads positions, whatever n is.
+    Found in its own trace, so expressions of one's own are read like those of the catalogue. Their numbers
+    do not matter: `Window(n)` reads positions, whatever n is.
 
     Raises:
-      what the mask raises on tokens.
+      what it raises on tokens.
     """
-    leaves, structure = jax.tree.flatten(mask)
+    leaves, structure = jax.tree.flatten(expression)
     return _fields_read(structure, tuple(map(_kind, leaves)))
 
 
-def reads_segments(mask: Mask) -> bool:
-    """Whether the mask reads the document of a query or a key."""
-    return not fields_read(mask).isdisjoint({"q.segment", "k.segment"})
+def reads_segments(expression: Mask | Bias | None) -> bool:
+    """Whether it reads the document of a query or a key; None reads nothing."""
+    return expression is not None and not fields_read(expression).isdisjoint({"q.segment", "k.segment"})
 
 
 def _kind(leaf):
-    """A scalar like the leaf, or one value of a per-head leaf."""
+    """What is one head's of a leaf, which is a scalar or has heads first."""
     if isinstance(leaf, bool | int | float):
         return type(leaf)
-    return jax.ShapeDtypeStruct((), jnp.result_type(leaf), weak_type=getattr(leaf, "weak_type", False))
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf)[1:], jnp.result_type(leaf), weak_type=getattr(leaf, "weak_type", False)
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -43,7 +46,8 @@ def _fields_read(structure, kinds) -> frozenset[str]:
 
     def shown(q_position, q_segment, k_position, k_segment, leaves):
         q, k = Tokens(q_position, q_segment), Tokens(k_position, k_segment)
-        return evaluate(jax.tree.unflatten(structure, leaves), q, k)
+        expression = jax.tree.unflatten(structure, leaves)
+        return evaluate(expression, q, k) if isinstance(expression, Mask) else scored(expression, q, k)
 
     used = _used(jax.make_jaxpr(shown)(field, field, field, field, leaves).jaxpr)
     return frozenset(name for at, name in enumerate(FIELDS) if used[at])

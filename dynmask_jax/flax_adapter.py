@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, is_concrete, pytree
+from dynmask_jax.bias_algebra import Bias
 from dynmask_jax.calls import check_positions
 from dynmask_jax.dispatch import known_backend
 from dynmask_jax.dropout import Dropout
@@ -72,9 +73,21 @@ class Computation:
     block_q: int | None
     block_k: int | None
 
+    @property
+    def bias(self) -> Bias | None:
+        """The one that its attention was made with."""
+        return fixed_options(self.attention).get("bias")
+
     def plan(self, mask: Mask, q_tokens: Tokens, kv_tokens: Tokens) -> Plan:
         """The mask's plan, in these blocks."""
         return plan(mask, q_tokens, kv_tokens, block_q=self.block_q, block_k=self.block_k)
+
+
+def fixed_options(attention: Callable) -> Mapping[str, Any]:
+    """The options that each call of it has: those of a `functools.partial`, and of a `context_parallel`."""
+    if isinstance(attention, functools.partial):
+        return {**fixed_options(attention.func), **attention.keywords}
+    return getattr(attention, "options", {})
 
 
 def computation(
@@ -142,9 +155,10 @@ def attend_for_flax(
         mask_or_plan = mask_or_plan & Causal()
     batch = qkv[0].shape[:-3]
     query, key, value = (_one_batch_axis(x, batch, 3) for x in qkv)
-    call = _Call(how, batch, query.shape[1], key.shape[1])
+    added = _bias_and_dropout(how, options)
+    call = _Call(how, batch, query.shape[1], key.shape[1], added.get("bias", how.bias))
     the_plan = call.plan(mask_or_plan, told, options.get("mask"))
-    out = how.attention(query, key, value, the_plan, **_bias_and_dropout(how, options))
+    out = how.attention(query, key, value, the_plan, **added)
     return out if len(batch) == 1 else out.reshape(*batch, *out.shape[1:])
 
 
@@ -175,19 +189,20 @@ def _bias_and_dropout(how: Computation, options: Mapping[str, Any]) -> dict[str,
             raise ValueError(f"attention_fn got dropout_rate={rate} and no dropout_rng, a key of jax.random")
         added["dropout"] = Dropout(rate, rng, broadcast=options.get("broadcast_dropout", True))
     for name in added:
-        if getattr(how.attention, "keywords", {}).get(name) is not None:
+        if fixed_options(how.attention).get(name) is not None:
             raise ValueError(f"attention_fn was made with {name}, and got {name} of its layer too: give one")
     return added
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a Flax layer: what computes it, its batch axes, T and S."""
+    """One call of a Flax layer: what computes it, its batch axes, T and S, and its bias."""
 
     how: Computation
     batch: tuple[int, ...]
     queries: int
     keys: int
+    bias: Bias | None
 
     def plan(self, mask_or_plan: Mask | Plan, told: tuple[Tokens, Tokens] | None, given) -> Plan:
         """The plan for what the layer was given as its mask: nothing, an array, tokens or a plan."""
@@ -246,23 +261,28 @@ class _Call:
 
     def _tokens(self, mask: Mask, shown: Bool[Array, "B S"] | None) -> tuple[Tokens, Tokens]:
         """Queries and keys where none were told: at 0, 1, …, and of one document that `shown` pads."""
+        expressions = (mask,) if self.bias is None else (mask, self.bias)
         if shown is None:
-            if reads_segments(mask):
+            for expression in filter(reads_segments, expressions):
                 raise ValueError(
-                    f"attention_fn: {mask!r} reads segments, and none were told, so packed documents would "
-                    "see each other: call set_tokens(model, Tokens(position, segment)) for each batch of an "
-                    "NNX model, or give the layer Tokens or a plan as its mask"
+                    f"attention_fn: {expression!r} reads segments, and none were told, so packed documents "
+                    "would count as one: call set_tokens(model, Tokens(position, segment)) for each batch of "
+                    "an NNX model, or give the layer Tokens or a plan as its mask"
                 )
-            check_positions(mask, self.queries, self.keys)
+            self._check_positions(expressions)
             return Tokens.sequence(self.queries), Tokens.sequence(self.keys)
         place = jnp.broadcast_to(jnp.arange(self.keys, dtype=jnp.int32), shown.shape)
         keys = Tokens(place, shown.astype(jnp.int32))
         if self.queries == 1:
             return Tokens(jnp.max(jnp.where(shown, place, 0), axis=1, keepdims=True)), keys
-        if reads_segments(mask) and self.queries == self.keys:
+        if self.queries == self.keys and any(map(reads_segments, expressions)):
             return keys, keys
-        check_positions(mask, self.queries, self.keys)
+        self._check_positions(expressions)
         return Tokens.sequence(self.queries), keys
+
+    def _check_positions(self, expressions: tuple[Mask | Bias, ...]):
+        for expression in expressions:
+            check_positions(expression, self.queries, self.keys)
 
     def _shown(self, mask) -> Bool[Array, "B S"]:
         """Which keys an array over keys shows."""

@@ -1,7 +1,8 @@
 """Whole numbers hashed, and numbers in [0, 1) drawn by it: random orders, strided ones, and dropout.
 
-The hash is C. Wellons' lowbias32 (2018, https://nullprogram.com/blog/2018/07/31/): two rounds of shift and
-multiplication, with the constants of the least bias that his "hash prospector" lists.
+The hash has the form of C. Wellons' lowbias32 (2018, https://nullprogram.com/blog/2018/07/31/): two rounds of
+shift and multiplication. Its constants are those of the widespread `splitmix32`, of less bias than the first
+ones: found later with his "hash prospector" (issue 19 of github.com/skeeto/hash-prospector).
 """
 
 import jax

@@ -8,7 +8,7 @@ import flax.linen as nn
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.calls import as_plan
 from dynmask_jax.dispatch import attention
-from dynmask_jax.flax_adapter import attend_for_flax, computation, head_shape
+from dynmask_jax.flax_adapter import attend_for_flax, computation, fixed_options, head_shape
 from dynmask_jax.mask_algebra import Mask, check_mask
 from dynmask_jax.plans import Plan
 from dynmask_jax.rotary import rotary
@@ -34,11 +34,16 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         mask_or_plan: Mask | Plan,
         context: Float[Array, "B S D"] | None = None,
+        **options,
     ) -> Float[Array, "B T D"]:
-        """The layer's output for queries from `x` and keys from `context` (`x` where left out)."""
+        """The layer's output for queries from `x` and keys from `context` (`x` where left out).
+
+        Options are those of `dynmask_jax.attention` for this call: `dropout=Dropout(rate, key)`, say.
+        """
         context = x if context is None else context
         kv_heads, head_dim = head_shape(self.features, self.num_heads, self.num_kv_heads, self.head_dim)
-        plan = as_plan(mask_or_plan, x.shape[0], x.shape[1], context.shape[1])
+        bias = {**fixed_options(self.attention), **options}.get("bias")
+        plan = as_plan(mask_or_plan, x.shape[0], x.shape[1], context.shape[1], bias)
 
         def heads(count: int, name: str):
             return nn.DenseGeneral((count, head_dim), use_bias=False, dtype=self.dtype, name=name)
@@ -48,7 +53,7 @@ class Attention(nn.Module):
         if self.rope_theta is not None:
             q = rotary(q, plan.q_tokens.position, self.rope_theta)
             k = rotary(k, plan.kv_tokens.position, self.rope_theta)
-        out = self.attention(q, k, v, plan)
+        out = self.attention(q, k, v, plan, **options)
         return nn.DenseGeneral(self.features, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out")(
             out
         )

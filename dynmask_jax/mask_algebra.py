@@ -159,8 +159,8 @@ def evaluate(mask: Mask, q: Tokens, k: Tokens) -> Any:
         return lift(mask.visible(q, k), q.position)
     except Exception as cause:
         if not isinstance(q.position, Span):
-            if (remedy := _remedy(cause)) is not None:
-                raise TypeError(f"{mask!r} {remedy}") from cause
+            if (words := remedy(cause)) is not None:
+                raise TypeError(f"{mask!r} {words}") from cause
             raise
         _check_on_arrays(mask)
         reason = "it indexes an array with tokens" if isinstance(cause, IndexError) else cause
@@ -177,7 +177,7 @@ def _check_on_arrays(mask: Mask):
     jax.eval_shape(lambda q, k: evaluate(mask, q, k), q, k)
 
 
-def _remedy(error: Exception) -> str | None:
+def remedy(error: Exception) -> str | None:
     """What to write instead, where tokens were used as if they were one pair."""
     truth = "truth value of an array" in str(error)  # of arrays that are not traced
     if truth or isinstance(error, jax.errors.TracerBoolConversionError):

@@ -7,7 +7,7 @@ import flax.nnx as nnx
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.calls import as_plan
 from dynmask_jax.dispatch import attention
-from dynmask_jax.flax_adapter import head_shape
+from dynmask_jax.flax_adapter import fixed_options, head_shape
 from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.nnx_attention_fn import BatchTokens as BatchTokens
 from dynmask_jax.nnx_attention_fn import CurriculumAttention as CurriculumAttention
@@ -32,7 +32,7 @@ class Attention(nnx.Module):
       features: D, the model width in and out.
       num_heads: N query heads.
       num_kv_heads: K key heads, which divide N; N by default.
-      head_dim: H, by default D // N.
+      head_dim: H, of keys and values alike, by default D // N.
       rope_theta: base of rotary positions, read from the plan's tokens; None for no rotation.
       attention: what computes it, with the signature of `dynmask_jax.attention`:
         `functools.partial(attention, soft_cap=50.0)`, say.
@@ -71,11 +71,16 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         mask_or_plan: Mask | Plan,
         context: Float[Array, "B S D"] | None = None,
+        **options,
     ) -> Float[Array, "B T D"]:
-        """The layer's output for queries from `x` and keys from `context` (`x` where left out)."""
+        """The layer's output for queries from `x` and keys from `context` (`x` where left out).
+
+        Options are those of `dynmask_jax.attention` for this call: `dropout=Dropout(rate, key)`, say.
+        """
         context = x if context is None else context
-        plan = as_plan(mask_or_plan, x.shape[0], x.shape[1], context.shape[1])
-        return self.attend(x, *self.keys_values(context, plan.kv_tokens), plan)
+        bias = {**fixed_options(self.attention), **options}.get("bias")
+        plan = as_plan(mask_or_plan, x.shape[0], x.shape[1], context.shape[1], bias)
+        return self.attend(x, *self.keys_values(context, plan.kv_tokens), plan, **options)
 
     def keys_values(
         self, context: Float[Array, "B S D"], tokens: Tokens
@@ -94,10 +99,7 @@ class Attention(nnx.Module):
         plan: Plan,
         **options,
     ) -> Float[Array, "B T D"]:
-        """The layer's output for queries from `x`, given what `keys_values` made of their keys.
-
-        Options are those of `dynmask_jax.attention` for this call: `dropout=Dropout(rate, key)`, say.
-        """
+        """The layer's output for queries from `x`, given what `keys_values` made of their keys."""
         return self.out(self.attention(self._turned(self.query(x), plan.q_tokens), k, v, plan, **options))
 
     def _turned(self, heads: Float[Array, "B S *NH"], tokens: Tokens) -> Float[Array, "B S *NH"]:

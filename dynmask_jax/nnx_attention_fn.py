@@ -188,11 +188,16 @@ def attention_fn(
                 "attention_fn keeps its mask, whose numbers must outlive the transformation that the model "
                 "is made in: use Python or NumPy numbers, not jnp arrays"
             )
-        return MaskAttention(curriculum, how, Told() if reads_segments(curriculum) else None)
+        return MaskAttention(curriculum, how, _told(curriculum, how))
     if isinstance(curriculum, type) or not callable(curriculum):
         check_mask(curriculum, "attention_fn needs a curriculum or a mask")
     mask = _mask_of(curriculum)
-    return CurriculumAttention(curriculum, how, Told() if mask is None or reads_segments(mask) else None)
+    return CurriculumAttention(curriculum, how, _told(mask, how))
+
+
+def _told(mask: Mask | None, how: Computation) -> Told | None:
+    """A place for tokens, where mask or bias read segments, or the mask cannot be known beforehand."""
+    return Told() if mask is None or reads_segments(mask) or reads_segments(how.bias) else None
 
 
 def _mask_of(curriculum: Curriculum) -> Mask | None:

@@ -46,7 +46,7 @@ class Blocks:
 
     @classmethod
     def of_keys_values(
-        cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], size: int
+        cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K V"], size: int
     ) -> "tuple[Blocks, Blocks]":
         """Keys and values cut into blocks. Where either is not finite, the value is 0 and the key NaN.
 

@@ -19,7 +19,7 @@ from dynmask_jax.scores import Scores
 def forward(scores: Scores, q, k, v, plan: Plan) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """`(out, lse)` of every query over the keys that the plan's mask shows it; blocks play no part."""
     logits, values = _logits_and_values(scores, q, k, v, plan)
-    kept = _kept(scores, plan)
+    kept = _kept(scores, plan, logits.dtype)
     peak = lax.stop_gradient(logits.max(axis=-1))
     level = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weights = jnp.exp(logits - level[..., None])
@@ -37,7 +37,7 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     level = jnp.where(jnp.isneginf(lse), 0.0, lse).swapaxes(1, 2)
 
     numbers, rebuilt = learnable(scores.bias)
-    kept = _kept(scores, plan)
+    kept = _kept(scores, plan, wide)
 
     def credit(q, k, v, numbers):
         with_numbers = replace(scores, bias=rebuilt(numbers))
@@ -60,12 +60,12 @@ def _logits_and_values(scores, q, k, v, plan):
     return jnp.where(visible, logits, -jnp.inf), v
 
 
-def _kept(scores, plan: Plan) -> Float[Array, "B N T S"] | float:
+def _kept(scores, plan: Plan, dtype) -> Float[Array, "B N T S"] | float:
     """What each weight is multiplied by: 0 where it is dropped."""
     if scores.dropout is None:
         return 1.0
     kept = kept_pairs(scores.dropout, plan.q_tokens, plan.kv_tokens)
-    return jnp.where(kept, scores.dropout.scale, 0.0)
+    return jnp.where(kept, scores.dropout.scale.astype(dtype), 0.0)
 
 
 def _by_batch_and_head(visible):

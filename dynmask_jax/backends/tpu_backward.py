@@ -44,8 +44,10 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
         d_out = (d_out * scores.dropout.scale).astype(d_out.dtype)
     words = dropout_words(scores.dropout, plan)
     queries = tuple(blocks_by_head(x, plan.block_q, plan.rows) for x in (q, d_out))
-    shared = jnp.stack([blocks_by_head(x, plan.block_q, plan.rows) for x in (level, delta)], axis=3)
-    queries += (shared, words.of_queries)
+    # Queries that fill a block up weigh nothing: their own logit, a bias alone, may be any number.
+    shared = (level, jnp.inf), (delta, 0.0)
+    shared = [blocks_by_head(x, plan.block_q, plan.rows, filling) for x, filling in shared]
+    queries += (jnp.stack(shared, axis=3), words.of_queries)
     keys = tuple(blocks_by_head(x, plan.block_k, plan.rows) for x in (k, v))
     columns = Columns(token_blocks(plan.kv_tokens, plan.block_k, words.of_keys), keys)
     dq = _sweep_queries(scores, plan, queries, columns)

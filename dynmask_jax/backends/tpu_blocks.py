@@ -10,15 +10,18 @@ from dynmask_jax.tokens import Tokens
 LANES = 128
 
 
-def blocks_by_head(x: Float[Array, "B T N *H"], block: int, rows: int) -> Float[Array, "O N blocks size *H"]:
+def blocks_by_head(
+    x: Float[Array, "B T N *H"], block: int, rows: int, filling: float = 0.0
+) -> Float[Array, "O N blocks size *H"]:
     """Cut into blocks, heads first. O is B where one plan serves all sequences, else 1.
 
-    Blocks are numbered over the rows of the plan; size is the block, filled up with zeros.
+    Blocks are numbered over the rows of the plan; size is the block, filled up.
     """
     batch, length, heads, *rest = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)))
+    x = jnp.pad(x, ((0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)), constant_values=filling)
     x = x.reshape(batch // rows, rows, -1, block, heads, *rest)
-    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -block % LANES),) + ((0, 0),) * (x.ndim - 4))
+    to_lanes = ((0, 0),) * 3 + ((0, -block % LANES),) + ((0, 0),) * (x.ndim - 4)
+    x = jnp.pad(x, to_lanes, constant_values=filling)
     x = jnp.moveaxis(x, 4, 1)
     return x.reshape(batch // rows, heads, -1, x.shape[4], *rest)
 

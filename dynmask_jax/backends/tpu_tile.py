@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, Float, Int, is_boolean, pytree
 from dynmask_jax.backends.tpu_blocks import LANES
-from dynmask_jax.bias_algebra import Bias, by_group, learnable, score_pairs
+from dynmask_jax.bias_algebra import Bias, by_group, learnable, score_pairs, scored
 from dynmask_jax.block_codes import FULL, TEST
 from dynmask_jax.dropout import draw
 from dynmask_jax.errors import Unsupported
@@ -36,7 +36,7 @@ class Tile:
       types: the types of the numbers of mask and scores, in their structure.
       keys_first: whether the line is of keys and its columns of queries.
       filled: whether columns may be of keys that are filling, which must be hidden: their logits of 0
-        can be far above all others. Filling among queries has no gradient, and needs no hiding.
+        can be far above all others. Filling among queries has a level of inf, and so no weights.
       of_bias: whether the kernel sums gradients of the bias.
     """
 
@@ -92,8 +92,8 @@ class Tile:
 
     def score(self, bias: Bias, line: Tokens, column: Tokens):
         """The bias of one head on a strip, `[line, 128]`."""
-        score = bias.score(column, line) if self.keys_first else bias.score(line, column)
-        return jnp.broadcast_to(jnp.asarray(score).astype(jnp.float32), line.shape)
+        score = scored(bias, column, line) if self.keys_first else scored(bias, line, column)
+        return jnp.broadcast_to(score.astype(jnp.float32), line.shape)
 
     def bias_gradients(self, d_logits, numbers, head, tokens):
         """Of each learnable leaf of the bias, from gradients of logits `[line, column]`: `[leaves, 128]`.
@@ -102,13 +102,20 @@ class Tile:
         """
         bias, line = _of_head(numbers.bias, self.types.bias, head), Tokens(tokens[0][0], tokens[0][1])
         leaves, rebuilt = learnable(bias)
-        spread = [jnp.broadcast_to(leaf, line.shape) for leaf in leaves]
+
+        def of_leaf(place, column):
+            """d score / d leaf, forward: a leaf is a scalar to the expression, whatever it makes of it."""
+
+            def score(leaf):
+                return self.score(rebuilt([*leaves[:place], leaf, *leaves[place + 1 :]]), line, column)
+
+            return jax.jvp(score, leaves[place : place + 1], [jnp.ones_like(leaves[place])])[1]
+
         total = jnp.zeros((len(leaves), LANES), jnp.float32)
         for start in range(0, d_logits.shape[1], LANES):
-            column = tokens[1][:, start : start + LANES]
+            column, d_strip = tokens[1][:, start : start + LANES], d_logits[:, start : start + LANES]
             column = Tokens(column[0:1], column[1:2])
-            pull = jax.vjp(lambda spread, at=column: self.score(rebuilt(spread), line, at), spread)[1]
-            (found,) = pull(d_logits[:, start : start + LANES])
+            found = [of_leaf(place, column) * d_strip for place in range(len(leaves))]
             total += jnp.concatenate([x.sum(axis=0, keepdims=True) for x in found], axis=0)
         return total
 
@@ -188,10 +195,11 @@ def _check_kernel_function(mask: Mask | Bias, function):
     tokens = Tokens.sequence(2)
     traced = jax.make_jaxpr(function)(mask, tokens, tokens)
     if traced.consts:
+        owner = "BiasFunction" if isinstance(mask, Bias) else "Predicate"
         shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in traced.consts)
         raise Unsupported(
             f"backend 'tpu': {mask!r} closes over an array ({shapes}), which a kernel cannot reach; give a "
-            "number as a parameter, Predicate(function, number), or take backend 'xla'"
+            f"number as a parameter, {owner}(function, number), or take backend 'xla'"
         )
     if lookups := _LOOKUPS & _operations(traced.jaxpr):
         raise Unsupported(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.context.arcs import shortest_arcs
-from dynmask_jax.context.machines import BACKWARD, FORWARD, Heads, Machine
+from dynmask_jax.context.machines import BACKWARD, FORWARD, Heads, Machine, Pass
 from dynmask_jax.partitioning import STRATEGIES
 
 
@@ -42,20 +42,19 @@ class Attended:
         """How many."""
         return self.work.shape[0]
 
-    def seconds(self, operations: int) -> float:
+    def seconds(self, each: Pass) -> float:
         """To compute a block in all heads, forward or backward."""
-        flops = self.pairs * self.heads.query * self.heads.dim * operations
-        return flops / (self.machine.flops * self.machine.share)
+        return self.pairs * self.heads.flops(each) / (self.machine.flops * self.machine.share)
 
     @property
     def shard(self) -> int:
         """Bytes of one device's keys and values."""
-        return 2 * self.heads.bytes(self.tokens, self.heads.key)
+        return self.heads.bytes(self.tokens, self.heads.key)
 
     @property
     def gradients(self) -> int:
         """Bytes of one device's dk and dv in float32."""
-        return 2 * self.heads.bytes(self.tokens, self.heads.key, dtype=jnp.float32)
+        return self.heads.bytes(self.tokens, self.heads.key, dtype=jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _ulysses(a: Attended) -> Cost | None:
     if heads.query % n or heads.key % n:
         return None
     lse = 4 * a.tokens * heads.query
-    moved = (2 * heads.bytes(a.tokens, heads.query) + a.shard + lse) * (n - 1) // n
+    moved = (heads.bytes(a.tokens, heads.query) + a.shard + lse) * (n - 1) // n
     # Round a ring a message goes over a quarter of the devices, and there are links both ways.
     passed = 2 * moved * (1 if a.machine.switched else n / 8)
     even = replace(a, work=np.full((n, n), a.work.sum() / n**2))

@@ -9,8 +9,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-FORWARD, BACKWARD = 4, 10
-"""Floating-point operations of a pair for each of the H dimensions: 2 and 5 products of 2 operations."""
+
+@dataclass(frozen=True)
+class Pass:
+    """Floating-point operations of a pair and head: for each dimension of queries and keys, and of values."""
+
+    of_keys: int
+    of_values: int
+
+
+FORWARD, BACKWARD = Pass(2, 2), Pass(6, 4)
+"""Products of 2 operations: q·k and the weighted values; q·k again, dq, dk; and d_out·v, dv."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Heads:
 
     Attributes:
       query: N, query heads; key: K, key heads; dim: H, the size of each.
+      value_dim: V, the size of values; None: as keys.
       dtype: what queries, keys and values are kept in; gradients of keys and values travel in float32.
     """
 
@@ -100,14 +110,25 @@ class Heads:
     key: int = 8
     dim: int = 128
     dtype: Any = jnp.bfloat16
+    value_dim: int | None = None
 
     def __post_init__(self):
-        for name in ("query", "key", "dim"):
-            if getattr(self, name) < 1:
+        for name in ("query", "key", "dim", "value_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"heads.{name} must be at least 1, got {getattr(self, name)}")
         if self.query % self.key:
             raise ValueError(f"query heads ({self.query}) must be a multiple of key heads ({self.key})")
 
+    @property
+    def values(self) -> int:
+        """V."""
+        return self.dim if self.value_dim is None else self.value_dim
+
+    def flops(self, each: Pass) -> int:
+        """Of a pair, in all heads."""
+        return self.query * (each.of_keys * self.dim + each.of_values * self.values)
+
     def bytes(self, tokens: int, heads: int, *, dtype: Any = None) -> int:
-        """Bytes of `[tokens, heads, dim]`."""
-        return tokens * heads * self.dim * jnp.dtype(self.dtype if dtype is None else dtype).itemsize
+        """Bytes of `[tokens, heads, dim]` and `[tokens, heads, value_dim]` together."""
+        size = jnp.dtype(self.dtype if dtype is None else dtype).itemsize
+        return tokens * heads * (self.dim + self.values) * size

@@ -156,8 +156,10 @@ class ContextParallel:
         _check_plan(plan)
         return _visible_pairs(plan, partitioning=self.partitioning)
 
-    def travel(self, q, k, plan: Plan) -> Travel:
+    def travel(self, q, k, plan: Plan, v=None) -> Travel:
         """What a call with such queries and keys (arrays, or their shapes and types) would move.
+
+        Values, too, where they are given; else they are taken to be as large as the keys.
 
         Raises:
           ValueError: the plan is for others, or they cannot be divided evenly.
@@ -165,7 +167,7 @@ class ContextParallel:
         _check_plan(plan)
         as_plan(plan, q.shape[0], q.shape[1], k.shape[1])
         self.partitioning.check(q, k)
-        return _travel(q, k, plan, partitioning=self.partitioning)
+        return _travel(q, k, k if v is None else v, plan, partitioning=self.partitioning)
 
 
 def _check_plan(plan):
@@ -239,21 +241,22 @@ def _visible_pairs(plan: Plan, *, partitioning: Partitioning):
 
 
 @functools.partial(jax.jit, static_argnames="partitioning")
-def _travel(q, k, plan: Plan, *, partitioning: Partitioning) -> Travel:
+def _travel(q, k, v, plan: Plan, *, partitioning: Partitioning) -> Travel:
     n = partitioning.devices
     shards = n * partitioning.row_devices * partitioning.head_devices
-    queries, keys = (x.size * x.dtype.itemsize / shards for x in (q, k))
+    queries, keys, values = (x.size * x.dtype.itemsize / shards for x in (q, k, v))
     if n == 1:
         return Travel(jnp.int32(0), jnp.float32(0))
     if partitioning.strategy == "all_gather":
-        return Travel(jnp.int32(n - 1), jnp.float32((n - 1) * 2 * keys))
+        return Travel(jnp.int32(n - 1), jnp.float32((n - 1) * (keys + values)))
     if partitioning.strategy == "ulysses":
         lse = sum_dtype(q.dtype).itemsize * q.size / q.shape[3] / shards
-        return Travel(jnp.int32(2), jnp.float32((n - 1) / n * (2 * queries + 2 * keys + lse)))
+        out = queries * v.shape[3] / q.shape[3]
+        return Travel(jnp.int32(2), jnp.float32((n - 1) / n * (queries + keys + values + out + lse)))
 
     def on_device(own: Plan):
         ahead, behind = arcs(own, partitioning.sequence_axis, partitioning.mesh.axis_names, n)
         return ahead + behind
 
     hops = partitioning.over_devices(on_device, plan, (), (), PartitionSpec())
-    return Travel(hops, hops.astype(jnp.float32) * (2 * keys))
+    return Travel(hops, hops.astype(jnp.float32) * (keys + values))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import HEADS, MASKS, SHAPES, TOLERANCE, Shape
+from cases import HEADS, MASKS, SHAPES, TOLERANCE, Shape, enable_x64
 from slow import mostly
 
 from dynmask_jax import (
@@ -38,6 +38,18 @@ def waves(q, k, frequency, shift):
     return jnp.sin(frequency * (q.position - k.position - shift).astype(jnp.float32))
 
 
+def direction(q, k, a, b):
+    """Its numbers are a vector to it: each gradient is of both."""
+    a, b = jnp.stack([a, b]) / jnp.linalg.norm(jnp.stack([a, b]))
+    distance = (q.position - k.position).astype(jnp.float32)
+    return a * jnp.sin(distance) + b * jnp.cos(distance)
+
+
+def steep(q, k, slope):
+    """Far above what an exponential holds, most of all where a block of queries is filled up."""
+    return slope * (q.position - k.position + 10).astype(jnp.float32)
+
+
 def table(heads: int, buckets: int):
     return jax.random.normal(jax.random.key(3), (heads, buckets))
 
@@ -46,6 +58,8 @@ BIASES = {
     "alibi": ALiBi.for_heads(HEADS),
     "t5": RelativeBuckets(table(HEADS, 8), max_distance=20),
     "function": BiasFunction(waves, 0.3, jnp.int32(3)),
+    "direction": BiasFunction(direction, jnp.float32(3.0), jnp.float32(-4.0)),
+    "steep": BiasFunction(steep, jnp.float32(2.5)),
     "sum": ALiBi(jnp.float32(0.1)) + RelativeBuckets(table(1, 6), bidirectional=False, max_distance=20),
 }
 
@@ -112,13 +126,16 @@ def test_a_bias_is_what_an_array_of_it_would_be(backend):
         np.testing.assert_allclose(actual, expected, **FLOAT32)
 
 
-def test_gradients_of_tables_and_slopes_are_finite_differences():
+@pytest.mark.parametrize("backend", mostly(["dense", *LOOPS], ["xla"]))
+def test_gradients_of_tables_and_slopes_are_finite_differences(backend):
     q, k, v, the_plan = arguments(SHAPES["one_kv_head"])
 
+    @jax.jit
     def loss(bias):
-        return (attention(q, k, v, the_plan, bias=bias, dropout=Dropout(0.2, KEY)) ** 2).sum()
+        out = attention(q, k, v, the_plan, bias=bias, dropout=Dropout(0.2, KEY), backend=backend)
+        return (out**2).sum()
 
-    for name in ("alibi", "t5"):
+    for name in ("alibi",) if backend == "tpu" else ("alibi", "t5"):
         (numbers,), structure = jax.tree.flatten(BIASES[name])
         (gradient,) = jax.tree.leaves(jax.grad(loss)(BIASES[name]))
         direction = jax.random.normal(jax.random.key(4), jnp.shape(numbers))
@@ -220,6 +237,17 @@ def test_rows_and_heads_on_several_devices_draw_the_same():
     np.testing.assert_array_equal(found, dropout_mask(dropout, DOCUMENTS, batch=2, heads=HEADS))
 
 
+@pytest.mark.parametrize("backend", mostly(["xla", "tpu"], ["xla"]))
+def test_gradients_of_rows_and_heads_on_several_devices_are_those_of_one(backend):
+    q, k, v, the_plan = arguments(Shape(queries=32, keys=32), width=6)
+    mesh = mesh_of(data=2, tensor=4)
+    how = {"bias": BIASES["function"] + BIASES["alibi"], "dropout": Dropout(0.3, KEY)}
+    expected = results(attention, q, k, v, the_plan, backend="dense", **how)
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
+        found = results(attention, q, k, v, the_plan, backend=backend, **how)
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
 def test_gradients_over_devices_are_those_of_one(strategy):
     shape = Shape(queries=32, keys=32, kv_heads=4)
@@ -231,9 +259,10 @@ def test_gradients_over_devices_are_those_of_one(strategy):
     assert_close(results(spread, q, k, v, the_plan, backend="xla", **how), expected)
 
 
-def test_the_draw_is_uniform_and_independent():
+@pytest.mark.parametrize("rate", mostly([0.1, 0.3, 0.5], [0.3]))
+def test_the_draw_is_uniform_and_independent(rate):
     """Chi-square tests of one degree of freedom each, on 10⁷ draws: 15.1 is passed once in 10,000."""
-    rate, tokens = 0.3, Tokens.sequence(1024)
+    tokens = Tokens.sequence(1024)
     kept = np.asarray(dropout_mask(Dropout(rate, KEY), tokens, batch=2, heads=5))
     n = kept.size
     assert n > 10**7
@@ -271,6 +300,24 @@ def test_keys_of_any_kind_and_traced_rates():
     assert traced(0.0).all()
     # What a greater rate keeps, a lesser one keeps too.
     assert (traced(0.25) >= mask).all()
+
+
+def test_float64_and_a_rate_that_is_learned():
+    def rate_gradient(backend):
+        q, k, v, the_plan = arguments(SHAPES["even"])
+        return jax.grad(
+            lambda rate: attention(q, k, v, the_plan, dropout=Dropout(rate, KEY), backend=backend).sum()
+        )
+
+    for backend in ("dense", *LOOPS):
+        assert rate_gradient(backend)(0.3) == 0, "attention has no gradient in the rate"
+    with enable_x64(True):
+        q, k, v = SHAPES["even"].qkv(jnp.float64)
+        how = {"bias": ALiBi.for_heads(HEADS) + ALiBi(np.float64(0.3)), "dropout": Dropout(0.3, KEY)}
+        found = [attention(q, k, v, Causal(), backend=name, **how) for name in ("dense", "xla", "xla_wide")]
+        for each in found[1:]:
+            assert each.dtype == jnp.float64
+            np.testing.assert_allclose(each, found[0], rtol=1e-6, atol=1e-7)
 
 
 def test_without_a_rate_the_program_is_that_without_dropout():
@@ -313,6 +360,28 @@ def test_a_key_that_is_not_finite_reaches_who_sees_it_at_another_width():
         ({"bias": jnp.zeros((48, 48))}, TypeError, r"bias must be a Bias, got an array \(48, 48\): .*ALiBi"),
         ({"bias": ALiBi}, TypeError, r"an instance, ALiBi\(…\)"),
         ({"bias": waves}, TypeError, r"BiasFunction\(function\)"),
+        ({"bias": BiasFunction(lambda q, k: q.position == k.position)}, TypeError, "real numbers, got bool"),
+        (
+            {"bias": BiasFunction(lambda q, k: q.position == k.position) + ALiBi(0.0)},
+            TypeError,
+            "real numbers, got bool",
+        ),
+        (
+            {"bias": BiasFunction(lambda q, k: 1.0 if q.position > k.position else 0.0)},
+            TypeError,
+            "BiasFunction.*truth of a condition on tokens",
+        ),
+        (
+            {"bias": BiasFunction(lambda q, k: np.arange(48.0)[q.position])},
+            TypeError,
+            r"BiasFunction.*make it jnp.asarray\(table\)",
+        ),
+        ({"bias": BiasFunction(lambda q, k: None)}, TypeError, "real numbers, got NoneType"),
+        (
+            {"bias": BiasFunction(lambda q, k: jnp.ones((3, 3)))},
+            ValueError,
+            r"BiasFunction.*broadcast to the pairs .*, got \(3, 3\)",
+        ),
         ({"bias": ALiBi(jnp.ones(3))}, ValueError, r"has a leaf \(3,\), got 4 query heads"),
         ({"dropout": 0.1}, TypeError, r"dropout must be a Dropout\(rate, key\), got 0.1"),
     ],
@@ -321,6 +390,17 @@ def test_what_is_no_bias_or_dropout_is_refused(options, error, words):
     q, k, v, the_plan = arguments(SHAPES["even"])
     with pytest.raises(error, match=words):
         attention(q, k, v, the_plan, **options)
+
+
+def test_a_bias_that_reads_tokens_needs_them_as_a_mask_does():
+    q, k, v, _ = arguments(SHAPES["even"])
+    same = BiasFunction(lambda q, k: jnp.where(q.segment == k.segment, 0.5, 0.0))
+    with pytest.raises(ValueError, match=r"BiasFunction.* reads the segments of tokens"):
+        attention(q, k, v, Causal(), bias=same)
+    with pytest.raises(ValueError, match=r"ALiBi.* reads positions"):
+        attention(q[:, :4], k, v, Everything(), bias=ALiBi(0.5))
+    a_plan = plan(Everything(), Tokens.sequence(4, start=44), Tokens.sequence(48))
+    assert attention(q[:, :4], k, v, a_plan, bias=ALiBi(0.5)).shape == (2, 4, HEADS, 8)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ from train.step.optimizer import learning_rate, make_optimizer, running_mean, sk
 from train.step.pace import first_stage
 from train.step.state import Evaluated, Metrics, State
 
+DROPOUT = 2**32 - 1
+"""Folded into a run's key for dropout. The numbers of texts are folded into the same key for sampling."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -101,7 +104,8 @@ class Program:
         """A key for each part of the step's rows, `[accumulate]`; None where the run drops nothing."""
         if not self.run.model.attention_dropout:
             return None
-        of_step = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        of_dropout = jax.random.fold_in(jax.random.wrap_key_data(state.key), DROPOUT)
+        of_step = jax.random.fold_in(of_dropout, state.step)
         return jax.random.split(of_step, self.run.optimizer.accumulate)
 
     def _over_parts(self, state: State, batch: Batch, mask: Mask):
