@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynmask_jax.bias_algebra import Bias
+from dynmask_jax.bias_algebra import Bias, check_bias
 from dynmask_jax.fields_read import fields_read, reads_segments
 from dynmask_jax.mask_algebra import Mask, check_mask
 from dynmask_jax.plans import Plan, plan
@@ -21,10 +21,12 @@ def as_plan(mask_or_plan: Mask | Plan, batch: int, queries: int, keys: int, bias
     """The plan itself, or one for the mask with queries and keys at positions 0, 1, ….
 
     Raises:
-      TypeError: it is neither.
+      TypeError: it is neither, or the bias is none.
       ValueError: the plan is for another batch, or other numbers of queries and keys; or the mask, or the
         bias that reads the same tokens, needs them.
     """
+    if bias is not None:
+        check_bias(bias)
     if isinstance(mask_or_plan, Plan):
         _check_plan(mask_or_plan, batch, queries, keys)
         return mask_or_plan

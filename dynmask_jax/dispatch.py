@@ -15,7 +15,7 @@ from dynmask_jax.backends.dense import DENSE
 from dynmask_jax.backends.tpu import TPU
 from dynmask_jax.backends.xla import XLA
 from dynmask_jax.backends.xla_wide import XLA_WIDE
-from dynmask_jax.bias_algebra import Bias, check_bias, for_heads
+from dynmask_jax.bias_algebra import Bias, for_heads
 from dynmask_jax.calls import as_plan, check_arrays, positive
 from dynmask_jax.dropout import Dropout, check_dropout
 from dynmask_jax.find_partitioning import find_partitioning
@@ -181,9 +181,7 @@ def checked(q, k, v, mask_or_plan, *, sinks=None, backend=None, **options) -> Ca
     check_arrays(q, k, v)
     if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
         raise ValueError(f"sinks must have shape [heads] = ({q.shape[2]},), got {jnp.shape(sinks)}")
-    if (bias := options.get("bias")) is not None:
-        check_bias(bias)
-    the_plan = as_plan(mask_or_plan, q.shape[0], q.shape[1], k.shape[1], bias)
+    the_plan = as_plan(mask_or_plan, q.shape[0], q.shape[1], k.shape[1], options.get("bias"))
     if (heads := head_count(the_plan.mask)) not in (None, q.shape[2]):
         raise ValueError(f"the mask has leaves for {heads} heads, got {q.shape[2]} query heads")
     return Call(the_plan, known_backend(backend), _scores(q, **options))

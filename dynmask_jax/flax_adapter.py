@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, is_concrete, pytree
-from dynmask_jax.bias_algebra import Bias
+from dynmask_jax.bias_algebra import Bias, check_bias
 from dynmask_jax.calls import check_positions
 from dynmask_jax.dispatch import known_backend
 from dynmask_jax.dropout import Dropout
@@ -75,8 +75,10 @@ class Computation:
 
     @property
     def bias(self) -> Bias | None:
-        """The one that its attention was made with."""
-        return fixed_options(self.attention).get("bias")
+        """The one that its attention was made with; raises TypeError where it is something else."""
+        if (bias := fixed_options(self.attention).get("bias")) is not None:
+            check_bias(bias)
+        return bias
 
     def plan(self, mask: Mask, q_tokens: Tokens, kv_tokens: Tokens) -> Plan:
         """The mask's plan, in these blocks."""
@@ -182,7 +184,10 @@ def _refuse(original: Callable, options: Mapping[str, Any]):
 
 def _bias_and_dropout(how: Computation, options: Mapping[str, Any]) -> dict[str, Any]:
     """What Flax's options add to the call of `attention`: nothing where they are off."""
-    added = {} if options.get("bias") is None else {"bias": options["bias"]}
+    added = {}
+    if options.get("bias") is not None:
+        check_bias(options["bias"])
+        added["bias"] = options["bias"]
     rate = options.get("dropout_rate", 0.0)
     if not (options.get("deterministic") or (is_concrete(rate) and rate == 0)):
         if (rng := options.get("dropout_rng")) is None:

@@ -14,6 +14,7 @@ from cases import MASKS, UNREADABLE
 
 from dynmask_jax import (
     ALiBi,
+    BiasFunction,
     Causal,
     Dropout,
     Everything,
@@ -25,6 +26,7 @@ from dynmask_jax import (
     Window,
     attention,
     bias_tensor,
+    context_parallel,
     dropout_mask,
     growing_window,
     linear,
@@ -530,6 +532,38 @@ def test_a_learned_bias_of_a_linen_module_has_its_gradient():
 
 
 ALIBI = ALiBi.for_heads(HEADS)
+SAME_TEXT = BiasFunction(lambda q, k: jnp.where(q.segment == k.segment, 0.5, 0.0))
+
+
+def test_options_of_one_call_of_a_layer_of_our_own():
+    layer, linen_layer = twins(**OPTIONS)
+    x, dropout = inputs(), Dropout(0.3, jax.random.key(1))
+    found = layer(x, Causal(), dropout=dropout)
+    np.testing.assert_array_equal(found, linen_layer(x, Causal(), dropout=dropout))
+    assert not np.allclose(found, layer(x, Causal()), atol=1e-3)
+    for each in (layer, linen_layer):
+        with pytest.raises(ValueError, match="reads the segments of tokens"):
+            each(x, Causal(), bias=SAME_TEXT)
+        with pytest.raises(ValueError, match=r"ALiBi.* reads positions"):
+            each(x, Everything(), x[:, :9], bias=ALIBI)
+
+
+def test_a_bias_that_reads_segments_is_told_of_them():
+    attend = our_nnx.attention_fn(Causal(), attention=functools.partial(attention, bias=SAME_TEXT))
+    tokens = Tokens.packed([10, 14])
+    our_nnx.set_tokens(attend, tokens)
+    expected = attention(*heads_of(), plan(Causal(), tokens), bias=SAME_TEXT)
+    np.testing.assert_allclose(attend(*heads_of()), expected, rtol=2e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("api", ATTENTION_FN)
+def test_a_bias_of_the_layer_beside_that_of_a_context_parallel_is_refused(api):
+    mesh = jax.make_mesh(
+        (2,), ("context",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+    )
+    spread = context_parallel(functools.partial(attention, bias=ALIBI), mesh=mesh)
+    with pytest.raises(ValueError, match="was made with bias, and got bias of its layer too"):
+        ATTENTION_FN[api](Causal(), attention=spread, backend="xla")(*heads_of(), bias=ALIBI)
 
 
 @pytest.mark.parametrize("api", ATTENTION_FN)
@@ -550,6 +584,8 @@ ALIBI = ALiBi.for_heads(HEADS)
         ),
         ({}, {"bias": jnp.zeros((1, HEADS, 1, 1))}, TypeError, r"got an array \(1, 4, 1, 1\): .* ALiBi"),
         ({"bias": ALIBI}, {"bias": ALIBI}, ValueError, "was made with bias, and got bias of its layer too"),
+        ({"bias": SAME_TEXT}, {}, ValueError, "reads segments, and none were told"),
+        ({}, {"bias": SAME_TEXT}, ValueError, "reads segments, and none were told"),
         (
             {"dropout": Dropout(0.1, jax.random.key(0))},
             {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)},

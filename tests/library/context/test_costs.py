@@ -67,6 +67,19 @@ def test_the_others_send_the_same_whatever_the_mask():
         assert by_heads.work.max() == by_heads.work.mean() == work.sum() / 4, "whole heads cost alike"
 
 
+def test_values_of_another_width_travel_and_cost_as_they_are_wide():
+    wide = Heads(query=8, key=4, dim=16, value_dim=48, dtype=jnp.bfloat16)
+    work, shard = np.ones((4, 4), int), 2 * SHARD
+    assert cost("all_gather", attended(work, heads=wide)).forward_bytes == 3 * shard
+    out, queries, lse = TOKENS * 8 * 48 * 2, TOKENS * 8 * 16 * 2, TOKENS * 8 * 4
+    assert cost("ulysses", attended(work, heads=wide)).forward_bytes == 3 * (queries + out + shard + lse) // 4
+    free = Machine("no transfer to wait for", flops=V5P.flops, link=1e30)
+    block = 64 * 8 * (8 * 16 + 6 * 48) / (V5P.flops * V5P.share)
+    assert cost("ring", attended(work, free, wide)).seconds == pytest.approx(4 * block)
+    with pytest.raises(ValueError, match=r"heads\.value_dim must be at least 1, got 0"):
+        Heads(value_dim=0)
+
+
 def test_ulysses_needs_heads_for_every_device():
     assert cost("ulysses", attended(np.ones((8, 8)))) is None, "4 key heads on 8 devices"
     assert cost("ulysses", attended(np.ones((3, 3)))) is None

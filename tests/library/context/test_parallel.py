@@ -17,6 +17,7 @@ from slow import mostly
 
 from dynmask_jax import (
     Causal,
+    Everything,
     Heads,
     SameSegment,
     Tokens,
@@ -274,6 +275,16 @@ def test_keys_go_both_ways_where_that_is_shorter(layout, window, hops):
     seen = plan(Causal() & Window(window), Tokens(order), block_q=6, block_k=6)
     travel = context_parallel(attention, mesh=RING).travel(*arrays(4, 2)[:2], seen)
     assert int(travel.hops) == hops
+
+
+@pytest.mark.parametrize(("strategy", "hops"), [("ring", 7), ("all_gather", 7)])
+def test_values_of_another_width_travel_too(strategy, hops):
+    q, k, v = arrays(4, 2)
+    v = jnp.concatenate([v] * 3, axis=-1)
+    seen = plan(Everything(), Tokens.sequence(LENGTH))
+    travel = context_parallel(attention, mesh=RING, strategy=strategy).travel(q, k, seen, v)
+    # Of a ring both ways the longer arc and the shorter one; either way all shards come by.
+    assert (int(travel.hops), float(travel.bytes)) == (hops, hops * (k.nbytes + v.nbytes) / 8)
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=9))
