@@ -96,9 +96,13 @@ def assert_close(actual: list, expected: list):
         np.testing.assert_allclose(x, y, rtol=FLOAT32["rtol"], atol=max(atol, 1e-4 if x.ndim < 3 else 0))
 
 
-@pytest.mark.parametrize("backend", LOOPS)
+CALLS = [(bias, backend) for bias in BIASES for backend in LOOPS]
+BY_DEFAULT = [(bias, "xla") for bias in BIASES if bias != "steep"]
+BY_DEFAULT += [(bias, "tpu") for bias in ("alibi", "direction", "steep", "t5")] + [("sum", "xla_wide")]
+
+
 @pytest.mark.parametrize("shape", mostly(["ragged", "one_kv_head", "one_query"], ["ragged"]))
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize(("bias", "backend"), mostly(CALLS, BY_DEFAULT))
 def test_a_bias_and_dropout_with_values_of_another_width(backend, shape, bias):
     q, k, v, the_plan = arguments(SHAPES[shape], width=5)
     how = {"bias": BIASES[bias], "dropout": Dropout(0.3, KEY), "soft_cap": 3.0}
@@ -199,8 +203,12 @@ def test_any_rate_in_blocks_of_any_size_has_the_gradients_of_dense(backend, bloc
 DOCUMENTS = jax.tree.map(lambda *rows: jnp.stack(rows), Tokens.packed([40, 24]), Tokens.packed([10, 54]))
 
 
-@pytest.mark.parametrize("broadcast", [False, True])
-@pytest.mark.parametrize("backend", ["dense", *LOOPS])
+DRAWS = [(backend, broadcast) for backend in ("dense", *LOOPS) for broadcast in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "broadcast"), mostly(DRAWS, [(backend, backend == "xla") for backend in ("dense", *LOOPS)])
+)
 def test_every_backend_and_block_size_draws_the_same(backend, broadcast):
     dropout = Dropout(0.5, KEY, broadcast)
     expected = np.asarray(dropout_mask(dropout, DOCUMENTS, batch=2, heads=HEADS))
@@ -331,11 +339,13 @@ def test_without_a_rate_the_program_is_that_without_dropout():
     assert lowered(dropout=Dropout(0.1, KEY)) != lowered()
 
 
+WIDTHS = [(*widths, backend) for widths in ((192, 128), (128, 192)) for backend in LOOPS]
+
+
 @pytest.mark.parametrize(
-    ("width_qk", "width_v"),
-    [pytest.param(192, 128, id="keys 192, values 128"), pytest.param(128, 192, id="keys 128, values 192")],
+    ("width_qk", "width_v", "backend"),
+    mostly(WIDTHS, [(192, 128, "xla"), (192, 128, "tpu"), (128, 192, "xla")]),
 )
-@pytest.mark.parametrize("backend", LOOPS)
 def test_shapes_of_multi_head_latent_attention(backend, width_qk, width_v):
     shape = Shape(batch=1, queries=24, keys=24, head_dim=width_qk)
     q, k, v, the_plan = arguments(shape, width=width_v)

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from cases import MASKS
 from slow import mostly
 
 from benchmarks.tpu_compile import facts
@@ -91,8 +92,12 @@ def test_rows_and_heads_over_devices(options):
     assert found.collectives <= {"all-reduce"}
 
 
-def test_every_mask():
-    assert facts("v5e:2x2", f"{FILE}:every_mask").kernels == KERNELS
+SOME = "strided", "random_chunks", "per_head_select", "unreadable"
+
+
+@pytest.mark.parametrize("names", mostly([[*SOME], [*MASKS]], [[*SOME]]), ids=len)
+def test_every_mask(names):
+    assert facts("v5e:2x2", f"{FILE}:masks", {"names": names}).kernels == KERNELS
 
 
 @pytest.mark.parametrize(

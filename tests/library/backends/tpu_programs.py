@@ -72,15 +72,15 @@ def attention_over_rows_and_heads(axes: dict[str, int], kind: str, sharding: lis
     return jax.value_and_grad(loss), shapes, axes, AxisType[kind], specs
 
 
-def every_mask():
-    """Attention and its gradient under each mask of the tests, one after the other, in one program."""
+def masks(names: list[str]):
+    """Attention and its gradient under each of these masks of the tests, one after the other, in one."""
     q = jax.ShapeDtypeStruct((1, 512, HEADS, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
 
     def loss(arrays, position, segment):
         tokens, total = Tokens(position, segment), 0.0
-        for mask in MASKS.values():
+        for mask in (MASKS[name] for name in names):
             # Leaves that the compiler cannot know: it must compute the mask, as in training.
             mask = jax.tree.map(
                 lambda leaf: leaf + (position[0, 0] * 0).astype(jnp.asarray(leaf).dtype), mask

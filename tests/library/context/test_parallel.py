@@ -103,7 +103,12 @@ def assert_same(actual, expected, dtype=jnp.float32):
 
 FIVE_KINDS = "same_segment", "per_head_window", "random_chunks", "nothing", "unreadable"
 EVERY = [(name, strategy) for name in MASKS for strategy in STRATEGIES]
-BY_DEFAULT = [(name, strategy) for name, strategy in EVERY if strategy == "ring" or name in FIVE_KINDS]
+KINDS = {
+    "ring": {*FIVE_KINDS, "causal", "select"},
+    "all_gather": {"same_segment", "nothing"},
+    "ulysses": {"same_segment", "per_head_window"},
+}
+BY_DEFAULT = [(name, strategy) for name, strategy in EVERY if name in KINDS[strategy]]
 
 
 @pytest.mark.filterwarnings(f"ignore:.*{UNREADABLE}")

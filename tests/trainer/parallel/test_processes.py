@@ -184,6 +184,7 @@ def onward(saved: Run, start: int, mesh: Mesh, folder: Path) -> Run:
     return run
 
 
+@pytest.mark.slow  # the signal below goes on on another mesh too
 def test_checkpoints_go_on_on_other_meshes_with_the_same_losses(single, tmp_path):
     eight = replace(single.run, data=replace(single.run.data, cache=f"{single.run.folder}/cache"))
     two = onward(eight, 4, Mesh(fsdp=2, layout="contiguous"), tmp_path / "two")
