@@ -15,22 +15,12 @@ from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, pytree
 from dynmask_jax.backends.backend import Backend
+from dynmask_jax.backends.kernel_checks import check_kernel_bias, check_kernel_mask
+from dynmask_jax.backends.kernel_tile import LOG2E, Numbers, dot
 from dynmask_jax.backends.tpu_backward import gradients
 from dynmask_jax.backends.tpu_blocks import LANES, blocks_by_head, dropout_words, from_blocks, token_blocks
 from dynmask_jax.backends.tpu_grid import Columns, Kernel, Lines, block_type, sweep
-from dynmask_jax.backends.tpu_tile import (
-    LOG2E,
-    Numbers,
-    Tile,
-    by_code,
-    check_kernel_bias,
-    check_kernel_mask,
-    dot,
-    hidden,
-    keep_rows,
-    lane_sums,
-    widened,
-)
+from dynmask_jax.backends.tpu_tile import TpuTile, by_code, hidden, keep_rows, lane_sums, widened
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
@@ -67,7 +57,9 @@ def _kernel(active, numbers, tokens, line, column, out, state, *, tile):
     of_tile = numbers, head, (state.tokens, tokens[1])
 
     def keep(weights):
-        return weights if words is None else tile.kept(weights, numbers, (state.words, tokens[1][3:]))
+        return (
+            weights if words is None else tile.kept_by_strip(weights, numbers, (state.words, tokens[1][3:]))
+        )
 
     def add(hide):
         logits = tile.biased(tile.capped(dot(q[...], k[...], 1, 1)), *of_tile)
@@ -112,8 +104,8 @@ def forward(scores: Scores, q, k, v, plan: Plan):
         raise Unsupported(
             f"backend 'tpu' computes in float32 and bfloat16, got {q.dtype}; backend 'xla' takes others"
         )
-    check_kernel_mask(plan.mask)
-    check_kernel_bias(scores.bias)
+    check_kernel_mask(plan.mask, "tpu")
+    check_kernel_bias(scores.bias, "tpu")
     (size_q, size_k), rows = (plan.block_q, plan.block_k), plan.rows
     sizes = (q, size_q), (k, size_k), (v, size_k)
     blocks = [blocks_by_head(x, size, rows) for x, size in sizes]
@@ -122,7 +114,7 @@ def forward(scores: Scores, q, k, v, plan: Plan):
     columns = Columns(token_blocks(plan.kv_tokens, size_k, words.of_keys), tuple(blocks[1:]))
     heads, group, bq, width = q.shape[2], q.shape[2] // k.shape[2], blocks[0].shape[3], v.shape[3]
     kernel = Kernel(
-        body=functools.partial(_kernel, tile=Tile.of(scores, plan)),
+        body=functools.partial(_kernel, tile=TpuTile.of(scores, plan)),
         name="dynmask_forward",
         heads=heads,
         inner=1,

@@ -15,19 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, pytree
+from dynmask_jax.backends.kernel_tile import LOG2E, Numbers, dot, of_shown
 from dynmask_jax.backends.tpu_blocks import LANES, blocks_by_head, dropout_words, from_blocks, token_blocks
 from dynmask_jax.backends.tpu_grid import Columns, Kernel, Lines, block_type, sweep
-from dynmask_jax.backends.tpu_tile import (
-    LOG2E,
-    Numbers,
-    Tile,
-    by_code,
-    dot,
-    hidden,
-    in_lanes,
-    keep_rows,
-    widened,
-)
+from dynmask_jax.backends.tpu_tile import TpuTile, by_code, hidden, in_lanes, keep_rows, widened
 from dynmask_jax.bias_algebra import learnable
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
@@ -58,11 +49,6 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
         from_blocks(dv, plan.block_k, v),
         bias_gradients(scores, plan, queries, columns),
     )
-
-
-def _of_shown(d_products, weights, hide):
-    """Zero where the weight is: a hidden key or value may be so great that its products overflow."""
-    return d_products if hide is None else jnp.where(weights > 0.0, d_products, 0.0)
 
 
 @pytree
@@ -99,12 +85,12 @@ def _query_kernel(active, numbers, tokens, line, column, out, state, *, tile):
         weights = jnp.exp2(logits - widened(state.level[...], width))
         d_weights = dot(d_out[...], v[...], 1, 1)
         if words is not None:
-            d_weights = tile.kept(d_weights, numbers, (state.words, tokens[1][3:]))
+            d_weights = tile.kept_by_strip(d_weights, numbers, (state.words, tokens[1][3:]))
         d_logits = weights * (d_weights - widened(state.delta[...], width))
         if tile.of_bias:
-            state.sums[...] += tile.bias_gradients(_of_shown(d_logits, weights, hide), *of_tile)
+            state.sums[...] += tile.bias_gradients(of_shown(d_logits, weights, hide is not None), *of_tile)
             return
-        d_products = _of_shown(tile.slope(capped, d_logits), weights, hide)
+        d_products = of_shown(tile.slope(capped, d_logits), weights, hide is not None)
         state.sums[...] += dot(d_products.astype(k.dtype), k[...], 1, 0)
 
     by_code(code, add, lambda logits: tile.hide(logits, *of_tile))
@@ -122,7 +108,7 @@ def _sweep_queries(scores: Scores, plan: Plan, queries, columns: Columns, *, of_
     if of_bias:
         size, dtype = (len(learnable(scores.bias)[0]), LANES), jnp.float32
     kernel = Kernel(
-        body=functools.partial(_query_kernel, tile=Tile.of(scores, plan, of_bias=of_bias)),
+        body=functools.partial(_query_kernel, tile=TpuTile.of(scores, plan, of_bias=of_bias)),
         name="dynmask_dbias" if of_bias else "dynmask_dq",
         heads=heads,
         inner=1,
@@ -179,14 +165,14 @@ def _key_kernel(active, numbers, tokens, line, column, out, state, *, tile):
     of_tile = numbers, head * group + inner, (state.tokens, tokens[1])
 
     def keep(pairs):
-        return pairs if words is None else tile.kept(pairs, numbers, (state.words, words))
+        return pairs if words is None else tile.kept_by_strip(pairs, numbers, (state.words, words))
 
     def add(hide):
         capped = tile.capped(dot(k[...], q[...], 1, 1))  # [bk, bq]
         weights = jnp.exp2(hidden(tile.biased(capped, *of_tile), hide) - shared[:1])
         state.dv[...] += dot(keep(weights).astype(d_out.dtype), d_out[...], 1, 0)
         d_logits = weights * (keep(dot(v[...], d_out[...], 1, 1)) - shared[1:])
-        d_products = _of_shown(tile.slope(capped, d_logits), weights, hide)
+        d_products = of_shown(tile.slope(capped, d_logits), weights, hide is not None)
         state.dk[...] += dot(d_products.astype(q.dtype), q[...], 1, 0)
 
     by_code(code, add, lambda logits: tile.hide(logits, *of_tile))
@@ -202,7 +188,7 @@ def _sweep_keys(scores: Scores, plan: Plan, queries, lines: Lines):
     heads, bk = k.shape[1], k.shape[3]
     group = queries[0].shape[1] // heads
     kernel = Kernel(
-        body=functools.partial(_key_kernel, tile=Tile.of(scores, plan, keys_first=True)),
+        body=functools.partial(_key_kernel, tile=TpuTile.of(scores, plan, keys_first=True)),
         name="dynmask_dkv",
         heads=heads,
         inner=group,

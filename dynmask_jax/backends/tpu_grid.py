@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dynmask_jax.array_typing import Array, Int, pytree
+from dynmask_jax.backends.kernel_tile import scalars
 from dynmask_jax.backends.tpu_blocks import LANES, token_blocks
 from dynmask_jax.block_codes import SKIP, TEST
 from dynmask_jax.plans import Plan
@@ -163,7 +164,7 @@ def _joined(x: Array) -> Array:
 def _call(kernel: Kernel, numbers: Any, columns: Columns, lines: Lines, *, interpret: bool):
     active, length = active_blocks(lines.codes, lines.start)
     outer = jax.tree.leaves(lines.arrays)[0].shape[0]
-    numbers = jax.tree.map(_scalars, numbers)
+    numbers = jax.tree.map(scalars, numbers)
     operands = (numbers, (lines.tokens, columns.tokens), lines.arrays, columns.arrays)
 
     def of_line(x):
@@ -233,13 +234,6 @@ def active_blocks(codes: Int[Array, "L C"], start: Int[Array, " L"]) -> tuple[Ac
     at = jnp.nonzero(listed, size=listed.size, fill_value=0)[0].astype(jnp.int32)
     line = at // columns
     return Active(line, start[line] + at % columns, flags.reshape(-1)[at]), listed.sum(dtype=jnp.int32)
-
-
-def _scalars(leaf) -> Array:
-    """A leaf of a mask or a bias as scalar memory holds it: `[1, 1]` or `[1, N]`, of 32 bits."""
-    leaf = jnp.asarray(leaf)
-    kind = jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32
-    return leaf.astype(kind).reshape(1, -1)
 
 
 def block_type(shape: tuple[int, ...], dtype=jnp.float32) -> Any:
