@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.backends.backend import Backend
 from dynmask_jax.backends.dense import DENSE
+from dynmask_jax.backends.gpu import GPU
 from dynmask_jax.backends.tpu import TPU
 from dynmask_jax.backends.xla import XLA
 from dynmask_jax.backends.xla_wide import XLA_WIDE
@@ -35,6 +36,7 @@ BACKENDS: dict[str, Backend] = {
     "xla": XLA,
     "xla_wide": XLA_WIDE,
     "tpu": TPU,
+    "gpu": GPU,
 }
 """name -> what computes attention on one device."""
 
@@ -60,7 +62,7 @@ def attention(
     sinks: Float[Array, " N"] | None = None,
     bias: Bias | None = None,
     dropout: Dropout | None = None,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
     sharding: PartitionSpec | NamedSharding | None = None,
     return_lse: Literal[False] = False,
 ) -> Float[Array, "B T N V"]: ...
@@ -76,7 +78,7 @@ def attention(
     sinks: Float[Array, " N"] | None = None,
     bias: Bias | None = None,
     dropout: Dropout | None = None,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
     sharding: PartitionSpec | NamedSharding | None = None,
     return_lse: Literal[True],
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]: ...
@@ -113,9 +115,9 @@ def attention(
       bias: what is added to the logits, after the soft cap: `ALiBi`, `RelativeBuckets`, a `BiasFunction`,
         or a sum of them. It reads the tokens that the mask reads.
       dropout: `Dropout(rate, key)` of the weights; the lse stays that of all weights.
-      backend: "dense", "xla", "xla_wide", "tpu" (interpreted, and slow, on any other platform), or
-        None for `default_backend()`. Neither a named backend nor the default falls back: on a TPU
-        float16, say, is refused, until "xla" is named.
+      backend: "dense", "xla", "xla_wide", "tpu", "gpu" (the last two interpreted, and slow, on any other
+        platform); None for `default_backend()`; or a `gpu_backend` with tiles of one's own. Neither a named
+        backend nor the default falls back: on a TPU float16, say, is refused, until "xla" is named.
       sharding: how q is partitioned over a mesh, `PartitionSpec("data", None, "tensor")`, as a
         `NamedSharding` or over the mesh of `jax.set_mesh`: each device computes its own rows and heads. It
         need not be given on a mesh with Explicit axes, whose types say it, nor where the axes of the
@@ -167,12 +169,12 @@ class Call:
 
     Attributes:
       plan: which pairs.
-      backend: its name.
+      backend: what computes it.
       scores: how products become logits, and which weights are dropped.
     """
 
     plan: Plan
-    backend: str
+    backend: Backend
     scores: Scores
 
 
@@ -198,19 +200,18 @@ def _scores(q, *, scale=None, soft_cap=None, bias=None, dropout=None) -> Scores:
 
 
 @functools.partial(jax.jit, static_argnames="backend")
-def attend(q, k, v, sinks, the_plan: Plan, scores: Scores, *, backend: str):
+def attend(q, k, v, sinks, the_plan: Plan, scores: Scores, *, backend: Backend):
     """`(out, lse)` of arguments that have been checked."""
     # One type for all: inside shard_map a gradient must vary over the same axes as its array.
     q, k, v, scores = vary_like((q, k, v, scores), q, k, v, the_plan, scores)
-    how = BACKENDS[backend]
-    computed = functools.partial(how.attend, plan=the_plan, scores=scores)
-    out, lse = keep_nonfinite_apart(computed, q, k, v, the_plan, marks_bad=how.marks_bad)
+    computed = functools.partial(backend.attend, plan=the_plan, scores=scores)
+    out, lse = keep_nonfinite_apart(computed, q, k, v, the_plan, marks_bad=backend.marks_bad)
     return with_sinks(out, lse, sinks)
 
 
 @functools.partial(jax.jit, static_argnames=("partitioning", "backend"))
 def attend_partitioned(
-    q, k, v, sinks, the_plan: Plan, scores: Scores, *, partitioning: Partitioning, backend: str
+    q, k, v, sinks, the_plan: Plan, scores: Scores, *, partitioning: Partitioning, backend: Backend
 ):
     """`attend` where each device has its own rows and heads."""
     heads, key_heads = q.shape[2], k.shape[2]
@@ -229,16 +230,18 @@ def attend_partitioned(
         (q, k, v, sinks, scores),
         (of_queries, of_keys, of_keys, partitioning.heads, partitioning.of_scores(scores)),
         (of_queries, of_queries),
-        check_vma=BACKENDS[backend].check_vma,
+        check_vma=backend.check_vma,
     )
 
 
-def known_backend(backend: str | None) -> str:
-    """Its name, or the default's; refuses one that there is not."""
+def known_backend(backend: str | Backend | None) -> Backend:
+    """The backend of a name, or the default one; refuses a name that there is not."""
+    if isinstance(backend, Backend):
+        return backend
     name = default_backend() if backend is None else backend
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
-    return name
+    return BACKENDS[name]
 
 
 def with_sinks(out, lse, sinks: Float[Array, " N"] | None):

@@ -21,20 +21,42 @@ class Platform:
 PLATFORMS = {
     "cpu": Platform("xla", (512, 512)),
     "tpu": Platform("tpu", (512, 512)),
-    # All lines of blocks are in memory at once, each with a tile.
-    "gpu": Platform("xla_wide", (128, 128)),
+    "gpu": Platform("gpu", (128, 128)),
 }
 """JAX's name of a platform -> its defaults; on others the defaults are those of "cpu"."""
+BEFORE_AMPERE = Platform("xla_wide", (128, 128))
+"""Of an NVIDIA card for which there are no kernels: T4, V100 and older, of a compute capability below 8."""
 
 
 def defaults_of(platform: str | None = None) -> Platform:
     """The row of `PLATFORMS` for a platform; None: for the present one."""
+    if platform is None and (capability := compute_capability()) is not None and capability < 8:
+        return BEFORE_AMPERE
     return PLATFORMS.get(present_platform() if platform is None else platform, PLATFORMS["cpu"])
 
 
 def present_platform() -> str:
     """ "cpu", "gpu" or "tpu": that of `jax.default_device`, where it is set, or else JAX's default."""
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    device = _default_device()
     if device is None:
         return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    name = device if isinstance(device, str) else device.platform
+    return {"cuda": "gpu"}.get(name, name)
+
+
+def compute_capability() -> float | None:
+    """Of the present NVIDIA card, 8.9 of an L4, say; None on other platforms."""
+    if present_platform() != "gpu":
+        return None
+    device = _default_device()
+    if device is None or isinstance(device, str):
+        try:
+            device = jax.local_devices(backend=device)[0]
+        except RuntimeError:  # named, and not there: a program may be compiled for it
+            return None
+    found = getattr(device, "compute_capability", None)
+    return None if found is None else float(found)
+
+
+def _default_device():
+    return jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,12 +11,13 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, sum_dtype
+from dynmask_jax.backends.backend import Backend
 from dynmask_jax.calls import as_plan
 from dynmask_jax.context.all_gather import attend_to_gathered
 from dynmask_jax.context.ring import arcs, attend_on_ring
 from dynmask_jax.context.sequence_axis import SequenceAxis
 from dynmask_jax.context.ulysses import attend_by_heads
-from dynmask_jax.dispatch import BACKENDS, attend, attention, checked, with_sinks
+from dynmask_jax.dispatch import attend, attention, checked, with_sinks
 from dynmask_jax.find_partitioning import HEAD_AXES, ROW_AXES
 from dynmask_jax.finite import bad_rows
 from dynmask_jax.mask_algebra import head_count
@@ -189,7 +190,7 @@ def _options_of(function: Callable) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("partitioning", "backend"))
-def _attend(q, k, v, sinks, plan: Plan, scores: Scores, *, partitioning: Partitioning, backend: str):
+def _attend(q, k, v, sinks, plan: Plan, scores: Scores, *, partitioning: Partitioning, backend: Backend):
     def on_device(own: Plan, q, k, v, scores: Scores):
         q, k, v, scores = vary_like((q, k, v, scores), q, k, v, own, scores)
         if partitioning.devices == 1:
@@ -197,7 +198,7 @@ def _attend(q, k, v, sinks, plan: Plan, scores: Scores, *, partitioning: Partiti
         if partitioning.strategy == "ulysses":
             return attend_by_heads(partitioning, backend, scores, own, (q, k, v))
         axis, mesh_axes = partitioning.sequence_axis, partitioning.mesh.axis_names
-        sequence = SequenceAxis(axis, partitioning.devices, BACKENDS[backend], mesh_axes)
+        sequence = SequenceAxis(axis, partitioning.devices, backend, mesh_axes)
         out, lse = WITH_OWN_QUERIES[partitioning.strategy](sequence, scores, q, k, v, own)
         if sequence.backend.marks_bad:
             return marked(q, out, lse, jnp.isnan(lse))
@@ -210,7 +211,7 @@ def _attend(q, k, v, sinks, plan: Plan, scores: Scores, *, partitioning: Partiti
         (q, k, v, scores),
         (*[arrays] * 3, partitioning.of_scores(scores)),
         (arrays, arrays),
-        check_vma=BACKENDS[backend].check_vma,
+        check_vma=backend.check_vma,
     )
     return with_sinks(out, lse, sinks)
 

@@ -11,13 +11,14 @@ import dataclasses
 import jax
 from jax import lax
 
+from dynmask_jax.backends.backend import Backend
 from dynmask_jax.dispatch import attend
 from dynmask_jax.partitioning import Partitioning
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
 
-def attend_by_heads(partitioning: Partitioning, backend: str, scores: Scores, own: Plan, shards: tuple):
+def attend_by_heads(partitioning: Partitioning, backend: Backend, scores: Scores, own: Plan, shards: tuple):
     """`(out, lse)` of this device's shards of q, k and v; `own` is for the whole sequence."""
     q, k, v = (lax.all_to_all(x, partitioning.axis, 2, 1, tiled=True) for x in shards)
     own, scores = (

@@ -74,11 +74,11 @@ FIVE_KINDS = "same_segment", "per_head_window", "random_chunks", "nothing", "unr
 """For `xla_wide`, which computes the tiles of `xla` in another order."""
 EVERY = [(name, backend) for name in MASKS for backend in KERNELS]
 NINE_KINDS = *FIVE_KINDS, "causal", "window_both_ways", "select", "parameters"
-"""For `tpu`, whose compiler takes every mask in `test_tpu_compile`."""
+"""For `tpu` and `gpu`, whose kernels trace masks alike; `test_tpu_compile` has every mask."""
 BY_DEFAULT = [
     (name, backend)
     for name, backend in EVERY
-    if name in {"xla": MASKS, "xla_wide": FIVE_KINDS, "tpu": NINE_KINDS}[backend]
+    if name in {"xla": MASKS, "xla_wide": FIVE_KINDS, "tpu": NINE_KINDS, "gpu": NINE_KINDS}[backend]
 ]
 
 
@@ -95,7 +95,7 @@ def test_programs_that_xla_optimizes(backend):
     assert_backend_is_dense(MASKS["same_segment"], SHAPES["ragged"], backend, soft_cap=3.0)
 
 
-@pytest.mark.parametrize("backend", mostly(KERNELS, ["xla", "tpu"]))
+@pytest.mark.parametrize("backend", mostly(KERNELS, ["xla", "tpu", "gpu"]))
 @pytest.mark.parametrize("shape_name", SHAPES)
 def test_every_shape(shape_name, backend):
     mask = (Causal() & Window(9) | Prefix(5)) & SameSegment()
@@ -170,7 +170,7 @@ def test_soft_cap_and_sinks_are_what_they_say(backend):
     np.testing.assert_allclose(out[0, 2, 0], (weights / weights.sum())[:3] @ v[0, :, 0], rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tpu"])  # it has no float64
+@pytest.mark.parametrize("backend", ["dense", "xla", "xla_wide"])  # the others have no float64
 def test_gradients_are_those_of_finite_differences(backend):
     shape = Shape(batch=1, queries=7, keys=6, heads=2, kv_heads=1, head_dim=4, block_q=4, block_k=4)
     with enable_x64(True):
@@ -391,7 +391,7 @@ def test_a_bad_key_that_all_can_see_is_not_hidden(backend):
     assert np.isnan(np.asarray(out)).all()
 
 
-@pytest.mark.parametrize("backend", mostly(KERNELS, ["xla", "tpu"]))
+@pytest.mark.parametrize("backend", mostly(KERNELS, ["xla", "tpu", "gpu"]))
 def test_under_vmap_and_remat(backend):
     shape = Shape(batch=1)
     stacked = [jnp.stack([shape.qkv(seed=seed)[i] for seed in (1, 2, 3)]) for i in range(3)]
@@ -501,9 +501,9 @@ def array_sizes(hlo: str) -> set[int]:
 def test_the_choice_of_backend_can_be_asked_for():
     assert default_backend() == default_backend("cpu") == "xla"
     assert default_backend("tpu") == "tpu"
-    assert default_backend("gpu") == "xla_wide"
+    assert default_backend("gpu") == "gpu"
     with jax.default_device("gpu"):
-        assert default_backend() == "xla_wide"
+        assert default_backend() == "gpu"
     with jax.default_device(jax.devices("cpu")[1]):
         assert default_backend() == "xla"
 

@@ -31,7 +31,8 @@ from dynmask_jax import (
 
 FLOAT32 = TOLERANCE[jnp.dtype("float32")]
 KEY = jax.random.key(7)
-LOOPS = "xla", "xla_wide", "tpu"
+KERNELS = "tpu", "gpu"
+LOOPS = "xla", "xla_wide", *KERNELS
 
 
 def waves(q, k, frequency, shift):
@@ -98,7 +99,8 @@ def assert_close(actual: list, expected: list):
 
 CALLS = [(bias, backend) for bias in BIASES for backend in LOOPS]
 BY_DEFAULT = [(bias, "xla") for bias in BIASES if bias != "steep"]
-BY_DEFAULT += [(bias, "tpu") for bias in ("alibi", "direction", "steep", "t5")] + [("sum", "xla_wide")]
+BY_DEFAULT += [(bias, name) for bias in ("alibi", "direction", "steep", "t5") for name in KERNELS]
+BY_DEFAULT += [("sum", "xla_wide")]
 
 
 @pytest.mark.parametrize("shape", mostly(["ragged", "one_kv_head", "one_query"], ["ragged"]))
@@ -106,8 +108,8 @@ BY_DEFAULT += [(bias, "tpu") for bias in ("alibi", "direction", "steep", "t5")] 
 def test_a_bias_and_dropout_with_values_of_another_width(backend, shape, bias):
     q, k, v, the_plan = arguments(SHAPES[shape], width=5)
     how = {"bias": BIASES[bias], "dropout": Dropout(0.3, KEY), "soft_cap": 3.0}
-    if backend == "tpu" and bias in TABLES:
-        with pytest.raises(Unsupported, match="has a table, which a kernel cannot read; take backend 'xla'"):
+    if backend in KERNELS and bias in TABLES:
+        with pytest.raises(Unsupported, match="has a table, which a kernel cannot read; take backend 'xla"):
             attention(q, k, v, the_plan, backend=backend, **how)
         return
     expected = results(attention, q, k, v, the_plan, backend="dense", **how)
@@ -117,7 +119,7 @@ def test_a_bias_and_dropout_with_values_of_another_width(backend, shape, bias):
 @pytest.mark.parametrize("backend", ["dense", *LOOPS])
 def test_a_bias_is_what_an_array_of_it_would_be(backend):
     q, k, v, the_plan = arguments(SHAPES["even"])
-    for bias in (BIASES[name] for name in BIASES if backend != "tpu" or name not in TABLES):
+    for bias in (BIASES[name] for name in BIASES if backend not in KERNELS or name not in TABLES):
         array = bias_tensor(bias, the_plan.q_tokens, the_plan.kv_tokens, heads=HEADS)
         mask = SameSegment() & Causal()
         logits = jnp.einsum("btkgh,bskh->bkgts", q.reshape(*q.shape[:2], 2, 2, -1), k) / np.sqrt(8)
@@ -139,7 +141,7 @@ def test_gradients_of_tables_and_slopes_are_finite_differences(backend):
         out = attention(q, k, v, the_plan, bias=bias, dropout=Dropout(0.2, KEY), backend=backend)
         return (out**2).sum()
 
-    for name in ("alibi",) if backend == "tpu" else ("alibi", "t5"):
+    for name in ("alibi",) if backend in KERNELS else ("alibi", "t5"):
         (numbers,), structure = jax.tree.flatten(BIASES[name])
         (gradient,) = jax.tree.leaves(jax.grad(loss)(BIASES[name]))
         direction = jax.random.normal(jax.random.key(4), jnp.shape(numbers))
@@ -245,7 +247,7 @@ def test_rows_and_heads_on_several_devices_draw_the_same():
     np.testing.assert_array_equal(found, dropout_mask(dropout, DOCUMENTS, batch=2, heads=HEADS))
 
 
-@pytest.mark.parametrize("backend", mostly(["xla", "tpu"], ["xla"]))
+@pytest.mark.parametrize("backend", mostly(["xla", *KERNELS], ["xla"]))
 def test_gradients_of_rows_and_heads_on_several_devices_are_those_of_one(backend):
     q, k, v, the_plan = arguments(Shape(queries=32, keys=32), width=6)
     mesh = mesh_of(data=2, tensor=4)
@@ -344,7 +346,7 @@ WIDTHS = [(*widths, backend) for widths in ((192, 128), (128, 192)) for backend 
 
 @pytest.mark.parametrize(
     ("width_qk", "width_v", "backend"),
-    mostly(WIDTHS, [(192, 128, "xla"), (192, 128, "tpu"), (128, 192, "xla")]),
+    mostly(WIDTHS, [(192, 128, "xla"), (192, 128, "tpu"), (128, 192, "gpu")]),
 )
 def test_shapes_of_multi_head_latent_attention(backend, width_qk, width_v):
     shape = Shape(batch=1, queries=24, keys=24, head_dim=width_qk)

@@ -78,6 +78,7 @@ CASES = [(mesh, backend, kv_heads) for mesh in MESHES for backend in BACKENDS fo
 BY_DEFAULT = {
     *((mesh, "xla", 2) for mesh in MESHES),
     ("explicit", "tpu", 2),
+    ("explicit", "gpu", 2),
     ("auto_by_name", "tpu", 1),
 }
 

@@ -129,7 +129,9 @@ def test_every_strategy_layout_and_mask(name, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("backend", mostly([name for name in BACKENDS if name != "xla"], ["dense", "tpu"]))
+@pytest.mark.parametrize(
+    "backend", mostly([name for name in BACKENDS if name != "xla"], ["dense", "tpu", "gpu"])
+)
 def test_every_backend(backend, strategy):
     """On rows, tokens and heads at once; each head its own window, as `tensor` and ulysses cut them."""
     mesh = mesh_of(data=2, context=2, tensor=2)

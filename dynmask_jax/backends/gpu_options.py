@@ -1,0 +1,72 @@
+"""How the GPU kernels cut their work, by card, head dim and dtype."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from dynmask_jax.platforms import compute_capability
+
+
+@dataclass(frozen=True)
+class Grain:
+    """The tile of one kernel, and how many threads work on it.
+
+    Attributes:
+      line, column: tokens of a tile along a line and across it, powers of two; at most a block's.
+      warps: of 32 threads, in a program.
+      stages: how many tiles of the columns are on their way from memory at once.
+    """
+
+    line: int
+    column: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Grains:
+    """Those of all kernels: forward, for dq, and for dk and dv.
+
+    Attributes:
+      busy: as many programs keep a card busy, about two for each SM of an A100 or H100. Where lines are too
+        few for half of them, as when one query decodes, several programs share a line forward.
+    """
+
+    forward: Grain
+    dq: Grain
+    dkv: Grain
+    busy: int = 256
+
+
+HOPPER = {
+    64: Grains(Grain(128, 128, 8, 2), Grain(64, 64, 4, 2), Grain(64, 64, 4, 2)),
+    128: Grains(Grain(128, 128, 8, 2), Grain(64, 64, 4, 2), Grain(64, 32, 4, 2)),
+    256: Grains(Grain(128, 32, 8, 2), Grain(64, 32, 8, 2), Grain(32, 64, 8, 1)),
+}
+AMPERE = {
+    64: Grains(Grain(128, 64, 8, 3), Grain(64, 64, 4, 2), Grain(64, 64, 4, 2)),
+    128: Grains(Grain(128, 64, 8, 2), Grain(64, 64, 8, 2), Grain(64, 64, 8, 2)),
+    256: Grains(Grain(64, 32, 8, 2), Grain(32, 32, 4, 1), Grain(32, 32, 4, 1)),
+}
+FLOAT32 = {
+    64: Grains(Grain(64, 32, 8, 2), Grain(32, 32, 4, 2), Grain(32, 32, 4, 2)),
+    128: Grains(Grain(32, 32, 8, 1), Grain(32, 16, 8, 2), Grain(32, 16, 8, 2)),
+    256: Grains(Grain(32, 16, 8, 2), Grain(16, 16, 16, 2), Grain(16, 16, 8, 1)),
+}
+"""Head dim, at most -> the grains.
+
+Each is, of those that were compiled, the one whose machine code takes the fewest cycles a pair on its busiest
+unit, without a spilled register and within the shared memory of the smallest card of its kind (100 KiB, an
+L4's). No card has measured them yet. float32 is multiplied in full, on no tensor core: small tiles, whose
+operands fit the registers.
+"""
+
+
+def default_grains(head_dim: int, dtype) -> Grains:
+    """For the present card; where there is none, as in tests, for a Hopper."""
+    table = FLOAT32
+    if dtype != jnp.float32:
+        capability = compute_capability()
+        # Cards of 12.0 are Blackwells for desks, with an L4's shared memory.
+        table = HOPPER if capability is None or 9 <= capability < 12 else AMPERE
+    return next((grains for most, grains in table.items() if head_dim <= most), table[256])
