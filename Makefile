@@ -3,25 +3,36 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all bench format clean
+.PHONY: demo test test-all bench gpu-check format clean
 
 demo: $(VENV)/train.installed
 	$(BIN)/python -m train demo
 
-test: $(VENV)/test.installed
+test: $(VENV)/test.installed gpu-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 # Every case, every generation of TPU, and optimized programs: about an hour on two cores.
-test-all: $(VENV)/test.installed
+test-all: $(VENV)/test.installed gpu-check
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "slow or not slow" --hypothesis-profile=thorough
 
 # PyTorch is among the peers. Its default Linux build holds CUDA, gigabytes that a CPU comparison has no use
 # for: point pip at a CPU build's index (PIP_EXTRA_INDEX_URL), or leave it out: the results then say so.
 bench: $(VENV)/bench.installed
 	$(BIN)/python -m benchmarks
+
+# The compiler for NVIDIA cards, which needs none, in a folder apart (see train/aot/cards.py). Its wheels are for
+# Linux; elsewhere the tests that compile for a card are skipped.
+GPU_CHECK := nvidia-cuda-nvcc-cu12==12.9.86 nvidia-cuda-nvdisasm==13.5.37
+gpu-check: $(VENV)/gpu-check
+
+$(VENV)/gpu-check: $(VENV)/test.installed
+	@version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ $(GPU_CHECK) \
+	  jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version || \
+	{ echo 'No compiler for NVIDIA cards here: the tests that need it are skipped.'; mkdir -p $@; }
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff format .

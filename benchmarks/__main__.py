@@ -19,6 +19,7 @@ from benchmarks import (
     curriculum,
     exposure,
     flashmask,
+    gpu_cost,
     loss,
     memory,
     plans,
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "plans": plans,
     "compile_time": compile_time,
     "tpu_schedule": tpu_schedule,
+    "gpu_cost": gpu_cost,
     "balance": balance,
     "topologies": topologies,
 }

@@ -11,6 +11,7 @@ from benchmarks import (
     curriculum,
     exposure,
     flashmask,
+    gpu_cost,
     loss,
     memory,
     plans,
@@ -43,6 +44,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "plans": ("Finding the blocks to skip", plans.section),
     "compile_time": ("Time to compile six layers", compile_time.section),
     "tpu_schedule": ("Static cost on TPU", tpu_schedule.section),
+    "gpu_cost": ("Static cost on GPU", gpu_cost.section),
     "balance": ("Balance over devices", balance.section),
     "topologies": ("Memory and transfers of whole train steps", topologies.section),
 }

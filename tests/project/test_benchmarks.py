@@ -18,6 +18,7 @@ from benchmarks import (
     curriculum,
     exposure,
     flashmask,
+    gpu_cost,
     loss,
     markdown,
     memory,
@@ -50,12 +51,13 @@ TOYS = {
     "plans": plans.Settings((64,), ours=(128,)),
     "compile_time": compile_time.Settings(layers=1, tokens=16),
     "tpu_schedule": tpu_schedule.Settings((), (), ()),
+    "gpu_cost": gpu_cost.Settings((), ()),
     "balance": balance.Settings(1_024, devices=8, block=8, chunk=100, stages=(0, 300, balance.END)),
     "topologies": topologies.Settings(()),
 }
 
 
-NO_MEDIANS = ("memory", "loss", "tpu_schedule", "balance", "topologies")
+NO_MEDIANS = ("memory", "loss", "tpu_schedule", "gpu_cost", "balance", "topologies")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""The real GPU compiler takes the kernels, for a Hopper, an Ampere and an Ada card; no GPU is needed."""
+
+from pathlib import Path
+
+import pytest
+from cases import MASKS
+from slow import mostly
+
+from benchmarks.gpu_compile import compiled, tool
+from train.aot.cards import CARDS, missing_compiler
+
+pytestmark = pytest.mark.skipif(
+    missing_compiler() is not None or tool("nvdisasm") is None,
+    reason="the GPU's compiler and nvdisasm are not installed: make gpu-check",
+)
+FILE = Path(__file__).with_name("gpu_programs.py")
+KERNELS = {"dynmask_lists", "dynmask_forward", "dynmask_dq", "dynmask_dkv"}
+SIXTEEN_BITS = "bfloat16", "float16"
+
+
+@pytest.fixture(autouse=True)
+def _names_of_the_tests(monkeypatch):
+    """The programs import the masks of `cases.py`, in a process of their own."""
+    monkeypatch.setenv("PYTHONPATH", str(FILE.parents[2]))
+
+
+def check(card: str, program, dtype: str = "bfloat16"):
+    """No kernel spills or wants more shared memory than there is, and products are the tensor cores'."""
+    for name, kernel in program.kernels.items():
+        assert kernel.spills == kernel.code.count("STL") == 0, name
+        assert kernel.shared <= CARDS[card].shared - 1024, name
+        if name != "dynmask_lists":
+            tensor = kernel.code.count("HGMMA") if card == "h100" else kernel.code.count("HMMA")
+            assert (tensor > 0) == (dtype in SIXTEEN_BITS), name
+
+
+CASES = [
+    (card, dtype, dim) for card in CARDS for dtype in ("bfloat16", "float32") for dim in (32, 64, 128, 256)
+]
+BY_DEFAULT = [("h100", "bfloat16", 128), ("l4", "bfloat16", 256), ("a100", "float32", 64)]
+
+
+@pytest.mark.parametrize(("card", "dtype", "head_dim"), mostly(CASES, BY_DEFAULT))
+def test_attention_and_its_gradient(card, dtype, head_dim):
+    program = compiled(card, f"{FILE}:attention_and_gradient", {"dtype": dtype, "head_dim": head_dim})
+    assert program.kernels.keys() == KERNELS
+    check(card, program, dtype)
+    # Nothing waits for the host: no loop, no branch.
+    assert not {"kWhile", "kConditional"} & set(program.launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(80, 80), (96, 96), (192, 128), (128, 192)])
+def test_head_dims_that_are_filled_up(head_dim, value_dim):
+    options = {"head_dim": head_dim, "value_dim": value_dim}
+    check("a100", compiled("a100", f"{FILE}:attention_and_gradient", options))
+
+
+def test_a_spill_is_seen():
+    """Tiles that are too large for the registers."""
+    grains = [[128, 128, 4, 2]] * 3
+    program = compiled("a100", f"{FILE}:attention_and_gradient", {"grains": grains})
+    assert all(program.kernels[name].spills > 0 for name in KERNELS - {"dynmask_lists"})
+    with pytest.raises(AssertionError, match="dynmask"):
+        check("a100", program)
+
+
+@pytest.mark.parametrize("card", mostly(CARDS, ["h100"]))
+def test_every_option(card):
+    program = compiled(card, f"{FILE}:scores_and_gradient")
+    assert program.kernels.keys() == {*KERNELS, "dynmask_dbias"}
+
+
+@pytest.mark.parametrize(
+    "names", mostly([["strided", "unreadable"], [*MASKS]], [["strided", "unreadable"]]), ids=len
+)
+def test_every_mask(names):
+    assert compiled("a100", f"{FILE}:masks", {"names": names}).kernels.keys() >= KERNELS
+
+
+@pytest.mark.parametrize("tokens", mostly([131_072, 1_048_576], [131_072]))
+def test_lists_are_one_launch_a_pass_and_few_bytes(tokens):
+    program = compiled("h100", f"{FILE}:lists", {"tokens": tokens})
+    assert program.kernels.keys() == {"dynmask_lists"}
+    assert not {"kWhile", "kConditional"} & set(program.launches)
+    blocks = tokens // 128
+    # Of each code a byte is read, and four are written where it is active; columns are turned once.
+    assert program.output_bytes < 2 * 4 * (blocks + 1024) * blocks + 2**20
+    assert program.temporary_bytes < 2 * blocks**2 + 2**20
+
+
+def test_a_ring_of_eight_cards():
+    program = compiled("h100", f"{FILE}:over_cards")
+    assert program.kernels.keys() >= KERNELS
+
+
+@pytest.mark.parametrize("card", mostly(CARDS, ["l4"]))
+def test_the_whole_train_step(card):
+    program = compiled(card, f"{FILE}:train_step")
+    assert program.kernels.keys() == KERNELS
+    assert program.temporary_bytes + program.argument_bytes < CARDS[card].memory
