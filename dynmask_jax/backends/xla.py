@@ -20,8 +20,13 @@ from dynmask_jax.online_softmax import Partial, extend, normalize
 from dynmask_jax.vma import vary_like
 
 
-def forward(scores, q, k, v, plan, over_lines=lax.map, *, test_all: bool = False):
-    """`(out, lse)`, where `over_lines(line, places)` stacks `line(place)` over lines of blocks.
+def _in_turn(line, numbers, codes):
+    del codes
+    return lax.map(line, numbers)
+
+
+def forward(scores, q, k, v, plan, over_lines=_in_turn, *, test_all: bool = False):
+    """`(out, lse)`, where `over_lines(line, numbers, codes)` stacks `line(number)` over lines of the plan.
 
     `test_all`: evaluate the mask in full blocks too, where a branch would not save it.
     """
@@ -51,7 +56,7 @@ def forward(scores, q, k, v, plan, over_lines=lax.map, *, test_all: bool = False
         out, lse = normalize(over_active(at(plan.codes, row, i), add, empty))
         return q_blocks.tokens(on_tiles.rescaled(out)).astype(q.dtype), q_blocks.tokens(lse)
 
-    out, lse = over_lines(query_block, q_blocks.every())
+    out, lse = over_lines(query_block, q_blocks.every(), plan.codes)
     return q_blocks.whole(out), q_blocks.whole(lse)
 
 

@@ -1,10 +1,11 @@
 """The loop over active blocks for wide machines: a GPU that has no kernel of its own.
 
-Where `xla` takes one block after the other, here every line of blocks takes a step at once: the first
-active block of each, then the second, …, until the longest line is done. So a step is a few large
-batched products. `jax.vmap` of the loop over one line is that arrangement: each turn computes all lines,
-and those that are done keep what they have. So a pass costs its longest line times all lines: a window
-costs what it shows, but causal attention the whole square, and so does one query or key that is seen by all.
+Where `xla` takes one block after the other, here many lines of blocks take a step at once: the first
+active block of each, then the second, …, until the longest of them is done. So a step is a few large
+batched products. `jax.vmap` of the loop over one line is that arrangement: each turn computes all its lines,
+and those that are done keep what they have. So lines go in groups of like length, sorted by it: what is
+computed beyond the plan is the difference between a group's lines and its longest, for causal attention an
+eighth, where all lines together would compute the whole square.
 
 The gradients of queries are summed along lines of key blocks and those of keys along lines of query
 blocks, apart: that is seven products a tile in place of five, and no two lines ever add to one place,
@@ -16,18 +17,33 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dynmask_jax.array_typing import Array, Int
 from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.blocks import Blocks, visible_columns
 from dynmask_jax.backends.score_tiles import Place, score_tiles
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
-from dynmask_jax.block_codes import ACTIVE, over_blocks
+from dynmask_jax.block_codes import ACTIVE, SKIP, over_blocks
 from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.vma import vary_like
 
+GROUPS = 8
+"""Of lines, which take a step at once: fewer waste more on lines that are done, more are narrower."""
 
-def _at_once(line, places):
-    return jax.vmap(line)(places)
+
+def by_length(codes: Int[Array, "R lines columns"], lines: int) -> Int[Array, "groups size"]:
+    """The numbers of all lines of all sequences, the shortest first; the last ones again to fill up."""
+    lengths = (codes != SKIP).sum(axis=2).reshape(-1)
+    order = jnp.argsort(jnp.tile(lengths, lines // lengths.shape[0])).astype(jnp.int32)
+    groups = min(GROUPS, lines)
+    return jnp.pad(order, (0, -lines % groups), mode="edge").reshape(groups, -1)
+
+
+def _in_groups(line, numbers, codes):
+    grouped = by_length(codes, numbers.shape[0])
+    found = jax.lax.map(jax.vmap(line), grouped)
+    place = jnp.argsort(grouped.reshape(-1)[: numbers.shape[0]])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[place], found)
 
 
 class _Operands:
@@ -96,14 +112,14 @@ def gradients(scores, saved, cotangents):
         start = vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys, of.on_tiles)
         return tuple(k_blocks.tokens(x) for x in over_blocks(at(columns, of.row(b), j), ACTIVE, add, start))
 
-    d_q, d_bias = _at_once(query_line, q_blocks.every())
+    d_q, d_bias = _in_groups(query_line, q_blocks.every(), plan.codes)
     d_q = q_blocks.whole(d_q)
-    d_k, d_v = (k_blocks.whole(x) for x in _at_once(key_line, k_blocks.every()))
+    d_k, d_v = (k_blocks.whole(x) for x in _in_groups(key_line, k_blocks.every(), columns))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), [x.sum(axis=0) for x in d_bias]
 
 
 XLA_WIDE = Backend(
-    functools.partial(forward, over_lines=_at_once, test_all=True),
+    functools.partial(forward, over_lines=_in_groups, test_all=True),
     gradients,
     prepared=as_they_are,
     marks_bad=True,
