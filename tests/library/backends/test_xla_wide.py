@@ -1,4 +1,4 @@
-"""The groups of lines that the wide loop takes at once: each line once, and little computed beyond the plan."""
+"""Groups of lines that the wide loop takes at once: each line once, little computed beyond the plan."""
 
 import jax.numpy as jnp
 import numpy as np
