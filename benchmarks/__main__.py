@@ -4,6 +4,7 @@ python -m benchmarks                               # the quick form, about ten m
 python -m benchmarks --only causal plans           # these alone
 python -m benchmarks --full --json docs/benchmarks # the full form, and the documentation's table anew
 python -m benchmarks --table                       # the table from the results that are there
+python -m benchmarks --device gpu                  # on an NVIDIA card: accuracy, times, tiles, memory
 """
 
 import argparse
@@ -12,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import jax
+
 from benchmarks import (
     balance,
+    card,
     causal,
     compile_time,
     curriculum,
@@ -47,6 +51,11 @@ BENCHMARKS: dict[str, ModuleType] = {
     "balance": balance,
     "topologies": topologies,
 }
+ON_A_CARD = {"card": card}
+"""With `--device gpu`, in place of those."""
+
+
+KNOWN = BENCHMARKS | ON_A_CARD
 
 
 def main(arguments: Sequence[str] | None = None):
@@ -55,11 +64,15 @@ def main(arguments: Sequence[str] | None = None):
     Raises:
       SystemExit: an option or a benchmark that does not exist.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     folder = options.json or (report.FOLDER if options.table else None)
     if not options.table:
-        for name in options.only or BENCHMARKS:
-            benchmark = BENCHMARKS[name]
+        if options.device == "gpu" and jax.default_backend() != "gpu":
+            parser.error(f"--device gpu: JAX computes on {jax.default_backend()} here, and finds no card")
+        known = ON_A_CARD if options.device == "gpu" else BENCHMARKS
+        for name in options.only or known:
+            benchmark = KNOWN[name]
             settings = benchmark.FULL if options.full else benchmark.QUICK
             results = measured(name, settings, options.repeats or (5 if options.full else 3))
             print(report.section(name, results), flush=True)
@@ -72,7 +85,7 @@ def main(arguments: Sequence[str] | None = None):
 
 def measured(name: str, settings, repeats: int) -> dict:
     """One benchmark's results, as JSON gives them back."""
-    results = BENCHMARKS[name].measure(settings, repeats)
+    results = KNOWN[name].measure(settings, repeats)
     return json.loads(json.dumps({"machine": machine(), "repeats": repeats, **results}))
 
 
@@ -82,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="gpu: what a card is asked")
     parser.add_argument("--full", action="store_true", help="the sizes of the documentation; takes long")
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--only", nargs="+", choices=KNOWN, metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument(
         "--repeats", type=_positive, help="rounds, of which the median counts: 3, or 5 in full"
     )

@@ -43,10 +43,11 @@ def jax_nn(arrays: tuple[Array, ...]) -> dict[str, Ways]:
 
 def tokamax(arrays: tuple[Array, ...]) -> dict[str, Ways]:
     """tokamax's two implementations that need no kernel, under the causal mask."""
-    return {f"tokamax, {name}": _tokamax(name, arrays) for name in ("xla", "xla_chunked")}
+    return {f"tokamax, {name}": tokamax_as(name, arrays) for name in ("xla", "xla_chunked")}
 
 
-def _tokamax(implementation: str, arrays: tuple[Array, ...]) -> Ways:
+def tokamax_as(implementation: str | None, arrays: tuple[Array, ...]) -> Ways:
+    """tokamax under the causal mask, by one of its implementations; None for its own choice."""
     if reason := missing("tokamax"):
         return of_no_use(reason)
     try:

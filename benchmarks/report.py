@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks import (
     balance,
+    card,
     causal,
     compile_time,
     curriculum,
@@ -47,6 +48,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "gpu_cost": ("Static cost on GPU", gpu_cost.section),
     "balance": ("Balance over devices", balance.section),
     "topologies": ("Memory and transfers of whole train steps", topologies.section),
+    "card": ("On a card", card.section),
 }
 """NAME of the JSON file -> the section's title, and how its results read."""
 

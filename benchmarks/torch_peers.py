@@ -29,6 +29,23 @@ def torch() -> Any:
     return module
 
 
+def device() -> str:
+    """Where PyTorch computes: on the card, if it finds one."""
+    return "cuda" if torch().cuda.is_available() else "cpu"
+
+
+def _done(call: Callable) -> Callable:
+    """The call, that returns once its results are there: a card works on when the call is over."""
+
+    def done():
+        result = call()
+        if device() == "cuda":
+            torch().cuda.synchronize()
+        return result
+
+    return done
+
+
 def sdpa(arrays: tuple[Array, ...], mask: Array | None = None) -> Ways:
     """`scaled_dot_product_attention` both ways: causal by its own argument, or under a dense mask."""
     if reason := peers.missing("torch"):
@@ -36,7 +53,7 @@ def sdpa(arrays: tuple[Array, ...], mask: Array | None = None) -> Ways:
     module = torch()
     *qkv, cotangent = (_tensor(x) for x in arrays)
     inputs = [x.requires_grad_() for x in qkv]
-    dense = None if mask is None else module.from_numpy(np.array(mask))
+    dense = None if mask is None else module.from_numpy(np.array(mask)).to(device())
 
     def attend():
         return module.nn.functional.scaled_dot_product_attention(
@@ -47,14 +64,18 @@ def sdpa(arrays: tuple[Array, ...], mask: Array | None = None) -> Ways:
         with module.no_grad():
             return attend()
 
-    return {FORWARD: forward, BOTH: lambda: module.autograd.grad(attend(), inputs, cotangent)}
+    def both():
+        return module.autograd.grad(attend(), inputs, cotangent)
+
+    return {FORWARD: _done(forward), BOTH: _done(both)}
 
 
 def flex_attention(arrays: tuple[Array, ...], mask: Mask, tokens: Tokens) -> Ways:
-    """FlexAttention, compiled, forward, under a block mask made beforehand."""
+    """FlexAttention, compiled, under a block mask made beforehand: forward, and on a card backward too."""
     if reason := peers.missing("torch"):
         return peers.of_no_use(reason)
-    *qkv, _ = (_tensor(x) for x in arrays)
+    *qkv, cotangent = (_tensor(x) for x in arrays)
+    inputs = [x.requires_grad_() for x in qkv] if device() == "cuda" else qkv
 
     @functools.cache
     def prepared() -> Callable:
@@ -63,13 +84,17 @@ def flex_attention(arrays: tuple[Array, ...], mask: Mask, tokens: Tokens) -> Way
         blocks = block_mask(mask, tokens)()
         # In one graph or not at all: FlexAttention that is broken in two runs dense and says nothing.
         compiled = torch().compile(flex.flex_attention, fullgraph=True)
-        return functools.partial(compiled, *qkv, block_mask=blocks)
+        return functools.partial(compiled, *inputs, block_mask=blocks)
 
     def forward():
         with torch().no_grad():
             return prepared()()
 
-    return {FORWARD: attempt(forward), BOTH: NO_BACKWARD}
+    def both():
+        return torch().autograd.grad(prepared()(), inputs, cotangent)
+
+    backward = attempt(_done(both)) if device() == "cuda" else NO_BACKWARD
+    return {FORWARD: attempt(_done(forward)), BOTH: backward}
 
 
 def block_mask(mask: Mask, tokens: Tokens, *, compile: bool = False) -> Call:
@@ -77,7 +102,7 @@ def block_mask(mask: Mask, tokens: Tokens, *, compile: bool = False) -> Call:
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     create = torch().compile(flex.create_block_mask) if compile else flex.create_block_mask
     modifier, length = mask_mod(mask, tokens), tokens.shape[0]
-    return lambda: create(modifier, None, None, length, length, device="cpu")
+    return lambda: create(modifier, None, None, length, length, device=device())
 
 
 def mask_mod(mask: Mask, tokens: Tokens) -> Callable:
@@ -111,13 +136,14 @@ def _token_at(tokens: Tokens) -> Callable:
     """index -> token; positions that count from 0 are the index itself, which spares a look-up."""
     position, segment = (np.array(field) for field in (tokens.position, tokens.segment))
     counted = bool(np.array_equal(position, np.arange(len(position))))
-    position, segment = (torch().from_numpy(field) for field in (position, segment))
+    position, segment = (torch().from_numpy(field).to(device()) for field in (position, segment))
     return lambda index: _Token(index if counted else position[index], segment[index])
 
 
 def _tensor(array: Array):
     """`[B, T, N, H]` as torch wants it, `[B, N, T, H]`, laid out so."""
-    return torch().from_numpy(np.array(array.swapaxes(1, 2)))
+    tensor = torch().from_numpy(np.array(array.swapaxes(1, 2), np.float32))
+    return tensor.to(device(), getattr(torch(), str(array.dtype)))
 
 
 def _forget_compiled():

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import (
     balance,
     block_masks,
+    card,
     causal,
     compile_time,
     curriculum,
@@ -31,7 +32,7 @@ from benchmarks import (
     tpu_schedule,
     trainer,
 )
-from benchmarks.__main__ import BENCHMARKS, main, measured
+from benchmarks.__main__ import BENCHMARKS, KNOWN, main, measured
 from benchmarks.calls import BOTH, FORWARD, WAYS, Size, both_ways, compiled
 from benchmarks.timing import attempt, compared, machine, medians
 from dynmask_jax import LAYOUTS, Causal, Tokens, Window, attention, mask_tensor
@@ -54,6 +55,15 @@ TOYS = {
     "gpu_cost": gpu_cost.Settings((), ()),
     "balance": balance.Settings(1_024, devices=8, block=8, chunk=100, stages=(0, 300, balance.END)),
     "topologies": topologies.Settings(()),
+    "card": card.Settings(
+        heads=2,
+        lengths=(64,),
+        head_dims=(16,),
+        parts=(1, 4),
+        masks=("causal", "nothing"),
+        twelve=flashmask.Settings(64, 2, 8, patterns=("causal",)),
+        tiles=((16, 16, 4, 1),),
+    ),
 }
 
 
@@ -98,8 +108,8 @@ def test_a_peer_that_fails_says_why_and_one_of_ours_raises():
 
 @pytest.mark.slow
 def test_every_benchmark_has_a_toy_a_section_and_results(results):
-    assert TOYS.keys() == BENCHMARKS.keys() == results.keys()
-    assert list(BENCHMARKS) == list(report.SECTIONS)[: len(BENCHMARKS)]
+    assert TOYS.keys() == KNOWN.keys() == results.keys()
+    assert list(KNOWN) == list(report.SECTIONS)
     for name, found in results.items():
         text = report.section(name, found)
         assert text.startswith(f"## {report.SECTIONS[name][0]}\n")
@@ -323,6 +333,26 @@ def test_presets_fit_their_topologies_and_their_rings_overlap_with_kernels(compi
         ring = [kind for kind in row["kinds"] if kind["by_data"] and kind["source"] == "ring of keys"]
         assert {kind["phase"] for kind in ring} == {"forward", "forward again", "backward"}
         assert {kind["meanwhile"] for kind in ring} == {"kernels"}
+
+
+def test_what_a_card_is_asked_is_answered_without_one_too():
+    """At toy sizes, interpreted: its first minutes on a card are not spent on its own errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_peers(patch)
+        found = measured("card", TOYS["card"], repeats=1)
+    assert all(row["of_tolerance"] <= 1 for row in found["accuracy"])
+    (causal,) = found["causal"]
+    assert causal["times"]["dynmask_jax"][BOTH] > 0
+    assert isinstance(causal["times"]["jax.nn, cudnn"][FORWARD], str), "why there is no cuDNN here"
+    assert [row["exposure"] for row in found["windows"]] == pytest.approx([1.0, 904 / 2080], abs=1e-4)
+    assert len(found["tiles"]) == 2
+    assert "full causal mask" in report.section("card", found)
+
+
+def test_a_card_that_is_not_there_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["--device", "gpu"])
+    assert "--device gpu: JAX computes on cpu here, and finds no card" in capsys.readouterr().err
 
 
 def test_the_command_is_one_line_away():
