@@ -47,7 +47,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program: its Pallas kernels by name, all that it launches in order, and its memory in bytes."""
+    """A program: its Pallas kernels by name, what it launches (kind and name), and its memory in bytes."""
 
     kernels: dict[str, Kernel]
     launches: list[str]
@@ -76,11 +76,15 @@ def compiled(card: str, target: str, options: dict | None = None) -> Compiled:
 
 def _read(dumps: Path, architecture: str, memory: dict) -> Compiled:
     thunks = "\n".join(path.read_text(encoding="utf-8") for path in sorted(dumps.glob("*thunk_sequence.txt")))
-    launches = re.findall(r"^\s*\d+: (k\w+)", thunks, re.MULTILINE)
+    found = re.findall(r"^\s*\d+: (k\w+)(?: \[.*?\] (\S+))?", thunks, re.MULTILINE)
+    launches = [f"{kind} {name}".strip() for kind, name in found]
+    if not launches:
+        raise RuntimeError(f"no launch is found in what XLA says of the program:\n{thunks[:1000]}")
     kernels = {}
     for path in sorted(dumps.glob("*.ptx")):
         found = re.search(rf"\.entry ({_PALLAS})", path.read_text(encoding="utf-8"))
         if found:
+            assert found[1] not in kernels, f"two kernels are called {found[1]}"
             kernels[found[1]] = _kernel(path, architecture, found[1], thunks)
     return Compiled(kernels, launches, **memory)
 
@@ -101,8 +105,9 @@ def _kernel(ptx: Path, architecture: str, name: str, thunks: str) -> Kernel:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found[1]) if found else 0
+    if (found := re.search(pattern, text)) is None:
+        raise RuntimeError(f"{pattern} is not in what the compiler says:\n{text[:1000]}")
+    return int(found[1])
 
 
 def _assembled(ptx: Path, cubin: Path, architecture: str) -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, is_concrete, pytree
+from dynmask_jax.backends.backend import Backend
 from dynmask_jax.bias_algebra import Bias, check_bias
 from dynmask_jax.calls import check_positions
 from dynmask_jax.dispatch import known_backend
@@ -93,7 +94,7 @@ def fixed_options(attention: Callable) -> Mapping[str, Any]:
 
 
 def computation(
-    attention: Callable, backend: str | None, block_q: int | None, block_k: int | None
+    attention: Callable, backend: str | Backend | None, block_q: int | None, block_k: int | None
 ) -> Computation:
     """The options of both `attention_fn`, as one.
 

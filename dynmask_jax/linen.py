@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from dynmask_jax.array_typing import Array, Float
+from dynmask_jax.backends.backend import Backend
 from dynmask_jax.calls import as_plan
 from dynmask_jax.dispatch import attention
 from dynmask_jax.flax_adapter import attend_for_flax, computation, fixed_options, head_shape
@@ -63,7 +64,7 @@ def attention_fn(
     mask_or_plan: Mask | Plan,
     *,
     attention: Callable = attention,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> Callable:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Int, fits_int32, is_concrete, is_traced
+from dynmask_jax.backends.backend import Backend
 from dynmask_jax.curricula import Curriculum
 from dynmask_jax.dispatch import attention
 from dynmask_jax.fields_read import reads_segments
@@ -130,7 +131,7 @@ def attention_fn(
     curriculum: Curriculum | Mask,
     *,
     attention: Callable = attention,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> CurriculumAttention | MaskAttention:

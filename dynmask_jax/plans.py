@@ -32,7 +32,7 @@ def default_blocks(platform: str | None = None) -> tuple[int, int]:
     by 512 170 and 557, 256 by 256 246 and 758. XLA spreads a matrix product over the cores only from about
     256 by 512 on, so smaller blocks skip more and still take longer, down to windows of 512 in 16,384.
 
-    128 by 128 on a GPU, where all lines of blocks are in memory at once, each with a tile.
+    128 by 128 on a GPU: as many tokens as a tile of its kernels.
     """
     return defaults_of(platform).blocks
 

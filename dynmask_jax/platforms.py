@@ -1,5 +1,6 @@
 """What is chosen by platform: a table, and the platform of a call made now."""
 
+import re
 from dataclasses import dataclass
 
 import jax
@@ -24,14 +25,14 @@ PLATFORMS = {
     "gpu": Platform("gpu", (128, 128)),
 }
 """JAX's name of a platform -> its defaults; on others the defaults are those of "cpu"."""
-BEFORE_AMPERE = Platform("xla_wide", (128, 128))
-"""Of an NVIDIA card for which there are no kernels: T4, V100 and older, of a compute capability below 8."""
+OTHER_CARD = Platform("xla_wide", (128, 128))
+"""Of a card that there are no kernels for: AMD's, and NVIDIA's of a compute capability below 8 (T4, V100)."""
 
 
 def defaults_of(platform: str | None = None) -> Platform:
     """The row of `PLATFORMS` for a platform; None: for the present one."""
-    if platform is None and (capability := compute_capability()) is not None and capability < 8:
-        return BEFORE_AMPERE
+    if platform is None and present_platform() == "gpu" and (compute_capability() or 0) < 8:
+        return OTHER_CARD
     return PLATFORMS.get(present_platform() if platform is None else platform, PLATFORMS["cpu"])
 
 
@@ -45,7 +46,7 @@ def present_platform() -> str:
 
 
 def compute_capability() -> float | None:
-    """Of the present NVIDIA card, 8.9 of an L4, say; None on other platforms."""
+    """Of the present NVIDIA card, 8.9 of an L4, say; None of other cards, and on other platforms."""
     if present_platform() != "gpu":
         return None
     device = _default_device()
@@ -54,8 +55,9 @@ def compute_capability() -> float | None:
             device = jax.local_devices(backend=device)[0]
         except RuntimeError:  # named, and not there: a program may be compiled for it
             return None
-    found = getattr(device, "compute_capability", None)
-    return None if found is None else float(found)
+    # That of an AMD card is a name, gfx90a.
+    found = re.fullmatch(r"\d+\.\d+", str(getattr(device, "compute_capability", "")))
+    return None if found is None else float(found[0])
 
 
 def _default_device():

@@ -8,7 +8,7 @@ Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691.
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from dynmask_jax.backends.gpu_sides import key_side, query_side
 from dynmask_jax.backends.gpu_tile import Pairs
 from dynmask_jax.backends.kernel_checks import check_kernel_bias, check_kernel_mask
 from dynmask_jax.backends.kernel_tile import LOG2E, Numbers, Tile, dot
+from dynmask_jax.backends.triton import LOWERED
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.finite import bad_rows, emptied
 from dynmask_jax.online_softmax import Partial, normalize
@@ -52,7 +53,8 @@ def _kernel(program, lists, numbers, queries, keys, out, lse, *, tile: Tile, cut
         return weighted * rescale[:, None] + fresh, peak, total * rescale + weights.sum(axis=1)
 
     rows = q.shape[0]
-    nothing = jnp.zeros((rows, v.shape[-1]), jnp.float32), jnp.full(rows, -jnp.inf), jnp.zeros(rows)
+    nothing = (jnp.zeros((rows, v.shape[-1]), jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32))
+    nothing += (jnp.zeros(rows, jnp.float32),)
     weighted, peak, total = line.each(add, nothing)
     mean = weighted / jnp.where(total == 0, 1.0, total)[:, None]
     out[line.results, :] = (mean if numbers.scale is None else mean * numbers.scale[0, 0]).astype(out.dtype)
@@ -122,11 +124,30 @@ def _check(scores: Scores, q, width: int, plan: Plan):
             "backend 'gpu' has kernels for NVIDIA cards from Ampere on (compute capability 8.0), got one of "
             f"{capability}; backend 'xla_wide' runs on it"
         )
-    check_kernel_mask(plan.mask, "gpu")
-    check_kernel_bias(scores.bias, "gpu")
+    check_kernel_mask(plan.mask, "gpu", LOWERED)
+    check_kernel_bias(scores.bias, "gpu", LOWERED)
 
 
-@functools.lru_cache
+@dataclass(frozen=True)
+class _Forward:
+    """The forward pass in these tiles. A record, so that backends of equal tiles are equal, to `jit` too."""
+
+    grains: Grains | None
+
+    def __call__(self, scores: Scores, q, k, v, plan: Plan):
+        return forward(self.grains, scores, q, k, v, plan)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The backward pass, likewise."""
+
+    grains: Grains | None
+
+    def __call__(self, scores: Scores, saved: tuple, cotangents: tuple):
+        return gradients(self.grains, scores, saved, cotangents)
+
+
 def gpu_backend(grains: Grains | None = None) -> Backend:
     """The GPU backend with tiles of one's own, for a tuner; None for those of the table.
 
@@ -135,13 +156,8 @@ def gpu_backend(grains: Grains | None = None) -> Backend:
     >>> attention(q, k, v, Causal(), backend=gpu_backend(Grains(tile, tile, tile))).shape
     (1, 64, 2, 16)
     """
-    return Backend(
-        functools.partial(forward, grains),
-        functools.partial(gradients, grains),
-        prepared=as_they_are,
-        marks_bad=True,
-        check_vma=False,
-    )
+    passes = _Forward(grains), _Gradients(grains)
+    return Backend(*passes, prepared=as_they_are, marks_bad=True, check_vma=False)
 
 
 GPU = gpu_backend()

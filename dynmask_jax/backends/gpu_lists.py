@@ -35,7 +35,10 @@ class Lists:
 
 
 def lists_of(codes: Int[Array, "R L C"]) -> Lists:
-    """The lists of a plan's codes: one launch, that reads each code once and writes the active ones."""
+    """The lists of a plan's codes: one launch, that reads each code and writes the active ones; and a sort.
+
+    Their memory is that of all codes as int32.
+    """
     rows, lines, columns = codes.shape
     width = min(WIDTH, max(16, pl.next_power_of_2(columns)))
 

@@ -1,9 +1,10 @@
 """How the GPU kernels cut their work, by card, head dim and dtype."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax.numpy as jnp
 
+from dynmask_jax.backends.gpu_blocks import LEAST
 from dynmask_jax.platforms import compute_capability
 
 
@@ -15,12 +16,24 @@ class Grain:
       line, column: tokens of a tile along a line and across it, powers of two; at most a block's.
       warps: of 32 threads, in a program.
       stages: how many tiles of the columns are on their way from memory at once.
+
+    Raises:
+      ValueError: a line, a column or warps that are no power of two; tiles of fewer tokens than a tensor core
+        multiplies, 16; no stage.
     """
 
     line: int
     column: int
     warps: int
     stages: int
+
+    def __post_init__(self):
+        for name, least in (("line", LEAST), ("column", LEAST), ("warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"Grain: {name} must be a power of two and at least {least}, got {value}")
+        if self.stages < 1:
+            raise ValueError(f"Grain: stages must be at least 1, got {self.stages}")
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,13 @@ class Grains:
     dq: Grain
     dkv: Grain
     busy: int = 256
+
+    def __post_init__(self):
+        for field in fields(self)[:3]:
+            if not isinstance(value := getattr(self, field.name), Grain):
+                raise TypeError(f"Grains: {field.name} must be a Grain, got {value!r}")
+        if self.busy < 1:
+            raise ValueError(f"Grains: busy must be at least 1, got {self.busy}")
 
 
 HOPPER = {

@@ -13,17 +13,18 @@ REMEDIES = {"tpu": "xla", "gpu": "xla_wide"}
 _LOOKUPS = {"gather", "dynamic_slice", "dynamic_update_slice", "scatter", "sort", "while", "scan"}
 
 
-def check_kernel_mask(mask: Mask, backend: str):
+def check_kernel_mask(mask: Mask, backend: str, lowered: frozenset[str] | None = None):
     """Refuses a mask that a kernel cannot compute.
 
     Raises:
-      Unsupported: its function closes over an array or looks things up in one, or a leaf is of a type
-        that a kernel's memory does not hold.
+      Unsupported: its function closes over an array or looks things up in one, or uses an operation that is
+        not among those that are `lowered`, where these are given; or a leaf is of a type that a kernel's
+        memory does not hold.
     """
-    _check_function(mask, visible_pairs, backend)
+    _check_function(mask, visible_pairs, backend, lowered)
 
 
-def _check_function(mask: Mask | Bias, function, backend: str):
+def _check_function(mask: Mask | Bias, function, backend: str, lowered: frozenset[str] | None):
     for leaf in jax.tree.leaves(mask):
         kind = jax.typeof(leaf) if hasattr(leaf, "dtype") else jax.typeof(jnp.asarray(leaf))
         # Under x64 a Python number is traced with 64 bits, which it does not need.
@@ -41,18 +42,20 @@ def _check_function(mask: Mask | Bias, function, backend: str):
             f"backend {backend!r}: {mask!r} closes over an array ({shapes}), which a kernel cannot reach; "
             f"give a number as a parameter, {owner}(function, number), or take backend {REMEDIES[backend]!r}"
         )
-    if lookups := _LOOKUPS & _operations(traced.jaxpr):
+    used = _operations(traced.jaxpr)
+    if impossible := used & _LOOKUPS if lowered is None else used - lowered:
         raise Unsupported(
-            f"backend {backend!r}: {mask!r} uses {', '.join(sorted(lookups))}, which a kernel cannot; take "
-            f"backend {REMEDIES[backend]!r}"
+            f"backend {backend!r}: {mask!r} uses {', '.join(sorted(impossible))}, which a kernel cannot; "
+            f"take backend {REMEDIES[backend]!r}"
         )
 
 
-def check_kernel_bias(bias: Bias | None, backend: str):
+def check_kernel_bias(bias: Bias | None, backend: str, lowered: frozenset[str] | None = None):
     """Refuses a bias that a kernel cannot compute.
 
     Raises:
-      Unsupported: it looks numbers up in a table, closes over an array, or has leaves of other types.
+      Unsupported: it looks numbers up in a table, closes over an array, uses another operation that a kernel
+        cannot, or has leaves of other types.
     """
     if bias is None:
         return
@@ -66,7 +69,7 @@ def check_kernel_bias(bias: Bias | None, backend: str):
         heads = next((jnp.shape(leaf)[0] for leaf in jax.tree.leaves(bias) if jnp.ndim(leaf)), 1)
         return by_group(bias, lambda one_head: score_pairs(one_head, q, k), heads, 1)
 
-    _check_function(bias, pairs, backend)
+    _check_function(bias, pairs, backend, lowered)
 
 
 def _operations(jaxpr) -> set[str]:
@@ -75,6 +78,7 @@ def _operations(jaxpr) -> set[str]:
     for equation in jaxpr.eqns:
         names.add(equation.primitive.name)
         for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            names |= _operations(inner) if hasattr(inner, "eqns") else set()
+            for each in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(each, "jaxpr", each)
+                names |= _operations(inner) if hasattr(inner, "eqns") else set()
     return names

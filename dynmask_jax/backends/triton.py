@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src.pallas.triton.lowering import triton_lowering_rules  # no public name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -63,12 +64,24 @@ def strongly_typed(function: Callable, *arguments):
 
 def _known(primitive, given: list, parameters: dict) -> np.ndarray:
     """What an operation makes of literals, of which Triton's lowering cannot negate one, say."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.ensure_compile_time_eval():
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # with JAX_PLATFORMS=cuda there is no other than the card
+        device = None
+    with jax.default_device(device), jax.ensure_compile_time_eval():
         return np.asarray(primitive.bind(*given, **parameters))
 
 
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
 """The operations that call a traced function, and what holds it: here it is written out."""
+LOWERED = frozenset(primitive.name for primitive in triton_lowering_rules) | _CALLS.keys()
+"""The names of the operations that Triton's lowering has."""
 
 
 def _evaluated(jaxpr, consts, arguments) -> list:

@@ -45,7 +45,7 @@ class Model:
     """Share of the attention weights that are dropped in training, drawn anew in each step and layer; the
     others are divided by 1 - attention_dropout."""
     backend: str | None = None
-    """Implementation of attention: "xla", "xla_wide", "tpu" or "dense". None: the platform's default."""
+    """Implementation of attention: "xla", "xla_wide", "tpu", "gpu" or "dense". None: the platform's."""
     dtype: Dtype = "float32"
     """Type of the activations. Weights, the accumulators of attention and the loss stay float32."""
     remat: Remat = "none"

@@ -59,6 +59,20 @@ def scores_and_gradient():
     return jax.value_and_grad(loss), ((arrays, slopes), tokens, tokens, window, seed)
 
 
+def decoding(heads: tuple[int, int]):
+    """One query of each row over a cache of keys, under vmap, with 64-bit numbers on."""
+    jax.config.update("jax_enable_x64", True)
+    q = jax.ShapeDtypeStruct((2, 1, 1, heads[0], 80), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 1, 3_000, heads[1], 80), jnp.bfloat16)
+    place = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def attend(q, k, v, place):
+        seen = plan(Causal(), Tokens(place[None]), Tokens.sequence(3_000), block_k=48)
+        return jax.vmap(lambda q, k, v: attention(q, k, v, seen, backend="gpu"))(q, k, v)
+
+    return attend, (q, k, k, place)
+
+
 def _literals(q, k):
     return jnp.where(q.segment == k.segment, 0.5, 0.0) + jnp.where(q.position % 2 == 1, 1.0, 1)
 

@@ -1,17 +1,22 @@
 """What the GPU backend is made of: lists of blocks, tiles within blocks, and what it refuses."""
 
+import pickle
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MASKS, SHAPES, Shape
+from cases import MASKS, SHAPES, Shape, enable_x64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import examples, mostly
 
 from dynmask_jax import (
+    BiasFunction,
     Causal,
     Dropout,
+    Predicate,
     SameSegment,
     Tokens,
     Unsupported,
@@ -124,10 +129,100 @@ def test_what_a_card_cannot_is_refused_with_the_remedy(dtype, head_dim, words, r
 
 @pytest.fixture
 def x64():
-    from cases import enable_x64
-
     with enable_x64(True):
         yield
+
+
+def test_float32_where_numbers_have_64_bits(x64):
+    q, k, v = SHAPES["even"].qkv(jnp.float32)
+    found, expected = (
+        jax.grad(lambda *x, name=name: attention(*x, Causal(), backend=name).sum(), (0, 1, 2))(q, k, v)
+        for name in ("gpu", "dense")
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=4e-6)
+
+
+def test_what_triton_has_no_operation_for_is_refused():
+    q = jnp.ones((1, 8, 1, 8))
+    rounded = BiasFunction(lambda q, k: jnp.round((q.position - k.position).astype(jnp.float32)))
+    with pytest.raises(
+        Unsupported, match=r"backend 'gpu': .*uses round, which a kernel cannot; take .*xla_wide"
+    ):
+        attention(q, q, q, Causal(), bias=rounded, backend="gpu")
+    looked_up = BiasFunction(
+        lambda q, k: jax.lax.cond(
+            True, lambda: jnp.arange(8.0)[q.position], lambda: jnp.zeros(q.position.shape)
+        )
+    )
+    with pytest.raises(Unsupported, match=r"BiasFunction"):
+        attention(q, q, q, Causal(), bias=looked_up, backend="gpu")
+
+
+@jax.custom_vjp
+def _doubled(x):
+    return 2 * x
+
+
+_doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+
+
+def test_expressions_of_literals_and_functions_with_rules_of_their_own(monkeypatch):
+    """Where JAX_PLATFORMS=cuda there is no CPU to compute literals on."""
+    devices = jax.local_devices
+
+    def local_devices(*args, backend=None, **options):
+        if backend == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return devices(*args, backend=backend, **options)
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    q, k, v = SHAPES["even"].qkv()
+    mask = Predicate(lambda q, k: (q.position - k.position) % 7 < 3)
+    bias = BiasFunction(lambda q, k: _doubled(jnp.where(q.position % 2 == 1, 0.5, 0.0)))
+    found, expected = (attention(q, k, v, mask, bias=bias, backend=name) for name in ("gpu", "dense"))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=4e-6)
+
+
+def test_backends_of_equal_tiles_are_equal():
+    tiles = Grains(*[Grain(16, 16, 4, 1)] * 3)
+    assert gpu_backend(tiles) == gpu_backend(grains=tiles) == pickle.loads(pickle.dumps(gpu_backend(tiles)))
+    assert gpu_backend() == gpu_backend(None) == gpu.GPU != gpu_backend(tiles)
+    assert hash(gpu_backend(tiles)) == hash(gpu_backend(tiles))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: Grain(48, 64, 4, 1), ValueError, "line must be a power of two and at least 16, got 48"),
+        (lambda: Grain(64, 8, 4, 1), ValueError, "column must be a power of two and at least 16, got 8"),
+        (lambda: Grain(64, 64, 3, 1), ValueError, "warps must be a power of two and at least 1, got 3"),
+        (lambda: Grain(64, 64, 4, 0), ValueError, "stages must be at least 1, got 0"),
+        (lambda: Grains(*[(64, 64, 4, 1)] * 3), TypeError, "forward must be a Grain"),
+        (lambda: Grains(*[Grain(64, 64, 4, 1)] * 3, busy=0), ValueError, "busy must be at least 1, got 0"),
+    ],
+)
+def test_tiles_that_cannot_be_are_refused(build, error, words):
+    with pytest.raises(error, match=words):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("told", "capability", "backend"),
+    [
+        ("8.9", 8.9, "gpu"),
+        ("12.1", 12.1, "gpu"),
+        ("7.5", 7.5, "xla_wide"),
+        ("gfx90a:sramecc+:xnack-", None, "xla_wide"),
+        (None, None, "xla_wide"),
+    ],
+)
+def test_a_card_says_what_it_is(monkeypatch, told, capability, backend):
+    card = SimpleNamespace(platform="gpu", **({} if told is None else {"compute_capability": told}))
+    monkeypatch.setattr(platforms, "_default_device", lambda: card)
+    assert platforms.compute_capability() == capability
+    assert default_backend() == backend
 
 
 @pytest.mark.parametrize(("capability", "backend"), [(7.5, "xla_wide"), (8.0, "gpu"), (9.0, "gpu")])

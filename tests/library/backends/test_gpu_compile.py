@@ -24,13 +24,22 @@ def _names_of_the_tests(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(FILE.parents[2]))
 
 
-def check(card: str, program, dtype: str = "bfloat16"):
-    """No kernel spills or wants more shared memory than there is, and products are the tensor cores'."""
+OLDER = {("dynmask_dkv", 256)}
+"""Whose tiles have too few rows for a Hopper's own instruction."""
+
+
+def check(card: str, program, dtype: str = "bfloat16", head_dim: int = 128, *, most: int = 0):
+    """No kernel spills or wants more shared memory than there is, and products are the tensor cores'.
+
+    `most`: bytes that a kernel may spill.
+    """
     for name, kernel in program.kernels.items():
-        assert kernel.spills == kernel.code.count("STL") == 0, name
+        assert kernel.spills <= most, name
+        assert most or not kernel.code.count("STL"), name
         assert kernel.shared <= CARDS[card].shared - 1024, name
         if name != "dynmask_lists":
-            tensor = kernel.code.count("HGMMA") if card == "h100" else kernel.code.count("HMMA")
+            hopper = card == "h100" and (name, head_dim) not in OLDER
+            tensor = kernel.code.count("HGMMA" if hopper else "HMMA")
             assert (tensor > 0) == (dtype in SIXTEEN_BITS), name
 
 
@@ -44,9 +53,9 @@ BY_DEFAULT = [("h100", "bfloat16", 128), ("l4", "bfloat16", 256), ("a100", "floa
 def test_attention_and_its_gradient(card, dtype, head_dim):
     program = compiled(card, f"{FILE}:attention_and_gradient", {"dtype": dtype, "head_dim": head_dim})
     assert program.kernels.keys() == KERNELS
-    check(card, program, dtype)
+    check(card, program, dtype, head_dim)
     # Nothing waits for the host: no loop, no branch.
-    assert not {"kWhile", "kConditional"} & set(program.launches)
+    assert not any(each.startswith(("kWhile", "kConditional")) for each in program.launches)
 
 
 @pytest.mark.slow
@@ -69,20 +78,34 @@ def test_a_spill_is_seen():
 def test_every_option(card):
     program = compiled(card, f"{FILE}:scores_and_gradient")
     assert program.kernels.keys() == {*KERNELS, "dynmask_dbias"}
+    check(card, program, most=64)  # dk and dv, 44 bytes on an H100: see docs/gpu.md
 
 
 @pytest.mark.parametrize(
     "names", mostly([["strided", "unreadable"], [*MASKS]], [["strided", "unreadable"]]), ids=len
 )
 def test_every_mask(names):
-    assert compiled("a100", f"{FILE}:masks", {"names": names}).kernels.keys() >= KERNELS
+    program = compiled("a100", f"{FILE}:masks", {"names": names})
+    assert program.kernels.keys() >= KERNELS
+    check("a100", program, head_dim=64)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), mostly([(4, 4), (6, 2), (3, 1)], [(6, 2)]))
+def test_few_queries_and_any_group(heads, key_heads):
+    """One query: its line is shared by several programs. Blocks are filled up, and x64 is on."""
+    program = compiled("h100", f"{FILE}:decoding", {"heads": [heads, key_heads]})
+    assert program.kernels.keys() == {"dynmask_lists", "dynmask_forward"}
+    for kernel in program.kernels.values():
+        assert kernel.spills == 0
 
 
 @pytest.mark.parametrize("tokens", mostly([131_072, 1_048_576], [131_072]))
 def test_lists_are_one_launch_a_pass_and_few_bytes(tokens):
     program = compiled("h100", f"{FILE}:lists", {"tokens": tokens})
     assert program.kernels.keys() == {"dynmask_lists"}
-    assert not {"kWhile", "kConditional"} & set(program.launches)
+    assert sum("dynmask_lists" in each for each in program.launches) == 2
+    assert len(program.launches) < 20, "beside the two, what sorts the lines"
+    assert not any(each.startswith(("kWhile", "kConditional")) for each in program.launches)
     blocks = tokens // 128
     # Of each code a byte is read, and four are written where it is active; columns are turned once.
     assert program.output_bytes < 2 * 4 * (blocks + 1024) * blocks + 2**20
