@@ -561,7 +561,7 @@ Q = (1, 4, 4, 8)
         (
             {"backend": "cuda"},
             ValueError,
-            "backend must be one of 'dense', 'xla', 'xla_wide', 'tpu' or None, got 'cuda'",
+            "backend must be one of 'dense', 'xla', 'xla_wide', 'tpu', 'gpu' or None, got 'cuda'",
         ),
         ({"scale": "big"}, TypeError, "scale must be a Python number"),
         ({"scale": -1.0}, ValueError, "scale must be positive"),

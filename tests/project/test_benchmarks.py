@@ -59,8 +59,8 @@ TOYS = {
         heads=2,
         lengths=(64,),
         head_dims=(16,),
-        parts=(1, 4),
-        masks=("causal", "nothing"),
+        parts=(4,),
+        masks=("nothing",),
         twelve=flashmask.Settings(64, 2, 8, patterns=("causal",)),
         tiles=((16, 16, 4, 1),),
     ),
@@ -344,7 +344,7 @@ def test_what_a_card_is_asked_is_answered_without_one_too():
     (causal,) = found["causal"]
     assert causal["times"]["dynmask_jax"][BOTH] > 0
     assert isinstance(causal["times"]["jax.nn, cudnn"][FORWARD], str), "why there is no cuDNN here"
-    assert [row["exposure"] for row in found["windows"]] == pytest.approx([1.0, 904 / 2080], abs=1e-4)
+    assert [row["exposure"] for row in found["windows"]] == pytest.approx([904 / 2080], abs=1e-4)
     assert len(found["tiles"]) == 2
     assert "full causal mask" in report.section("card", found)
 

@@ -66,10 +66,10 @@ def test_head_dims_that_are_filled_up(head_dim, value_dim):
 
 
 def test_a_spill_is_seen():
-    """Tiles that are too large for the registers."""
-    grains = [[128, 128, 4, 2]] * 3
+    """A tile that is too large for an Ampere's registers."""
+    grains = [[128, 128, 8, 2], [64, 64, 8, 2], [64, 64, 8, 2]]
     program = compiled("a100", f"{FILE}:attention_and_gradient", {"grains": grains})
-    assert all(program.kernels[name].spills > 0 for name in KERNELS - {"dynmask_lists"})
+    assert program.kernels["dynmask_forward"].spills > 0
     with pytest.raises(AssertionError, match="dynmask"):
         check("a100", program)
 

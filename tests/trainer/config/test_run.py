@@ -21,7 +21,12 @@ from train.step.curriculum import growth
     [
         (Model, "width", 36, r"model\.width must be a multiple of 2 \* model\.heads \(8\).*got 36"),
         (Model, "kv_heads", 3, r"model\.kv_heads must divide model\.heads \(4\), got 3"),
-        (Model, "backend", "cuda", r"model\.backend must be one of dense, xla, xla_wide, tpu, got 'cuda'"),
+        (
+            Model,
+            "backend",
+            "cuda",
+            r"model\.backend must be one of dense, xla, xla_wide, tpu, gpu, got 'cuda'",
+        ),
         (Model, "rope_theta", 0.0, r"model\.rope_theta must be positive, got 0\.0"),
         (Model, "dtype", "float16", r"model\.dtype must be one of 'float32', 'bfloat16', got 'float16'"),
         (Model, "remat", "some", r"model\.remat must be one of 'none', 'full', .*got 'some'"),
