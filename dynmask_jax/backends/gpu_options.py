@@ -69,6 +69,7 @@ AMPERE = {
     256: Grains(Grain(64, 32, 8, 2), Grain(32, 32, 4, 1), Grain(32, 32, 4, 1)),
 }
 FLOAT32 = {
+    32: Grains(Grain(64, 32, 8, 2), Grain(32, 32, 4, 1), Grain(32, 32, 8, 2)),
     64: Grains(Grain(64, 32, 8, 2), Grain(32, 32, 4, 2), Grain(32, 32, 4, 2)),
     128: Grains(Grain(32, 32, 8, 1), Grain(32, 16, 8, 2), Grain(32, 16, 8, 2)),
     256: Grains(Grain(32, 16, 8, 2), Grain(16, 16, 16, 2), Grain(16, 16, 8, 1)),
