@@ -64,7 +64,7 @@ HOPPER = {
     256: Grains(Grain(128, 32, 8, 2), Grain(64, 32, 8, 2), Grain(32, 64, 8, 1)),
 }
 AMPERE = {
-    64: Grains(Grain(128, 64, 8, 3), Grain(64, 64, 4, 2), Grain(64, 64, 4, 2)),
+    64: Grains(Grain(128, 64, 8, 3), Grain(64, 64, 4, 2), Grain(64, 32, 4, 2)),
     128: Grains(Grain(128, 64, 8, 2), Grain(64, 64, 8, 2), Grain(64, 64, 8, 2)),
     256: Grains(Grain(64, 32, 8, 2), Grain(32, 32, 4, 1), Grain(32, 32, 4, 1)),
 }
