@@ -6,20 +6,20 @@ The function (of a module, or of a file: `file.py:function`) returns a callable 
 for `tpu_compile`. A process for each program: Pallas may end one that asks for another card than it assumes.
 """
 
-import importlib
 import json
 import os
 import re
-import runpy
 import shutil
 import site
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from benchmarks.sass import Code
+from benchmarks.tpu_compile import program_on
 from train.aot.cards import CARDS, COMPILER, devices_of_card
 
 _PALLAS = r"(?:dynmask|mha)_\w+"
@@ -132,29 +132,11 @@ def tool(name: str) -> str | None:
 
 def _compile_here(card: str, target: str, options: dict) -> dict[str, int]:
     """Compiles the target's program in this process, for one card, or a mesh of them that it names."""
-    import math
-
     import jax
-    import numpy as np
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-    where, name = target.rsplit(":", 1)
-    functions = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
-    program, shapes, *layout = functions[name](**options)
-    axes, kind, specs = layout or (
-        {"device": 1},
-        AxisType.Auto,
-        jax.tree.map(lambda _: PartitionSpec(), shapes),
-    )
-    devices = np.array(devices_of_card(card, math.prod(axes.values()))).reshape(*axes.values())
-    mesh = Mesh(devices, tuple(axes), axis_types=(kind,) * len(axes))
-
-    def at(shape, spec):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
-
-    placed = jax.tree.map(at, shapes, specs)
+    program, placed, mesh = program_on(partial(devices_of_card, card), target, options)
     # A program that asks for the present card finds this one.
-    with jax.default_device(devices.flat[0]), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.default_device(mesh.devices.flat[0]), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         memory = jax.jit(program).lower(*placed).compile().memory_analysis()
     names = "temporary_bytes", "argument_bytes", "output_bytes"
     sizes = (getattr(memory, f"{name}_size_in_bytes") for name in ("temp", "argument", "output"))

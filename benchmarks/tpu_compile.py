@@ -17,6 +17,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +99,21 @@ def _text(dumps: Path, prefix: str, what: str) -> str:
 def compile_for(topology: str, target: str, options: dict):
     """Compiles the target's program in this process, for one device, or those of the mesh that it names."""
     import jax
-    import numpy as np
     from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    program, placed, mesh = program_on(lambda count: devices[:count], target, options)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(program).lower(*placed).compile()
+
+
+def program_on(devices_of: Callable, target: str, options: dict):
+    """The target's program, its arguments' shapes as they lie on a mesh of its, and the mesh.
+
+    `devices_of(count)` gives the devices; `gpu_compile` takes those of a card.
+    """
+    import jax
+    import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     where, name = target.rsplit(":", 1)
@@ -110,16 +124,13 @@ def compile_for(topology: str, target: str, options: dict):
         AxisType.Auto,
         jax.tree.map(lambda _: PartitionSpec(), shapes),
     )
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    devices = np.array(devices[: math.prod(axes.values())]).reshape(*axes.values())
+    devices = np.array(devices_of(math.prod(axes.values()))).reshape(*axes.values())
     mesh = Mesh(devices, tuple(axes), axis_types=(kind,) * len(axes))
 
     def at(shape, spec):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
 
-    placed = jax.tree.map(at, shapes, specs)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(program).lower(*placed).compile()
+    return program, jax.tree.map(at, shapes, specs), mesh
 
 
 def _facts(program) -> str:
