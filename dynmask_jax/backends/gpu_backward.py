@@ -72,7 +72,7 @@ def _along_queries(tile, grain, plan, lists, numbers, queries: Side, keys: Side,
 
 def _query_kernel(program, lists, numbers, queries, keys, dq, *, tile: Tile, cut: Cut):
     line, k = Line.of(program, lists, cut), keys.arrays[0]
-    logit_gradients = _logit_gradients(tile, numbers, line, queries, keys)
+    logit_gradients = _logit_gradients(Pairs.of(tile, numbers, line, queries), line, queries, keys)
 
     def add(_, at, real, total):
         capped, weights, d_logits = logit_gradients(at, real)
@@ -86,7 +86,7 @@ def _query_kernel(program, lists, numbers, queries, keys, dq, *, tile: Tile, cut
 def _bias_kernel(program, lists, numbers, queries, keys, *of_leaves, tile: Tile, cut: Cut):
     line = Line.of(program, lists, cut)
     pairs = Pairs.of(tile, numbers, line, queries)
-    logit_gradients = _logit_gradients(tile, numbers, line, queries, keys)
+    logit_gradients = _logit_gradients(pairs, line, queries, keys)
 
     def add(_, at, real, totals):
         _, weights, d_logits = logit_gradients(at, real)
@@ -99,9 +99,9 @@ def _bias_kernel(program, lists, numbers, queries, keys, *of_leaves, tile: Tile,
         leaf[line.program] = total
 
 
-def _logit_gradients(tile: Tile, numbers, line: Line, queries: Side, keys: Side):
+def _logit_gradients(pairs: Pairs, line: Line, queries: Side, keys: Side):
     """What gives, for a tile of keys, its capped products, weights, and gradients of logits."""
-    pairs = Pairs.of(tile, numbers, line, queries)
+    tile = pairs.tile
     q, d_out = (x[line.tokens, :] for x in queries.arrays[:2])
     level, delta = (x[line.tokens][:, None] for x in queries.arrays[2:])
     k, v = keys.arrays

@@ -31,9 +31,7 @@ class Pairs:
     @classmethod
     def of(cls, tile: Tile, numbers: Numbers, line: Line, side: Side) -> "Pairs":
         """Of a program's line, on its side."""
-        tokens = Tokens(
-            *(field[line.tokens][:, None] for field in (side.tokens.position, side.tokens.segment))
-        )
+        tokens = _tokens_at(side, line.tokens)[:, None]
         words = tuple(word[line.tokens][:, None] for word in side.words)
         return cls(tile, numbers, tokens, words)
 
@@ -41,8 +39,7 @@ class Pairs:
         """Logits · log2 e with bias `[line, column]`; −inf where a pair is hidden, if real is not None."""
         if self.tile.types.bias is None and real is None:
             return capped
-        fields = columns.tokens.position, columns.tokens.segment
-        column, shape = Tokens(*(field[at][None, :] for field in fields)), capped.shape
+        column, shape = _tokens_at(columns, at)[None, :], capped.shape
         logits = capped
         if self.tile.types.bias is not None:
             bias = self.tile.bias_of(self.numbers, head)
@@ -58,8 +55,7 @@ class Pairs:
 
     def bias_slopes(self, head, columns: Side, at, shape: tuple[int, ...]) -> list:
         """d logit / d leaf of each learnable leaf of the bias, `[line, column]`."""
-        fields = columns.tokens.position, columns.tokens.segment
-        column = Tokens(*(field[at][None, :] for field in fields))
+        column = _tokens_at(columns, at)[None, :]
         bias = self.tile.bias_of(self.numbers, head)
         slopes = functools.partial(self.tile.score_slopes, shape=shape)
         return strongly_typed(slopes, bias, self.tokens, column)
@@ -71,3 +67,8 @@ class Pairs:
             return pairs
         column = tuple(word[at][None, :] for word in columns.words)
         return self.tile.kept(pairs, threshold[0, 0], self.words, column)
+
+
+def _tokens_at(side: Side, at) -> Tokens:
+    """The side's tokens in a slice, from refs."""
+    return Tokens(side.tokens.position[at], side.tokens.segment[at])
