@@ -90,6 +90,15 @@ def test_random_order_shows_its_share_and_depends_on_the_seed():
     assert (shown[0] != shown[1]).any()
 
 
+def test_strided_skips_blocks_of_several_chunks():
+    """Every eighth chunk of 16 tokens, in blocks of 32: most of what is hidden needs no look."""
+    seen = plan(reveal(16, constant(0.125), "strided")(0), Tokens.sequence(1024), block_q=32, block_k=32)
+    shown = mask_tensor(seen.mask, Tokens.sequence(1024)).reshape(32, 32, 32, 32).any((1, 3))
+    computed = np.asarray(seen.codes[0]) > 0
+    assert not (shown & ~computed).any()
+    assert computed.sum() <= 1.5 * int(shown.sum())
+
+
 def test_strided_goes_from_coarse_to_fine():
     row = mask_tensor(reveal(1, constant(0.25), "strided")(0), Tokens.sequence(17))[16]
     assert np.flatnonzero(row).tolist() == [0, 4, 8, 12, 16]

@@ -85,11 +85,29 @@ def test_every_operator_is_sound_beside_a_number(name, a, b, left):
         assert_holds(OPERATORS[name](*arguments(span(a))), exact)
 
 
-@given(
-    a=st.lists(st.integers(0, 40), min_size=3, max_size=3) | st.integers(0, 40).map(lambda n: [n, n + 1, n])
-)
-def test_the_radical_inverse_is_sound(a):
+starts = st.integers(0, 2_000) | st.sampled_from([2**24 - 9, 2**24, 3 * 2**24 - 5, INT_MAX - 40, -5])
+
+
+@given(first=starts, more=st.integers(0, 40))
+def test_the_radical_inverse_is_sound(first, more):
+    """Over every number of a span, beyond the digits that count and at the end of int32 too."""
+    a = np.arange(first, min(first + more, INT_MAX) + 1)
     assert_holds(radical_inverse(span(a)), np.asarray(radical_inverse(whole(a))))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "least", "greatest"),
+    [
+        (1, 3, 1 / 4, 7 / 8),
+        (5, 7, 1 / 4, 15 / 16),
+        (9, 11, 1 / 4, 7 / 8),
+        (0, 3, 0, 7 / 8),
+        (3, 5, 1 / 8, 7 / 8),
+    ],
+)
+def test_the_radical_inverse_over_a_span(first, last, least, greatest):
+    found = radical_inverse(Span(whole(first), whole(last)))
+    assert (float(found.lo), float(found.hi)) == (least, greatest)
 
 
 def test_the_radical_inverse_is_van_der_corputs():
