@@ -18,7 +18,7 @@ from benchmarks.calls import BOTH, FORWARD, WAYS, Size, both_ways, compiled
 from benchmarks.markdown import megabytes, ratio, seconds, share, table
 from benchmarks.timing import Ways, attempt, compared
 from dynmask_jax import Causal, Tokens, Window, attention, default_backend, plan
-from dynmask_jax.backends.gpu import Grain, Grains, gpu_backend
+from dynmask_jax.backends.gpu import Grain, Grains, Warpgroups, gpu_backend
 from dynmask_jax.backends.gpu_options import default_grains
 from tests.cases import MASKS, SHAPES, TOLERANCE
 
@@ -34,7 +34,9 @@ class Settings(Size):
       parts: windows are the length divided by these.
       masks: of the accuracy battery, `tests.cases.MASKS`.
       twelve: FlashMask's masks.
-      tiles: of the sweep, at the first length: (line, column, warps, stages) of the forward kernel.
+      blocks: of the battery's plans, queries and keys alike.
+      tiles: of the sweep, at the first length: (line, column, warps, stages) of the forward kernel, or, of a
+        Hopper's warpgroups, (line, column, stages).
     """
 
     lengths: tuple[int, ...] = (4_096, 16_384, 65_536, 131_072)
@@ -42,7 +44,11 @@ class Settings(Size):
     parts: tuple[int, ...] = (1, 4, 16, 64)
     masks: tuple[str, ...] = tuple(MASKS)
     twelve: flashmask.Settings = flashmask.FULL
-    tiles: tuple[tuple[int, int, int, int], ...] = tuple(product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)))
+    blocks: tuple[int, ...] = (64, 128)
+    tiles: tuple[tuple[int, ...], ...] = (
+        *product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
+        *product((64, 128), (64, 128), (2, 3)),
+    )
 
 
 FULL = Settings()
@@ -54,7 +60,7 @@ def measure(settings: Settings, repeats: int) -> dict:
     return {
         "settings": asdict(settings),
         "backend": default_backend(),
-        "accuracy": [_accuracy(name, dtype) for name, dtype in product(settings.masks, TOLERANCE)],
+        "accuracy": [_accuracy(*each) for each in product(settings.masks, TOLERANCE, settings.blocks)],
         "causal": list(_causal(settings, repeats)),
         "windows": list(_windows(settings, repeats)),
         "flashmask": flashmask.measure(settings.twelve, repeats),
@@ -62,10 +68,10 @@ def measure(settings: Settings, repeats: int) -> dict:
     }
 
 
-def _accuracy(name: str, dtype) -> dict:
+def _accuracy(name: str, dtype, block: int) -> dict:
     """The greatest error of out, lse and gradients against the oracle, over the tolerance of the tests."""
-    shape = replace(SHAPES["ragged"], queries=300, keys=420, head_dim=64, block_q=64, block_k=64)
-    arrays, seen = shape.qkv(dtype), plan(MASKS[name], *shape.tokens(), block_q=64, block_k=64)
+    shape = replace(SHAPES["ragged"], queries=300, keys=420, head_dim=64, block_q=block, block_k=block)
+    arrays, seen = shape.qkv(dtype), plan(MASKS[name], *shape.tokens(), block_q=block, block_k=block)
 
     def results(*qkv, backend):
         def loss(q, k, v):
@@ -89,7 +95,7 @@ def _accuracy(name: str, dtype) -> dict:
         a, b = a[finite], b[finite]
         allowed = tolerance["atol"] * max(1.0, np.abs(b).max(initial=0.0)) + tolerance["rtol"] * np.abs(b)
         worst = max(worst, float((np.abs(a - b) / allowed).max(initial=0.0)))
-    return {"mask": name, "dtype": str(jnp.dtype(dtype)), "of_tolerance": worst}
+    return {"mask": name, "dtype": str(jnp.dtype(dtype)), "block": block, "of_tolerance": worst}
 
 
 def _causal(settings: Settings, repeats: int) -> Iterator[dict]:
@@ -134,12 +140,14 @@ def _tiles(settings: Settings, repeats: int) -> Iterator[dict]:
     for head_dim in settings.head_dims:
         arrays = Size(settings.lengths[0], settings.heads, head_dim).arrays("bfloat16")
         default = default_grains(head_dim, jnp.bfloat16)
+        assert isinstance(default.forward, Grain), "the defaults for all cards are Triton's"
         calls = {}
         for tile in (_numbers(default.forward), *settings.tiles):
-            backend = gpu_backend(Grains(Grain(*tile), default.dq, default.dkv))
+            forward = Warpgroups(*tile) if len(tile) == 3 else Grain(*tile)
+            backend = gpu_backend(Grains(forward, default.dq, default.dkv))
             ours = compiled(functools.partial(_attend, backend=backend))
-            forward = both_ways(ours, *arrays)[FORWARD]
-            calls[tile] = {FORWARD: attempt(forward) if callable(forward) else forward}
+            call = both_ways(ours, *arrays)[FORWARD]
+            calls[tile] = {FORWARD: attempt(call) if callable(call) else call}
         times = compared(calls, repeats)  # pyright: ignore[reportArgumentType]
         for tile, each in times.items():
             yield {"head_dim": head_dim, "tile": tile, "forward": each[FORWARD]}
@@ -223,4 +231,4 @@ def _tile_table(results: dict) -> str:
         [str(row["head_dim"]), " × ".join(map(str, row["tile"])), seconds(row["forward"])]
         for row in results["tiles"]
     ]
-    return table(["head dim", "line × column × warps × stages", FORWARD], rows)
+    return table(["head dim", "line × column (× warps) × stages", FORWARD], rows)

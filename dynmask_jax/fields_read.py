@@ -1,6 +1,8 @@
-"""Which fields of tokens a mask or a bias reads: whether a call can do without the caller's tokens."""
+"""What a mask or a bias is made of, found in its own trace: the fields of tokens it reads, its operations."""
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +41,41 @@ def _kind(leaf):
     )
 
 
-@functools.lru_cache(maxsize=1024)
+def operations(expression: Mask | Bias) -> frozenset[tuple[str, str]]:
+    """JAX's operations that an expression of one pair of tokens is made of: their names and dtypes.
+
+    An operation has the dtype of its first operand, and once more that of its result.
+
+    Raises:
+      what it raises on tokens.
+    """
+    leaves, structure = jax.tree.flatten(expression)
+    equations = equations_in(_traced(structure, tuple(map(_kind, leaves))))
+    values = (
+        (each.primitive.name, value) for each in equations for value in (each.invars[:1] + each.outvars)
+    )
+    return frozenset((name, str(value.aval.dtype)) for name, value in values)
+
+
+def equations_in(jaxpr) -> Iterator[Any]:
+    """All operations in a traced function, in what it calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for each in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(each, "jaxpr", each)
+                if hasattr(inner, "eqns"):
+                    yield from equations_in(inner)
+
+
 def _fields_read(structure, kinds) -> frozenset[str]:
+    used = _used(_traced(structure, kinds))
+    return frozenset(name for at, name in enumerate(FIELDS) if used[at])
+
+
+@functools.lru_cache(maxsize=1024)
+def _traced(structure, kinds):
+    """An expression's trace, of one pair's fields in the order of `FIELDS` and then its leaves."""
     leaves = [kind() if isinstance(kind, type) else kind for kind in kinds]
     field = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
@@ -49,8 +84,7 @@ def _fields_read(structure, kinds) -> frozenset[str]:
         expression = jax.tree.unflatten(structure, leaves)
         return evaluate(expression, q, k) if isinstance(expression, Mask) else scored(expression, q, k)
 
-    used = _used(jax.make_jaxpr(shown)(field, field, field, field, leaves).jaxpr)
-    return frozenset(name for at, name in enumerate(FIELDS) if used[at])
+    return jax.make_jaxpr(shown)(field, field, field, field, leaves).jaxpr
 
 
 def _used(jaxpr) -> list[bool]:

@@ -8,26 +8,30 @@ Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.gpu_backward import gradients
 from dynmask_jax.backends.gpu_blocks import filled_heads, unfilled
-from dynmask_jax.backends.gpu_lines import Cut, Kernel, Line, query_lists, sweep
+from dynmask_jax.backends.gpu_choice import grains_of, hopper_grains
+from dynmask_jax.backends.gpu_lines import Kernel, Layout, Line, Side, query_lists
+from dynmask_jax.backends.gpu_merge import merged_softmax
 from dynmask_jax.backends.gpu_options import Grain as Grain
-from dynmask_jax.backends.gpu_options import Grains, default_grains
+from dynmask_jax.backends.gpu_options import Grains
+from dynmask_jax.backends.gpu_options import Warpgroups as Warpgroups
 from dynmask_jax.backends.gpu_sides import key_side, query_side
+from dynmask_jax.backends.gpu_sweep import sweep
 from dynmask_jax.backends.gpu_tile import Pairs
+from dynmask_jax.backends.hopper import forward_kernel
 from dynmask_jax.backends.kernel_checks import check_kernel_bias, check_kernel_mask
 from dynmask_jax.backends.kernel_tile import LOG2E, Numbers, Tile, dot
 from dynmask_jax.backends.triton import LOWERED
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.finite import bad_rows, emptied
-from dynmask_jax.online_softmax import Partial, normalize
 from dynmask_jax.plans import Plan
 from dynmask_jax.platforms import compute_capability
 from dynmask_jax.scores import Scores
@@ -36,9 +40,8 @@ MOST = 256
 """The greatest head dim: tiles of greater ones do not fit a card's registers."""
 
 
-def _kernel(program, lists, numbers, queries, keys, out, lse, *, tile: Tile, cut: Cut):
-    line = Line.of(program, lists, cut)
-    pairs = Pairs.of(tile, numbers, line, queries)
+def _kernel(line: Line, numbers: Numbers, queries: Side, keys: Side, results: tuple):
+    tile, pairs = line.layout.tile, Pairs.of(line, numbers, queries)
     q, (k, v) = queries.arrays[0][line.tokens, :], keys.arrays
 
     def add(_, at, real, found):
@@ -57,8 +60,8 @@ def _kernel(program, lists, numbers, queries, keys, out, lse, *, tile: Tile, cut
     nothing += (jnp.zeros(rows, jnp.float32),)
     weighted, peak, total = line.each(add, nothing)
     mean = weighted / jnp.where(total == 0, 1.0, total)[:, None]
-    out[line.results, :] = (mean if numbers.scale is None else mean * numbers.scale[0, 0]).astype(out.dtype)
-    lse[line.results] = (peak + jnp.log2(total)) * (1 / LOG2E)
+    mean = mean if numbers.scale is None else mean * numbers.scale[0, 0]
+    line.store(results, mean, (peak + jnp.log2(total)) * (1 / LOG2E))
 
 
 def forward(grains: Grains | None, scores: Scores, q, k, v, plan: Plan):
@@ -70,42 +73,24 @@ def forward(grains: Grains | None, scores: Scores, q, k, v, plan: Plan):
         things up, or has leaves of other types than bool, int32, uint32 and float32.
     """
     _check(scores, q, v.shape[3], plan)
-    grains = grains or default_grains(max(q.shape[3], v.shape[3]), q.dtype)
-    grain = grains.forward
-    cut = _shared(Cut.of_queries(plan, grain), plan, q.shape[0] * q.shape[2], grains.busy)
-    tile = Tile.of(scores, plan)
+    grains = grains_of(grains, scores, plan, (q.shape[3], v.shape[3], q.dtype))
     queries = query_side(scores, plan, (filled_heads(q, plan.block_q),))
     # A key of NaN marks the queries that see it: what is not finite needs no second look.
     bad = bad_rows(k) | bad_rows(v)
     k, v = emptied(k, bad, jnp.nan), emptied(v, bad)
     keys = key_side(scores, plan, tuple(filled_heads(x, plan.block_k) for x in (k, v)))
     batch, length, heads, _ = queries.arrays[0].shape
-    shape, dtype = (batch, length * cut.parts, heads), q.dtype if cut.parts == 1 else jnp.float32
+    shape = batch, length, heads
     results = [
-        jax.ShapeDtypeStruct((*shape, keys.arrays[1].shape[3]), dtype),
+        jax.ShapeDtypeStruct((*shape, keys.arrays[1].shape[3]), q.dtype),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     ]
-    kernel = Kernel(functools.partial(_kernel, tile=tile, cut=cut), "dynmask_forward", cut, grain)
+    layout = Layout.of(Tile.of(scores, plan), plan, grains.forward, batch * heads, grains.busy)
+    body = _kernel if isinstance(grains.forward, Grain) else forward_kernel
+    kernel = Kernel(body, "dynmask_forward", layout, merged_softmax)
     out, lse = sweep(kernel, query_lists(plan), Numbers.of(scores, plan), queries, keys, results)
-    if cut.parts > 1:
-        out, lse = _merged(*(x.reshape(batch, cut.parts, length, *x.shape[2:]) for x in (out, lse)))
-    out = unfilled(out, plan.block_q, q.shape[1], v.shape[3]).astype(q.dtype)
+    out = unfilled(out, plan.block_q, q.shape[1], v.shape[3])
     return out, unfilled(lse, plan.block_q, q.shape[1])
-
-
-def _shared(cut: Cut, plan: Plan, heads: int, busy: int) -> Cut:
-    """Lines too few to keep a card busy are shared by several programs; heads are those of all rows."""
-    programs = plan.codes.shape[1] * cut.line.tiles * heads
-    parts = 1 if programs > busy // 2 else min(-(-busy // programs), plan.codes.shape[2])
-    return replace(cut, parts=parts)
-
-
-def _merged(out: Float[Array, "B parts T N V"], lse: Float[Array, "B parts T N"]):
-    """Attention over the keys of all parts."""
-    peak = lse.max(axis=1)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(peak), 0.0, peak)[:, None])
-    weighted = (out * weights[..., None]).sum(axis=1)
-    return normalize(Partial(weighted, peak, weights.sum(axis=1)))
 
 
 def _check(scores: Scores, q, width: int, plan: Plan):
@@ -135,7 +120,8 @@ class _Forward:
     grains: Grains | None
 
     def __call__(self, scores: Scores, q, k, v, plan: Plan):
-        return forward(self.grains, scores, q, k, v, plan)
+        kind = q.shape[3], v.shape[3], q.dtype
+        return _on_cards(forward, self.grains, (scores, plan, kind), (scores, q, k, v, plan))
 
 
 @dataclass(frozen=True)
@@ -145,7 +131,20 @@ class _Gradients:
     grains: Grains | None
 
     def __call__(self, scores: Scores, saved: tuple, cotangents: tuple):
-        return gradients(self.grains, scores, saved, cotangents)
+        q, _, v, plan, *_ = saved
+        kind = q.shape[3], v.shape[3], q.dtype
+        return _on_cards(gradients, self.grains, (scores, plan, kind), (scores, saved, cotangents))
+
+
+def _on_cards(compute, grains: Grains | None, call: tuple, operands: tuple):
+    """`compute(grains, *operands)`; on a Hopper in its own kernels, where the call is one for them.
+
+    A program that is traced beside a Hopper may be for another platform: that is known once it is lowered.
+    """
+    compute_all = functools.partial(compute, grains)
+    if (own := hopper_grains(grains, *call)) is None:
+        return compute_all(*operands)
+    return lax.platform_dependent(*operands, cuda=functools.partial(compute, own), default=compute_all)
 
 
 def gpu_backend(grains: Grains | None = None) -> Backend:

@@ -1,4 +1,4 @@
-"""What the GPU kernels share: operands as refs, a line of blocks worked through, the launch over all lines.
+"""What the GPU kernels share: operands as refs, how both sides are cut, a line of blocks worked through.
 
 Forward and for dq a *line* is a block of queries and its *columns* are blocks of keys; for dk and dv it is
 the other way round. A program takes a part of a line, a tile's height, and goes along the line's list.
@@ -9,17 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import pytree
 from dynmask_jax.backends.gpu_blocks import filled_size
+from dynmask_jax.backends.gpu_chunks import IN_LINE, IN_SLOT, Chunks
 from dynmask_jax.backends.gpu_lists import Lists, lists_of
-from dynmask_jax.backends.gpu_options import Grain
-from dynmask_jax.backends.kernel_tile import Numbers, scalars
-from dynmask_jax.backends.triton import Launch, launch
+from dynmask_jax.backends.gpu_options import Grain, Warpgroups
+from dynmask_jax.backends.kernel_tile import Tile
 from dynmask_jax.block_codes import TEST
 from dynmask_jax.plans import Plan
 from dynmask_jax.tokens import Tokens
@@ -65,9 +64,9 @@ class Axis:
         return filled_size(self.block) // self.tile
 
     @property
-    def filled(self) -> int:
-        """Places of all blocks, filled up."""
-        return -(-self.length // self.block) * filled_size(self.block)
+    def blocks(self) -> int:
+        """Of the side."""
+        return -(-self.length // self.block)
 
     @property
     def whole(self) -> bool:
@@ -87,27 +86,72 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Both sides' axes: of the lines and of the columns.
+class Layout:
+    """What is fixed for all programs of a kernel.
 
-    `parts`: how many programs share a line's list, each with results of its own.
+    Attributes:
+      tile: what is fixed of their tiles.
+      line, column: how both sides are cut.
+      grain: threads and stages.
+      budget: the most chunks that the long lines of a row are cut into; 0 where every line stays whole.
     """
 
+    tile: Tile
     line: Axis
     column: Axis
-    parts: int = 1
+    grain: Grain | Warpgroups
+    budget: int
 
     @classmethod
-    def of_queries(cls, plan: Plan, grain: Grain) -> "Cut":
-        """Lines of queries."""
-        (t, s), (queries, keys) = plan.lengths, (plan.block_q, plan.block_k)
-        return cls(Axis.of(t, queries, grain.line), Axis.of(s, keys, grain.column))
+    def of(cls, tile: Tile, plan: Plan, grain: Grain | Warpgroups, heads: int, busy: int) -> "Layout":
+        """With lines of queries, or of keys, as the tile has them; heads are those of all lines of a batch.
 
-    @classmethod
-    def of_keys(cls, plan: Plan, grain: Grain) -> "Cut":
-        """Lines of keys."""
-        (t, s), (queries, keys) = plan.lengths, (plan.block_q, plan.block_k)
-        return cls(Axis.of(s, keys, grain.line), Axis.of(t, queries, grain.column))
+        Chunks make up at most twice as many programs as keep a card busy, so that the memory of their results
+        does not grow with the lines. Where a single line has programs enough, every line stays whole.
+        """
+        sides = [*zip(plan.lengths, (plan.block_q, plan.block_k), strict=True)]
+        line, column = reversed(sides) if tile.keys_first else sides
+        line, column = Axis.of(*line, grain.line), Axis.of(*column, grain.column)
+        budget = -(-2 * busy // (line.tiles * heads))
+        if line.blocks * column.blocks >= 2**31:  # blocks are counted in int32
+            budget = 0
+        # For a budget of two only a line of more blocks than there are in all would be long.
+        return cls(tile, line, column, grain, budget if budget > 2 and column.blocks > 1 else 0)
+
+    @property
+    def slots(self) -> int:
+        """For chunks of long lines, of each row and head."""
+        return min(self.budget, self.line.blocks * self.column.blocks)
+
+    @property
+    def long_lines(self) -> int:
+        """Of a row, at most: each has two chunks or more."""
+        return min(self.slots // 2, self.line.blocks)
+
+    @property
+    def programs(self) -> int:
+        """Of each head and row: of all slots, then of all lines."""
+        return (self.slots + self.line.blocks) * self.line.tiles
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel over all lines of a plan.
+
+    Attributes:
+      body: with a `Grain`, `(line, numbers, lines, columns, results) -> None`: the program's line, and refs:
+        those of both sides are of one row, and of the heads that it works through. With `Warpgroups`,
+        `(worker) -> values`.
+      name: in profiles.
+      layout: what is fixed.
+      merged: what merges the results of a long line's chunks, of `gpu_merge`; None where each program has a
+        result of its own, a long line's in chunks too.
+    """
+
+    body: Callable
+    name: str
+    layout: Layout
+    merged: Callable | None
 
 
 def query_lists(plan: Plan) -> Lists:
@@ -123,151 +167,83 @@ def key_lists(plan: Plan) -> Lists:
 
 @dataclass(frozen=True)
 class Line:
-    """In a kernel: the line that a program works through.
+    """In a kernel: the line that a program works through, or a chunk of it.
 
     Attributes:
       program: the number of the program among those of its head.
       head: of the lines.
-      block: its number in its row.
+      place: among slots and lines.
+      block: the line's number in its row.
       start: where the program's tile of it begins.
-      part: which part of its list is the program's.
-      lists: refs.
-      cut: how it is cut.
+      chunks: refs.
+      layout: what is fixed.
     """
 
     program: Any
     head: Any
+    place: Any
     block: Any
     start: Any
-    part: Any
-    lists: Lists
-    cut: Cut
+    chunks: Chunks
+    layout: Layout
 
     @classmethod
-    def of(cls, program: tuple, lists: Lists, cut: Cut) -> "Line":
+    def of(cls, program: tuple, chunks: Chunks, layout: Layout) -> "Line":
         """Of a program, by its numbers in the grid."""
-        rest, part = _divided(program[0], cut.parts)
-        place, tile = _divided(rest, cut.line.tiles)
-        block = lists.order[place]
-        return cls(program[0], program[1], block, cut.line.place(block, tile), part, lists, cut)
+        place, tile = divided(program[0], layout.line.tiles)
+        block = chunks.line[place]
+        return cls(program[0], program[1], place, block, layout.line.place(block, tile), chunks, layout)
 
     @property
     def tokens(self):
         """The slice of them that is the program's."""
-        return pl.ds(self.start, self.cut.line.tile)
+        return pl.ds(self.start, self.layout.line.tile)
 
-    @property
-    def results(self):
-        """Where the program's results go: after those of all lines for the parts before its own."""
-        return pl.ds(self.part * self.cut.line.filled + self.start, self.cut.line.tile)
+    def store(self, results: tuple, *values):
+        """Stores a line's values in the first results; those of a slot in the others, the partial ones."""
+        if not self.layout.slots:
+            store_rows(results, self.tokens, values)
+            return
+        axis, stores = self.layout.line, self.chunks.stores[self.place]
+        in_slot = pl.ds(self.program * axis.tile, axis.tile)
+        for kind, refs, rows in (
+            (IN_LINE, results[: len(values)], self.tokens),
+            (IN_SLOT, results[len(values) :], in_slot),
+        ):
+            # A branch, not a mask: what another branch needs takes no registers here.
+            pl.when(stores == kind)(functools.partial(store_rows, refs, rows, values))
 
     def each(self, add: Callable, start, *, times: int = 1):
-        """Folds `add(turn, tile, real, result) -> result` along the program's part of the line.
+        """Folds `add(turn, tile, real, result) -> result` along the program's blocks of the line.
 
         Full blocks come first. Each tile comes `times` times, for turn 0, 1, …. Of full blocks, where nothing
         is hidden, real is None; of others it says which places of the tile hold a token, True where all do.
         """
-        axis, lists = self.cut.column, self.lists
+        axis, chunks = self.layout.column, self.chunks
 
-        def step(n, result, *, test: bool):
-            rest, turn = _divided(n, times)
-            at, part = _divided(rest, axis.tiles)
-            block = lists.columns[self.block, lists.end - 1 - at if test else at]
+        def step(n, result, *, first, test: bool):
+            rest, turn = divided(n, times)
+            at, part = divided(rest, axis.tiles)
+            at += first  # a loop from 0 takes fewer registers than one from `first`
+            block = chunks.columns[self.block, chunks.end - 1 - at if test else at]
             real = axis.real(block, part) if test else None
             return add(turn, pl.ds(axis.place(block, part), axis.tile), real, result)
 
-        for count, test in ((lists.full, False), (lists.test, True)):
-            blocks, turns = count[self.block], times * axis.tiles
-            first, last = (
-                _divided(blocks * (self.part + more), self.cut.parts)[0] * turns for more in (0, 1)
-            )
-            start = lax.fori_loop(first, last, functools.partial(step, test=test), start)
+        for bounds, test in ((chunks.full, False), (chunks.test, True)):
+            first, last = (bound[self.place] for bound in bounds)
+            turns = (last - first) * (times * axis.tiles)
+            start = lax.fori_loop(0, turns, functools.partial(step, first=first, test=test), start)
         return start
 
 
-def _divided(n, by: int):
+def store_rows(refs, rows, values):
+    """Stores each array, in its ref's dtype, at a slice of the first axis."""
+    for ref, value in zip(refs, values, strict=True):
+        ref[(rows, *[slice(None)] * (value.ndim - 1))] = value.astype(ref.dtype)
+
+
+def divided(n, by: int):
     """Quotient and remainder of a number that is not negative. Triton's lowering knows no remainder by 1."""
     if by == 1:
         return n, 0
     return lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by))
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel over all lines of a plan.
-
-    Attributes:
-      body: `(program, lists, numbers, lines, columns, *results) -> None`: the program's numbers in the grid,
-        and refs: those of both sides are of one row, and of the heads that it works through.
-      name: in profiles.
-      cut: how lines and columns are cut.
-      grain: its tile and threads.
-    """
-
-    body: Callable
-    name: str
-    cut: Cut
-    grain: Grain
-
-
-def sweep(kernel: Kernel, lists: Lists, numbers: Numbers, lines: Side, columns: Side, results: list):
-    """Runs the kernel over all lines, for each head of theirs: arrays of the results' types, `[B, T, N, …]`.
-
-    Of the columns' heads a program gets the one that its own head belongs to, or, where they are more, all
-    that belong to it, `[T, G, …]`.
-    """
-    batch, _, heads = results[0].shape[:3]
-    rows, height = lists.full.shape
-    row = _row_of(rows)
-
-    def of_row(x):
-        return pl.BlockSpec((None, *x.shape[1:]), lambda place, head, b: (row(b), *[0] * (x.ndim - 1)))
-
-    def of_head(x):
-        own = _Share(heads, x.shape[2])
-        block = (None, x.shape[1], own.block, *x.shape[3:])
-        return pl.BlockSpec(block, lambda place, head, b: (b, 0, own.number(head), *[0] * (x.ndim - 3)))
-
-    def of_side(side: Side) -> Side:
-        tokens = jax.tree.map(of_row, side.tokens)
-        words = tuple(of_row(x) if x.ndim == 2 else of_head(x) for x in side.words)
-        return Side(tokens, words, tuple(map(of_head, side.arrays)))
-
-    numbers = jax.tree.map(scalars, numbers)
-    whole = jax.tree.map(lambda x: pl.BlockSpec(x.shape, lambda *_: (0, 0)), numbers)
-    operands = [jax.tree.map(of_row, lists), whole, of_side(lines), of_side(columns)]
-    grid = height * kernel.cut.line.tiles * kernel.cut.parts, heads, batch
-    grain = kernel.grain
-    made = Launch(
-        kernel.body,
-        kernel.name,
-        grid,
-        operands,
-        list(map(of_head, results)),
-        results,
-        grain.warps,
-        grain.stages,
-    )
-    return launch(made, lists, numbers, lines, columns)
-
-
-def _row_of(rows: int) -> Callable:
-    """The plan's row of a sequence."""
-    return (lambda b: b) if rows > 1 else (lambda b: 0)
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Which heads of an array belong to a head of the lines'."""
-
-    lines: int
-    heads: int
-
-    @property
-    def block(self) -> int | None:
-        """How many, None where it is one."""
-        return self.heads // self.lines if self.heads > self.lines else None
-
-    def number(self, head):
-        """The number of their block."""
-        return head if self.block else head // (self.lines // self.heads)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dynmask_jax.backends.gpu_lines import Line, Side
 from dynmask_jax.backends.kernel_tile import LOG2E, Numbers, Tile
-from dynmask_jax.backends.triton import strongly_typed
+from dynmask_jax.backends.tile_expressions import strongly_typed
 from dynmask_jax.tokens import Tokens
 
 
@@ -29,11 +29,11 @@ class Pairs:
     words: tuple
 
     @classmethod
-    def of(cls, tile: Tile, numbers: Numbers, line: Line, side: Side) -> "Pairs":
+    def of(cls, line: Line, numbers: Numbers, side: Side) -> "Pairs":
         """Of a program's line, on its side."""
         tokens = _tokens_at(side, line.tokens)[:, None]
         words = tuple(word[line.tokens][:, None] for word in side.words)
-        return cls(tile, numbers, tokens, words)
+        return cls(line.layout.tile, numbers, tokens, words)
 
     def logits(self, capped, head, columns: Side, at, real):
         """Logits · log2 e with bias `[line, column]`; −inf where a pair is hidden, if real is not None."""

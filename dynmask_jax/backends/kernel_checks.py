@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from dynmask_jax.bias_algebra import Bias, by_group, score_pairs
 from dynmask_jax.errors import Unsupported
+from dynmask_jax.fields_read import equations_in
 from dynmask_jax.mask_algebra import Mask, visible_pairs
 from dynmask_jax.tokens import Tokens
 
@@ -42,7 +43,7 @@ def _check_function(mask: Mask | Bias, function, backend: str, lowered: frozense
             f"backend {backend!r}: {mask!r} closes over an array ({shapes}), which a kernel cannot reach; "
             f"give a number as a parameter, {owner}(function, number), or take backend {REMEDIES[backend]!r}"
         )
-    used = _operations(traced.jaxpr)
+    used = {each.primitive.name for each in equations_in(traced.jaxpr)}
     if impossible := used & _LOOKUPS if lowered is None else used - lowered:
         raise Unsupported(
             f"backend {backend!r}: {mask!r} uses {', '.join(sorted(impossible))}, which a kernel cannot; "
@@ -70,15 +71,3 @@ def check_kernel_bias(bias: Bias | None, backend: str, lowered: frozenset[str] |
         return by_group(bias, lambda one_head: score_pairs(one_head, q, k), heads, 1)
 
     _check_function(bias, pairs, backend, lowered)
-
-
-def _operations(jaxpr) -> set[str]:
-    """The names of all operations in a traced function, in what it calls too."""
-    names = set()
-    for equation in jaxpr.eqns:
-        names.add(equation.primitive.name)
-        for value in equation.params.values():
-            for each in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(each, "jaxpr", each)
-                names |= _operations(inner) if hasattr(inner, "eqns") else set()
-    return names

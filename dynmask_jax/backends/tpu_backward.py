@@ -32,7 +32,7 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     # A query that sees nothing gets weights of zero: exp2(−inf).
     level = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
     if scores.dropout is not None:  # so that a tile's weights need only be left out
-        d_out = (d_out * scores.dropout.scale).astype(d_out.dtype)
+        d_out = (d_out.astype(jnp.float32) * scores.dropout.scale).astype(d_out.dtype)
     words = dropout_words(scores.dropout, plan)
     queries = tuple(blocks_by_head(x, plan.block_q, plan.rows) for x in (q, d_out))
     # Queries that fill a block up weigh nothing: their own logit, a bias alone, may be any number.

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax._src.pallas.triton.lowering import triton_lowering_rules  # no public name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dynmask_jax.backends.tile_expressions import CALLS
 from dynmask_jax.vma import shape_like
 
 load, store = plt.load, plt.store
@@ -35,6 +35,7 @@ class Launch:
       shapes: of the results.
       warps: of 32 threads, in a program.
       stages: how many blocks of keys are on their way from memory at once.
+      in_place: how many of the last operands are written over by the results, each by one of its type.
     """
 
     body: Callable
@@ -45,66 +46,11 @@ class Launch:
     shapes: Any
     warps: int
     stages: int
+    in_place: int = 0
 
 
-def strongly_typed(function: Callable, *arguments):
-    """`function(*arguments)` of arrays, its literals with a dtype of their own, and what they make computed.
-
-    Where a selection's literals have none, as in `jnp.where(seen, 0.5, 0.0)`, Triton's lowering takes them
-    for booleans, like its condition (JAX 0.7 to 0.12).
-    """
-    leaves, structure = jax.tree.flatten(arguments)
-
-    def flat(*leaves):
-        return function(*jax.tree.unflatten(structure, leaves))
-
-    traced, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-    return jax.tree.unflatten(jax.tree.structure(shapes), _evaluated(traced.jaxpr, traced.consts, leaves))
-
-
-def _known(primitive, given: list, parameters: dict) -> np.ndarray:
-    """What an operation makes of literals, of which Triton's lowering cannot negate one, say."""
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # with JAX_PLATFORMS=cuda there is no other than the card
-        device = None
-    with jax.default_device(device), jax.ensure_compile_time_eval():
-        return np.asarray(primitive.bind(*given, **parameters))
-
-
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-"""The operations that call a traced function, and what holds it: here it is written out."""
-LOWERED = frozenset(primitive.name for primitive in triton_lowering_rules) | _CALLS.keys()
+LOWERED = frozenset(primitive.name for primitive in triton_lowering_rules) | CALLS.keys()
 """The names of the operations that Triton's lowering has."""
-
-
-def _evaluated(jaxpr, consts, arguments) -> list:
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-
-    def value(atom):
-        return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else values[atom]
-
-    for equation in jaxpr.eqns:
-        given, primitive = list(map(value, equation.invars)), equation.primitive
-        if primitive.name in _CALLS:
-            inner = equation.params[_CALLS[primitive.name]]
-            found = _evaluated(inner.jaxpr, inner.consts, given)
-        else:
-            known = all(isinstance(each, np.ndarray) for each in given) and not equation.outvars[0].aval.shape
-            found = (
-                _known(primitive, given, equation.params)
-                if known
-                else primitive.bind(*given, **equation.params)
-            )
-            found = found if primitive.multiple_results else [found]
-        values.update(zip(equation.outvars, found, strict=True))
-    return list(map(value, jaxpr.outvars))
 
 
 def launch(kernel: Launch, *operands):
@@ -116,6 +62,7 @@ def launch(kernel: Launch, *operands):
 def _call(kernel: Launch, *operands, interpret: bool):
     params = None if interpret else plt.CompilerParams(num_warps=kernel.warps, num_stages=kernel.stages)
     shapes = jax.tree.map(lambda x: shape_like(x.shape, x.dtype, operands), kernel.shapes)
+    first = len(jax.tree.leaves(operands)) - kernel.in_place
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*pallas-triton.*")
         call = pl.pallas_call(
@@ -124,6 +71,7 @@ def _call(kernel: Launch, *operands, interpret: bool):
             in_specs=kernel.operands,
             out_specs=kernel.results,
             out_shape=shapes,
+            input_output_aliases={first + n: n for n in range(kernel.in_place)},
             name=kernel.name,
             compiler_params=params,
             interpret=interpret,

@@ -30,7 +30,7 @@ from dynmask_jax import (
 )
 from dynmask_jax import linen as our_linen
 from dynmask_jax import nnx as our_nnx
-from dynmask_jax.flax_adapter import Shown
+from dynmask_jax.flax_mask import Shown
 
 LENGTH, WIDTH, HEADS = 24, 32, 4
 PACKED = growing_window(linear(2, LENGTH, steps=8), base=Causal() & SameSegment())

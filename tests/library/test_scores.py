@@ -207,6 +207,22 @@ def test_any_rate_in_blocks_of_any_size_has_the_gradients_of_dense(backend, bloc
     assert_close(results(attention, q, k, v, the_plan, backend=backend, dropout=dropout), expected)
 
 
+@pytest.mark.parametrize("backend", LOOPS)
+def test_gradients_of_sixteen_bits_under_dropout(backend):
+    """Their scale is a float32, which nothing may be promoted by."""
+    shape = SHAPES["even"]
+    q, k, v, the_plan = arguments(shape)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    found, expected = (
+        jax.grad(lambda v, each=each: attention(q, k, v, the_plan, **each, dropout=Dropout(0.5, KEY)).sum())(
+            v
+        )
+        for each in ({"backend": backend}, {"backend": "dense"})
+    )
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, expected)), rtol=0.02, atol=0.02)
+
+
 DOCUMENTS = jax.tree.map(lambda *rows: jnp.stack(rows), Tokens.packed([40, 24]), Tokens.packed([10, 54]))
 
 

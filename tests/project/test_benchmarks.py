@@ -62,7 +62,8 @@ TOYS = {
         parts=(4,),
         masks=("nothing",),
         twelve=flashmask.Settings(64, 2, 8, patterns=("causal",)),
-        tiles=((16, 16, 4, 1),),
+        blocks=(64,),
+        tiles=((16, 16, 4, 1), (64, 64, 2)),
     ),
 }
 
@@ -345,7 +346,9 @@ def test_what_a_card_is_asked_is_answered_without_one_too():
     assert causal["times"]["dynmask_jax"][BOTH] > 0
     assert isinstance(causal["times"]["jax.nn, cudnn"][FORWARD], str), "why there is no cuDNN here"
     assert [row["exposure"] for row in found["windows"]] == pytest.approx([904 / 2080], abs=1e-4)
-    assert len(found["tiles"]) == 2
+    *_, of_warpgroups = found["tiles"]
+    assert len(found["tiles"]) == 3
+    assert "needs" in of_warpgroups["forward"], "why there are no warpgroups here"
     assert "full causal mask" in report.section("card", found)
 
 

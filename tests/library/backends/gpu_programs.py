@@ -23,19 +23,24 @@ from dynmask_jax import (
 )
 from dynmask_jax.backends.gpu import Grain, Grains, gpu_backend
 from dynmask_jax.backends.gpu_lists import lists_of
+from train.aot.compile_step import batch_like
 from train.config.run import Curriculum, Data, Model, Run
-from train.data.batch import Batch
-from train.step.program import begin
+from train.parallel.sharding import Placement
+from train.step.program import program_of, state_like
 
 LENGTH = 4_096
 
 
 def attention_and_gradient(
-    dtype: str = "bfloat16", head_dim: int = 128, value_dim: int | None = None, grains: list | None = None
+    dtype: str = "bfloat16",
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    grains: list | None = None,
+    busy: int = 256,
 ):
     """Packed documents under a growing window; `grains` are the three kernels', `[line, column, …]` each."""
     arrays, tokens, window = _shapes(dtype, head_dim, value_dim or head_dim)
-    backend = gpu_backend(Grains(*(Grain(*each) for each in grains))) if grains else "gpu"
+    backend = gpu_backend(Grains(*(Grain(*each) for each in grains), busy=busy)) if grains else "gpu"
 
     def loss(arrays, position, segment, window):
         out, lse = attention(*arrays, _seen(position, segment, window), backend=backend, return_lse=True)
@@ -135,10 +140,8 @@ def train_step():
         data=Data(length=8_192),
         curriculum=Curriculum(start=1024),
     )
-    program, state = begin(run, vocabulary=32_768)
-    row = jax.ShapeDtypeStruct((1, 8_192), jnp.int32)
-    batch = Batch(row, row, jax.ShapeDtypeStruct((1, 8_192), jnp.float32), row, row, row, row)
-    return program.train_step, (jax.eval_shape(lambda: state), batch)
+    program = program_of(run, 32_768, Placement())
+    return program.train_step, (state_like(program, 32_768), batch_like(run, program.placement.mesh))
 
 
 def _shapes(dtype, head_dim, value_dim):
