@@ -7,23 +7,26 @@ for `tpu_compile`. A process for each program: Pallas may end one that asks for 
 """
 
 import json
-import os
 import re
 import shutil
 import site
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from benchmarks.sass import Code
 from benchmarks.tpu_compile import program_on
-from train.aot.cards import CARDS, COMPILER, devices_of_card
+from train.aot.cards import CARDS, COMPILER, compiler_environment, devices_of_card
+from train.aot.target import present
 
-_PALLAS = r"(?:dynmask|mha)_\w+"
-"""The kernels that are no fusions of XLA's: ours, and those of JAX's `pallas.ops.gpu.attention`."""
+_PALLAS = r"(?:dynmask|mha|pallas)_\w+"
+"""Kernels that Triton compiles: ours, those of JAX's `pallas.ops.gpu.attention`, and tokamax's."""
+WARPGROUP = 128
+"""Threads of one."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Kernel:
       spills: bytes that it stores for want of registers.
       shared: bytes of shared memory of a program.
       threads: of a program.
+      loading: of these, those that load for the others and take no part in products.
       code: its instructions.
     """
 
@@ -42,12 +46,16 @@ class Kernel:
     spills: int
     shared: int
     threads: int
+    loading: int
     code: Code = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program: its Pallas kernels by name, what it launches (kind and name), and its memory in bytes."""
+    """A program: its Pallas kernels by name, what it launches (kind and name), and its memory in bytes.
+
+    Kernels of Mosaic GPU are named by it, and numbered where several have one name: `anonymous_1`.
+    """
 
     kernels: dict[str, Kernel]
     launches: list[str]
@@ -65,9 +73,9 @@ def compiled(card: str, target: str, options: dict | None = None) -> Compiled:
     with tempfile.TemporaryDirectory() as dumps:
         flags = f"--xla_dump_to={dumps} --xla_dump_emitter_re=ptx"
         command = [sys.executable, "-m", "benchmarks.gpu_compile", card, target, json.dumps(options or {})]
-        settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)}
+        Path(dumps, "mosaic").mkdir()
+        settings = {"XLA_FLAGS": flags, "MOSAIC_GPU_DUMP_TO": f"{dumps}/mosaic", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = compiler_environment() | settings
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{target} does not compile for {card}:\n{done.stderr[-4000:]}")
@@ -85,23 +93,59 @@ def _read(dumps: Path, architecture: str, memory: dict) -> Compiled:
         found = re.search(rf"\.entry ({_PALLAS})", path.read_text(encoding="utf-8"))
         if found:
             assert found[1] not in kernels, f"two kernels are called {found[1]}"
-            kernels[found[1]] = _kernel(path, architecture, found[1], thunks)
+            line = next(line for line in thunks.splitlines() if f" {found[1]} " in line)
+            shared, threads = _number(r"shared_memory: (\d+)", line), _number(r"threads: \[(\d+)", line)
+            kernels[found[1]] = _kernel(path, architecture, shared, threads)
+    found = sorted(dumps.glob("mosaic/*.ptx"))
+    names = Counter(map(_unnumbered, found))
+    for path in found:
+        name = _unnumbered(path)
+        name = name if names[name] == 1 else path.stem
+        assert name not in kernels, f"two kernels are called {name}"
+        kernels[name] = _mosaic_kernel(path, architecture)
     return Compiled(kernels, launches, **memory)
 
 
-def _kernel(ptx: Path, architecture: str, name: str, thunks: str) -> Kernel:
+def _unnumbered(dump: Path) -> str:
+    """A kernel's name: `dynmask_dkv_1.ptx` → `dynmask_dkv`."""
+    return re.sub(r"_\d+$", "", dump.name.split(".")[0])
+
+
+def _kernel(ptx: Path, architecture: str, shared: int, threads: int, loading: int = 0) -> Kernel:
     cubin = ptx.with_suffix(".cubin")
     said = _assembled(ptx, cubin, architecture)
-    line = next(line for line in thunks.splitlines() if f" {name} " in line)
     command = [tool("nvdisasm") or "nvdisasm", cubin]
     text = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8").stdout
     return Kernel(
         registers=_number(r"Used (\d+) registers", said),
         spills=_number(r"(\d+) bytes spill stores", said),
-        shared=_number(r"shared_memory: (\d+)", line),
-        threads=_number(r"threads: \[(\d+)", line),
+        shared=shared,
+        threads=threads,
+        loading=loading,
         code=Code.of(text),
     )
+
+
+def _mosaic_kernel(ptx: Path, architecture: str) -> Kernel:
+    """A kernel of Mosaic GPU, which XLA sees as a custom call: from what Mosaic itself dumps."""
+    resources = _resources(ptx)
+    barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
+    shared = _number(r"smem_scratch_bytes=(\d+)", resources) + sum(8 * int(n) * int(m) for n, m in barriers)
+    text = ptx.read_text(encoding="utf-8")
+    # Where one warpgroup loads for the others, it gives its registers to them.
+    loading = WARPGROUP if "setmaxnreg.dec" in text else 0
+    return _kernel(ptx, architecture, shared, _number(r"\.maxntid (\d+)", text), loading)
+
+
+def _resources(ptx: Path) -> str:
+    """What Mosaic says of a kernel as it lowers it: lowered twice, compiled once, it has two numbers."""
+    dumps = {path.name: path.read_text(encoding="utf-8") for path in ptx.parent.glob("*.resources.txt")}
+    if (own := dumps.get(f"{ptx.stem}.resources.txt")) is not None:
+        return own
+    found = {text for name, text in dumps.items() if _unnumbered(Path(name)) == _unnumbered(ptx)}
+    if len(found) != 1:
+        raise RuntimeError(f"{len(found)} of {', '.join(sorted(dumps))} may belong with {ptx.name}")
+    return found.pop()
 
 
 def _number(pattern: str, text: str) -> int:
@@ -135,8 +179,7 @@ def _compile_here(card: str, target: str, options: dict) -> dict[str, int]:
     import jax
 
     program, placed, mesh = program_on(partial(devices_of_card, card), target, options)
-    # A program that asks for the present card finds this one.
-    with jax.default_device(mesh.devices.flat[0]), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with present(mesh):
         memory = jax.jit(program).lower(*placed).compile().memory_analysis()
     names = "temporary_bytes", "argument_bytes", "output_bytes"
     sizes = (getattr(memory, f"{name}_size_in_bytes") for name in ("temp", "argument", "output"))

@@ -1,29 +1,34 @@
-"""What a tile of attention costs in the machine code for an NVIDIA card, beside JAX's own kernel.
+"""What a tile of attention costs in an NVIDIA card's machine code, beside the kernels of JAX and tokamax.
 
 Needs the GPU's compiler (`make gpu-check`), no GPU; the same versions give the same numbers. See
-`LEGEND` for what the columns mean.
+`LEGEND` for what the columns mean. tokamax needs Python 3.12, by which the documentation's table is made.
 """
 
+import importlib
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
+from benchmarks import peers
 from benchmarks.gpu_compile import Kernel, compiled, tool
 from benchmarks.markdown import table
-from benchmarks.sass import by_unit
+from benchmarks.sass import Instruction, by_unit
 from dynmask_jax import Causal, Tokens, Window, attention, plan
-from dynmask_jax.backends.gpu_options import AMPERE, HOPPER
+from dynmask_jax.backends import mosaic
+from dynmask_jax.backends.gpu import gpu_backend
+from dynmask_jax.backends.gpu_options import AMPERE, HOPPER, Grains, Warpgroups, warpgroup_grains
 from train.aot.cards import CARDS, Card, missing_compiler
 
 HEADS, BLOCK, TOKENS = 8, 128, 4_096
-MATMULS = {"forward": 2, "dq": 3, "dkv": 4, "backward": 7}
-JAX_TILES = BlockSizes.get_default()
+MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
+LIBRARIES = "dynmask_jax, triton", "dynmask_jax, mosaic", "jax", "tokamax, triton", "tokamax, mosaic"
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,38 @@ class Settings:
 QUICK, FULL = Settings(("h100",), (128,)), Settings(tuple(CARDS), (64, 128, 256))
 
 
-def ours(head_dim: int):
+def ours(head_dim: int, card: str, kind: str):
     """Our gradient under a causal window whose length is data: the program of a whole curriculum."""
+    backend = gpu_backend(_grains(head_dim, CARDS[card], kind))
 
     def attend(q, k, v, window):
         seen = plan(Causal() & Window(window), Tokens.sequence(TOKENS), block_q=BLOCK, block_k=BLOCK)
-        return attention(q, k, v, seen, backend="gpu")
+        return attention(q, k, v, seen, backend=backend)
 
     array = jax.ShapeDtypeStruct((1, TOKENS, HEADS, head_dim), jnp.bfloat16)
     return _gradient(attend), (array, array, array, jax.ShapeDtypeStruct((), jnp.int32))
 
 
+def _grains(head_dim: int, card: Card, kind: str) -> Grains:
+    """Of the kernels for all cards, or of a Hopper's, where the backward pass may have none."""
+    grains = (HOPPER if card.capability >= (9, 0) else AMPERE)[head_dim]
+    return grains if kind == "triton" else warpgroup_grains(head_dim, grains)
+
+
 def theirs(head_dim: int):
     """JAX's kernel's gradient, causal, with its own tiles."""
+    from jax.experimental.pallas.ops.gpu.attention import mha  # deprecated from JAX 0.12: warns
+
     array = jax.ShapeDtypeStruct((1, TOKENS, HEADS, head_dim), jnp.bfloat16)
     scale = head_dim**-0.5
     return _gradient(lambda q, k, v: mha(q, k, v, None, sm_scale=scale, causal=True)), (array,) * 3
+
+
+def tokamaxs(head_dim: int, implementation: str):
+    """tokamax's gradient, causal, in the tiles that it chooses for the card, untuned."""
+    attend = importlib.import_module("tokamax").dot_product_attention
+    array = jax.ShapeDtypeStruct((1, TOKENS, HEADS, head_dim), jnp.bfloat16)
+    return _gradient(partial(attend, is_causal=True, implementation=implementation)), (array,) * 3
 
 
 def _gradient(attend):
@@ -62,15 +83,18 @@ def _gradient(attend):
 def measure(settings: Settings, repeats: int) -> dict:
     """The rows, compiled and read; repeats change nothing. Where the compiler is missing, that."""
     del repeats
+    results = {"repeats": None, "tokamax": peers.missing("tokamax") or version("tokamax"), "rows": []}
     if missing_compiler() or tool("nvdisasm") is None:
-        return {"repeats": None, "compiler": missing_compiler() or "nvdisasm is not installed", "rows": []}
+        return results | {"compiler": missing_compiler() or "nvdisasm is not installed"}
     rows = [
         row
         for card in settings.cards
         for head_dim in settings.head_dims
-        for row in (*_our_rows(card, head_dim), *_their_rows(card, head_dim))
+        for library in LIBRARIES
+        if library != "dynmask_jax, mosaic" or CARDS[card].capability == (9, 0)
+        for row in _rows(library, card, head_dim)
     ]
-    return {"repeats": None, "compiler": f"XLA of jaxlib {version('jaxlib')}, {_assembler()}", "rows": rows}
+    return results | {"compiler": f"XLA of jaxlib {version('jaxlib')}, {_assembler()}", "rows": rows}
 
 
 def _assembler() -> str:
@@ -80,57 +104,143 @@ def _assembler() -> str:
     return "ptxas " + said.split("release ")[1].split(",")[0]
 
 
-def _our_rows(card: str, head_dim: int) -> list[dict]:
-    grains = (HOPPER if CARDS[card].capability >= (9, 0) else AMPERE)[head_dim]
-    program = compiled(card, "benchmarks.gpu_cost:ours", {"head_dim": head_dim})
-    rows = []
-    for name, grain in (("forward", grains.forward), ("dq", grains.dq), ("dkv", grains.dkv)):
-        kernel, pairs = program.kernels[f"dynmask_{name}"], grain.line * grain.column
-        for path, body in zip(("full", "test"), kernel.code.loops, strict=True):
-            work = _Work(name, path, pairs, head_dim)
-            rows.append(_row("dynmask_jax", card, kernel, work, body))
-    return rows
-
-
-def _their_rows(card: str, head_dim: int) -> list[dict]:
+def _rows(library: str, card: str, head_dim: int) -> list[dict]:
+    """A library's rows; of a peer that is not there or does not compile, one that says so."""
+    read, target, options = _PROGRAMS[library]
+    where = {"library": library, "card": card, "head_dim": head_dim}
+    if why := _missing(library):
+        return [where | {"kernel": "forward", "refused": why}]
+    if target == "ours":
+        options = options | {"card": card}
     try:
-        program = compiled(card, "benchmarks.gpu_cost:theirs", {"head_dim": head_dim})
+        program = compiled(card, f"benchmarks.gpu_cost:{target}", {"head_dim": head_dim, **options})
     except RuntimeError as error:
-        why = "shared memory" if "Shared memory size limit exceeded" in str(error) else "does not compile"
-        return [{"library": "jax", "card": card, "head_dim": head_dim, "kernel": "forward", "refused": why}]
-    forward, backward = program.kernels["mha_forward"], program.kernels["mha_backward"]
-    tiles = JAX_TILES
-    work = _Work("forward", "causal", tiles.block_q * tiles.block_k, head_dim)
-    rows = [_row("jax", card, forward, work, forward.code.loops[0])]
-    # One kernel with two loops: for dk and dv, then for dq.
-    pairs = (tiles.block_q_dkv or 0) * (tiles.block_kv_dkv or 0)
-    for name, body in zip(("dkv", "dq"), backward.code.loops, strict=True):
-        rows.append(_row("jax", card, backward, _Work(name, "causal", pairs, head_dim), body))
-    return rows
+        if target == "ours":
+            raise
+        return [where | {"kernel": "forward", "refused": _reason(str(error))}]
+    return [
+        where | _row(loop, CARDS[card], head_dim) for loop in read(program.kernels, CARDS[card], head_dim)
+    ]
+
+
+def _missing(library: str) -> str | None:
+    """Why a library has no kernels here, or None."""
+    if library == "dynmask_jax, mosaic" and jax.__version_info__ < mosaic.LEAST_VERSION:
+        return "needs JAX " + ".".join(map(str, mosaic.LEAST_VERSION))
+    return peers.missing("tokamax") if library.startswith("tokamax") else None
+
+
+def _reason(error: str) -> str:
+    reasons = {
+        "Shared memory size limit exceeded": "shared memory",
+        "only supported for sm90 and sm100": "no gradient",
+    }
+    return next((reason for words, reason in reasons.items() if words in error), "does not compile")
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What one turn of a loop computes."""
+class _Loop:
+    """A loop of a kernel: what it computes, for which blocks, and of how many pairs in a turn."""
 
     kernel: str
     path: str
     pairs: int
-    head_dim: int
+    compiled: Kernel
+    body: list[Instruction]
+
+    @property
+    def warps(self) -> int:
+        """How many run it."""
+        return (self.compiled.threads - self.compiled.loading) // 32
+
+    @property
+    def multiply_adds(self) -> int:
+        """On the tensor cores, in a turn."""
+        return self.warps * sum(each.multiply_adds for each in self.body)
 
 
-def _row(library: str, card: str, kernel: Kernel, work: _Work, body: list) -> dict:
-    units = by_unit(body)
+def _our_loops(kernels: dict[str, Kernel], card: Card, head_dim: int, *, kind: str) -> Iterator[_Loop]:
+    """Of the kernels of this kind alone: a Hopper's program may have both."""
+    grains = _grains(head_dim, card, kind)
+    for name in MATMULS:
+        grain = getattr(grains, name)
+        if isinstance(grain, Warpgroups) != (kind == "mosaic"):
+            continue
+        kernel = kernels[f"dynmask_{name}"]
+        for blocks, body in zip(("full", "test"), kernel.code.loops, strict=True):
+            yield _Loop(name, blocks, grain.line * grain.column, kernel, body)
+
+
+def _jaxs_loops(kernels: dict[str, Kernel], card: Card, head_dim: int) -> Iterator[_Loop]:
+    """Of its two kernels the backward one has a loop for dk and dv, then one for dq."""
+    from jax.experimental.pallas.ops.gpu.attention import BlockSizes
+
+    tiles = BlockSizes.get_default()
+    forward, backward = kernels["mha_forward"], kernels["mha_backward"]
+    yield _Loop("forward", "every", tiles.block_q * tiles.block_k, forward, forward.code.loops[0])
+    pairs = (tiles.block_q_dkv or 0) * (tiles.block_kv_dkv or 0)
+    for name, body in zip(("dkv", "dq"), backward.code.loops, strict=True):
+        yield _Loop(name, "every", pairs, backward, body)
+
+
+def _tokamaxs_triton_loops(kernels: dict[str, Kernel], card: Card, head_dim: int) -> Iterator[_Loop]:
+    """In the tiles of its heuristics, 0.0.17. Forward, the one block to test of a line is in no loop."""
+    forward, backward = kernels["pallas_flash_attention_fwd_res"], kernels["pallas_flash_attention_vjp"]
+    yield _Loop("forward", "full", 64 * 64, forward, forward.code.loops[0])
+    order = (
+        ("dkv", "test", 16 * 64),
+        ("dkv", "full", 32 * 64),
+        ("dq", "test", 64 * 16),
+        ("dq", "full", 64 * 32),
+    )
+    for (name, blocks, pairs), body in zip(order, backward.code.loops, strict=True):
+        yield _Loop(name, blocks, pairs, backward, body)
+
+
+def _tokamaxs_mosaic_loops(kernels: dict[str, Kernel], card: Card, head_dim: int) -> Iterator[_Loop]:
+    """In the tiles of its heuristics, 0.0.17. Backward, a branch in the loop leads around the mask."""
+    (forward,) = (kernel for name, kernel in kernels.items() if name.startswith("flash_attention"))
+    for blocks, body in zip(("full", "test"), forward.code.loops, strict=True):
+        yield _Loop("forward", blocks, 128 * (64 if head_dim == 256 else 128), forward, body)
+    backward = (kernel for name, kernel in kernels.items() if name.startswith("anonymous"))
+    by_products = sorted(backward, key=lambda kernel: by_unit(kernel.code.loops[0])["tensor"])
+    for name, kernel in zip(("dq", "dkv"), by_products, strict=True):
+        (body,) = kernel.code.loops
+        yield _Loop(name, "full", 128 * 64, kernel, kernel.code.without_branch(body))
+        yield _Loop(name, "test", 128 * 64, kernel, body)
+
+
+_PROGRAMS = {
+    "dynmask_jax, triton": (partial(_our_loops, kind="triton"), "ours", {"kind": "triton"}),
+    "dynmask_jax, mosaic": (partial(_our_loops, kind="mosaic"), "ours", {"kind": "mosaic"}),
+    "jax": (_jaxs_loops, "theirs", {}),
+    "tokamax, triton": (_tokamaxs_triton_loops, "tokamaxs", {"implementation": "triton"}),
+    "tokamax, mosaic": (_tokamaxs_mosaic_loops, "tokamaxs", {"implementation": "mosaic_gpu"}),
+}
+
+
+def _row(loop: _Loop, card: Card, head_dim: int) -> dict:
+    kernel, units, of_thousand = loop.compiled, by_unit(loop.body), 1000 / loop.pairs
+    needed = MATMULS[loop.kernel] * loop.pairs * head_dim
+    if loop.multiply_adds < needed:
+        raise ValueError(
+            f"{loop.kernel}, {loop.path}: {loop.multiply_adds:,} multiply-adds are too few for a turn"
+        )
     return {
-        "library": library,
-        "card": card,
-        **asdict(work),
+        "kernel": loop.kernel,
+        "path": loop.path,
+        "pairs": loop.pairs,
         "registers": kernel.registers,
         "spills": kernel.spills,
         "shared": kernel.shared,
-        "resident": _resident(CARDS[card], kernel),
+        "resident": _resident(card, kernel),
         "units": units,
-        "cycles": _cycles(CARDS[card], kernel, work, units),
+        "products": loop.multiply_adds / needed,
+        "cycles": {
+            "tensor": of_thousand * loop.multiply_adds / card.tensor,
+            "special": of_thousand * loop.warps * units["special"] * 32 / 16,  # 16 lanes
+            "issue": of_thousand * loop.warps * sum(units.values()) / 4,  # one a cycle in each quarter
+        },
     }
 
 
@@ -140,40 +250,61 @@ def _resident(card: Card, kernel: Kernel) -> int:
     return min(by_registers, card.shared // (kernel.shared + 1024), card.threads // kernel.threads)
 
 
-def _cycles(card: Card, kernel: Kernel, work: _Work, units: dict[str, int]) -> dict[str, float]:
-    """Cycles of an SM for a thousand pairs: the least that each unit needs of this code."""
-    warps, thousands = kernel.threads // 32, work.pairs / 1000
-    return {
-        "tensor": work.pairs * work.head_dim * MATMULS[work.kernel] / card.tensor / thousands,
-        "special": warps * units["special"] * 32 / 16 / thousands,  # 16 lanes
-        "issue": warps * sum(units.values()) / 4 / thousands,  # one instruction a cycle in each quarter
-    }
-
-
 LEGEND = f"""The machine code that NVIDIA's compiler makes of one turn of a kernel's loop, counted, without a
-card and the same each time ({{compiler}}). bfloat16, {HEADS} heads, {TOKENS:,} tokens; ours under a causal
-window whose length is data, with a loop for full blocks and one for those to test; JAX's own kernel
-(`jax.experimental.pallas.ops.gpu.attention`) causal, in the tiles that are its defaults, every block masked.
+card and the same each time ({{versions}}). bfloat16, {HEADS} heads, {TOKENS:,} tokens; ours under a causal
+window whose length is data, with a loop for full blocks and one for those to test: through Triton for all
+cards, and through Mosaic GPU for a Hopper, which at head dim 256 has none for the backward pass. The others
+are causal, in the tiles that they take untuned: JAX's own kernel
+(`jax.experimental.pallas.ops.gpu.attention`), which masks every block, and tokamax's two, through Triton and
+Mosaic GPU. Forward, tokamax's Triton kernel has one block to test in a line: it is in no loop, and not
+counted. Its Mosaic GPU has a gradient on Hopper alone.
 
 - registers of a thread, bytes spilled, KiB of shared memory, and how many programs an SM holds with them;
 - instructions of a warp in a turn: of the tensor cores, the special-function unit (exponentials), float32,
   memory, and the rest (integers, comparisons, control);
-- cycles of an SM for a thousand pairs: the tensor cores' at their peak rate; those of the special-function
-  unit; those that issuing all instructions takes, one a cycle in each quarter of an SM. The greatest is a
-  bound that no schedule beats. A tile of fewer than 64 rows uses the older `HMMA` on a Hopper, at less than
-  the peak. Waiting for memory is in none of these numbers, and no card has measured them yet."""
+- cycles of an SM for a thousand pairs: the tensor cores' at their peak rate, for all that they multiply, be
+  it the same product in several warps; those of the special-function unit; those that issuing all
+  instructions takes, one a cycle in each quarter of an SM, without a warpgroup that loads for the others.
+  The greatest is a bound that no schedule beats. A tile of fewer than 64 rows uses the older `HMMA` on a
+  Hopper, at less than the peak. Waiting for memory is in none of these numbers, and no card has measured
+  them yet."""
 
 
 def section(results: dict) -> str:
     """The rows as a table for each card and head dim."""
-    parts = [LEGEND.format(compiler=results["compiler"])]
+    versions = [results["compiler"], f"tokamax {results['tokamax']}"]
+    parts = [LEGEND.format(versions=", ".join(versions))]
     columns = ["kernel", "blocks", "library", "registers", "spilled", "KiB", "programs", "tensor", "special"]
     columns += ["float", "memory", "other", "tensor cycles", "special", "issue", "bound"]
     for (card, head_dim), group in groupby(results["rows"], itemgetter("card", "head_dim")):
-        rows = sorted(group, key=lambda row: (list(MATMULS).index(row["kernel"]), row["library"] == "jax"))
+        rows = sorted(group, key=_place)
         parts.append(f"{CARDS[card].name}, head dim {head_dim}:")
         parts.append(table(columns, list(map(_cells, rows))))
     return "\n\n".join(parts)
+
+
+def bounds(results: dict, card: str, head_dims: tuple[int, ...]) -> str:
+    """The bounds of full blocks / of blocks to test, ours beside tokamax's, as a table: for docs/gpu.md."""
+    found = {
+        (row["kernel"], row["head_dim"], row["library"], row["path"]): f"{max(row['cycles'].values()):.0f}"
+        for row in results["rows"]
+        if row["card"] == card and "refused" not in row
+    }
+    libraries = [name for name in LIBRARIES if name != "jax"]
+    lines = [
+        [kernel, str(head_dim)]
+        + [
+            " / ".join(found.get((kernel, head_dim, name, path), "–") for path in ("full", "test"))
+            for name in libraries
+        ]
+        for head_dim in head_dims
+        for kernel in MATMULS
+    ]
+    return table(["kernel", "head dim", *libraries], lines)
+
+
+def _place(row: dict) -> tuple[int, int, str]:
+    return list(MATMULS).index(row["kernel"]), LIBRARIES.index(row["library"]), row.get("path", "")
 
 
 def _cells(row: dict) -> list[str]:

@@ -29,6 +29,15 @@ class Instruction:
         """Of `UNITS`, or "other"."""
         return next((unit for unit, names in UNITS.items() if re.fullmatch(names, self.operation)), "other")
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of 16-bit numbers, that a warp does by it on the tensor cores."""
+        if shape := re.match(r"\.64x(\d+)x16\.", self.variant):
+            return 64 * int(shape[1]) * 16 // 4  # four warps do it together
+        if shape := re.match(r"\.168(16|8)\.", self.variant):
+            return 16 * 8 * int(shape[1])
+        return 0
+
 
 @dataclass(frozen=True)
 class Code:
@@ -60,6 +69,18 @@ class Code:
         inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
         bodies = [self.instructions[slice(*span)] for span in sorted(inner)]
         return [body for body in bodies if any(each.unit == "tensor" for each in body)]
+
+    def without_branch(self, body: list[Instruction]) -> list[Instruction]:
+        """A body of `loops` without the longest part that a branch in it jumps over."""
+        start = next(place for place, each in enumerate(self.instructions) if each is body[0])
+        jumps = [(0, 0)]
+        for place, each in enumerate(body):
+            target = re.search(r"\.L_\w+", each.operands) if each.operation == "BRA" else None
+            end = self.labels[target[0]] - start if target else 0
+            if place < end < len(body):
+                jumps.append((place + 1, end))
+        first, end = max(jumps, key=lambda jump: jump[1] - jump[0])
+        return body[:first] + body[end:]
 
     def count(self, *operations: str) -> int:
         """How often any of these operations stands in the code."""

@@ -2,19 +2,25 @@
 
 The compiler runs where its wheels are, without a driver or a card: `make gpu-check` puts them into a folder
 apart, since JAX looks for a card wherever it finds them among its packages, and complains. The numbers are
-those of NVIDIA's data sheets and of the compute capability's table in the CUDA C++ Programming Guide.
+those of NVIDIA's data sheets and of the compute capability's table in the CUDA C++ Programming Guide, those
+of memory its driver's.
 """
 
 import importlib.util
+import os
+import pickle
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import topologies
 
 KIB, GIB = 2**10, 2**30
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Card:
       clock: GHz, boosted.
       shared: bytes of shared memory of an SM, of which a program gets 1 KiB less.
       threads: that an SM holds.
-      memory: bytes.
+      memory: bytes, less what the driver keeps.
       bandwidth: of memory, bytes a second.
       cache: bytes of L2.
       tensor: multiply-adds of bfloat16 that one SM's tensor cores do in a cycle, dense.
@@ -95,7 +101,7 @@ CARDS = {
         clock=1.98,
         shared=228 * KIB,
         threads=2048,
-        memory=80 * GIB,
+        memory=84_942_979_072,
         bandwidth=3_352 * 10**9,
         cache=50 * KIB**2,
         tensor=4096 // 2,
@@ -108,7 +114,7 @@ CARDS = {
         clock=1.41,
         shared=164 * KIB,
         threads=2048,
-        memory=80 * GIB,
+        memory=85_100_068_864,
         bandwidth=2_039 * 10**9,
         cache=40 * KIB**2,
         tensor=1024,
@@ -121,7 +127,7 @@ CARDS = {
         clock=2.04,
         shared=100 * KIB,
         threads=1536,
-        memory=24 * GIB,
+        memory=22 * GIB,
         bandwidth=300 * 10**9,
         cache=48 * KIB**2,
         tensor=512,
@@ -131,7 +137,7 @@ CARDS = {
 
 
 COMPILER = Path(sys.prefix, "gpu-check")
-"""Where `make gpu-check` puts the compiler's wheels: for `PYTHONPATH`, of processes that compile."""
+"""Where `make gpu-check` puts the compiler's wheels, for `compiler_environment`."""
 
 
 def missing_compiler() -> str | None:
@@ -158,3 +164,50 @@ def devices_of_card(card: str, count: int = 1) -> list[Any]:
         platform="cuda", target_config=CARDS[card].description, topology=f"1x1x{count}"
     )
     return list(described.devices)
+
+
+def memory_for_programs(card: str) -> int:
+    """Bytes that JAX takes of a card: three quarters, or the share that the environment names."""
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the second is the older
+    share = next((os.environ[name] for name in names if os.environ.get(name)), "0.75")
+    return int(CARDS[card].memory * float(share))
+
+
+def compiler_environment() -> dict[str, str]:
+    """The environment of a process that compiles: JAX looks for the compiler's tools when it is imported."""
+    paths = filter(None, [str(COMPILER), os.environ.get("PYTHONPATH")])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+
+
+def in_compiler_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function of a module returns in a process of its own, which finds the compiler.
+
+    Raises:
+      ImportError: the compiler is not installed.
+      RuntimeError: the process ended before the function did, with its last words.
+      Exception: what the function raises.
+    """
+    if why := missing_compiler():
+        raise ImportError(why)
+    command, call = [sys.executable, "-m", "train.aot.cards"], pickle.dumps((function, arguments))
+    done = subprocess.run(command, input=call, env=compiler_environment(), capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the compiler's process ended: {done.stderr[-4000:].decode(errors='replace')}")
+    result = pickle.loads(done.stdout)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _serve():
+    """The process's part of `in_compiler_process`."""
+    function, arguments = pickle.load(sys.stdin.buffer)
+    try:
+        result = function(*arguments)
+    except Exception as error:
+        result = error
+    pickle.dump(result, sys.stdout.buffer)
+
+
+if __name__ == "__main__":
+    _serve()

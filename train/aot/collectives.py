@@ -105,7 +105,9 @@ def _of_computation(module: Module, computation: Computation, loops: tuple[Loop,
 def _inside(module: Module, each: Instruction, loops: tuple[Loop, ...]) -> Iterator[Transfer]:
     if each.opcode == "while":
         condition, body = (module.computations[each.called[key][0]] for key in ("condition", "body"))
-        yield from _of_computation(module, body, (*loops, Loop(each.source, _times(condition, body))))
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.attributes)
+        times = int(known[1]) if known else _times(condition, body)
+        yield from _of_computation(module, body, (*loops, Loop(each.source, times)))
         return
     for names in each.called.values():
         for name in names:
@@ -182,9 +184,12 @@ def _sent(each: Instruction, devices: int) -> int:
     types = parts(each.type)
     if each.opcode == "collective-permute":
         return bytes_of(types[min(1, len(types) - 1)])  # of a start: (what goes, what comes, contexts)
-    size = max(map(bytes_of, types)) if "-start" in each.name else each.bytes
-    shares = {"all-reduce": 2 * (devices - 1) / devices, "reduce-scatter": devices - 1.0}
-    return round(size * shares.get(each.opcode, (devices - 1) / devices))
+    # A start's type is what goes and what comes; of a sum over all, which are alike, it is once.
+    both = "-start" in each.name and each.opcode != "all-reduce"
+    size = max(map(bytes_of, types)) if both else each.bytes
+    if each.opcode == "reduce-scatter" and not both:
+        size *= devices
+    return round(size * (devices - 1) / devices * (2 if each.opcode == "all-reduce" else 1))
 
 
 def _devices(each: Instruction) -> int:
@@ -215,6 +220,8 @@ def _work(module: Module, instructions: tuple[Instruction, ...]) -> dict[str, in
 def _work_of(module: Module, each: Instruction) -> str:
     if 'custom_call_target="tpu_custom_call"' in each.attributes:
         return re.sub(r"(\.\d+)+$", "", each.name)
+    if re.search(r'custom_call_target="(__gpu\$xla\.gpu\.triton|mosaic_gpu\w*)"', each.attributes):
+        return each.source.split("/")[-2]  # the last is the operation that JAX calls a kernel by
     if each.opcode in _LOOPS:
         return "loops"
     if each.opcode in _PRODUCTS or any(one.opcode in _PRODUCTS for one in module.within(each)):

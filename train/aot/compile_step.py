@@ -1,4 +1,4 @@
-"""A run's train step, compiled for TPUs that are not there: what it needs of each, and what travels."""
+"""A run's train step, compiled for devices that are not there: what it needs of each, and what travels."""
 
 import dataclasses
 import json
@@ -12,8 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.aot import topology
+from train.aot.cards import in_compiler_process
 from train.aot.collectives import Transfer, summarize_transfers, transfers
 from train.aot.hlo import parse
+from train.aot.target import cards_of, present, target_of
 from train.config.run import Run
 from train.config.sections import Reach
 from train.data.batch import Batch
@@ -56,11 +58,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A train step for a topology. Made by `compile_step`.
+    """A train step for TPUs or cards. Made by `compile_step`.
 
     Attributes:
       name: of the run.
-      topology: as libtpu names it.
+      topology: of TPUs as libtpu names it; of cards "h100:8".
       device: JAX's `device_kind`.
       mesh: the devices on each axis.
       weights: their number.
@@ -112,27 +114,34 @@ def compile_step(run: Run, topology_name: str, vocabulary: int) -> Compiled:
     Nothing of the run's size is made in memory: the state and the rows are shapes.
 
     Args:
-      run: the config; a `model.backend` of None is "tpu".
-      topology_name: "v5p:8x8x4", say.
+      run: the config; a `model.backend` of None is that of the devices' kind.
+      topology_name: "v5p:8x8x4" or "h100:8", say.
       vocabulary: how many different tokens there are.
 
     Raises:
-      ImportError: libtpu is not installed.
-      ValueError: libtpu knows no such topology, or it has other devices than the run's mesh.
+      ImportError: the devices' compiler is not installed.
+      ValueError: there are no such devices, or the run's mesh has others.
     """
-    devices = topology.devices_of(topology_name)
+    if cards_of(topology_name):
+        return in_compiler_process(_compile_step, run, topology_name, vocabulary)
+    return _compile_step(run, topology_name, vocabulary)
+
+
+def _compile_step(run: Run, topology_name: str, vocabulary: int) -> Compiled:
+    """As `compile_step`, in this process."""
+    target = target_of(topology_name)
+    devices = target.devices
     _check_mesh(run, topology_name, devices)
-    model = dataclasses.replace(run.model, backend=run.model.backend or "tpu")
+    model = dataclasses.replace(run.model, backend=run.model.backend or target.backend)
     run = dataclasses.replace(run, model=model)
     placement = Placement.of(run.mesh, devices)
     program, mesh = program_of(run, vocabulary, placement), placement.mesh
-    state, batch = state_like(program, vocabulary), _rows(run, mesh)
+    state, batch = state_like(program, vocabulary), batch_like(run, mesh)
     begun = perf_counter()
-    # As the loop jits it. A mesh's kernels lower in its own shard_map, one device's in its context.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with present(mesh):  # as the loop jits it
         lowered = jax.jit(program.train_step, donate_argnums=0).lower(state, batch)
     lowering = perf_counter() - begun
-    memory = Memory(topology.memory_of(devices[0]), _share(state), _share(batch), 0, 0, 0)
+    memory = Memory(target.memory, _share(state), _share(batch), 0, 0, 0)
     begun = perf_counter()
     try:
         compiled = topology.compiled(lowered)
@@ -170,7 +179,8 @@ def _check_mesh(run: Run, name: str, devices: list[Any]):
         )
 
 
-def _rows(run: Run, mesh: Mesh) -> Batch:
+def batch_like(run: Run, mesh: Mesh) -> Batch:
+    """The shapes of a step's rows, as they lie on a mesh."""
     shape, on = (run.data.batch, run.data.length), sharding_over(mesh, ROWS, TOKENS)
     whole: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=on)
     real: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on)

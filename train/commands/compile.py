@@ -1,4 +1,4 @@
-"""The command `compile`: whether a run fits a TPU topology, and what travels, before there is any TPU."""
+"""The command `compile`: whether a run fits TPUs or NVIDIA cards, and what travels, before there are any."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import tyro
 
 from train.aot.collectives import TransferSummary, summarize_transfers
 from train.aot.compile_step import Compiled, compile_step
-from train.aot.topology import EXAMPLES
+from train.aot.target import EXAMPLES
 from train.config.presets import PRESETS, TOPOLOGIES
 from train.config.run import Run
 from train.data.tokenizers import load_tokenizer
@@ -23,11 +23,12 @@ SHARE = 0.002
 
 @dataclass(frozen=True)
 class Compile:
-    """Compiles a run's train step for a TPU topology, without the TPU: does it fit, what travels?"""
+    """Compiles a run's train step for TPUs or NVIDIA cards, without them: does it fit, what travels?"""
 
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
     topology: str | None = None
-    """A generation and its chips: v5e:4x4, v5p:8x8x4, v6e:16x16. None: what the preset is made for."""
+    """A TPU's generation and its chips (v5e:4x4, v5p:8x8x4, v6e:16x16), or NVIDIA cards and how many (h100:8,
+    a100:1, l4:4). None: what the preset is made for."""
     vocabulary: int | None = None
     """How many different tokens there are. None: those of data.tokenizer, and 32,768 where that is bytes."""
     json: Path | None = None
@@ -57,7 +58,7 @@ def compile_for(command: Compile):
     """Prints what the compiler found, and writes it where a file is named.
 
     Raises:
-      ImportError: libtpu is not installed.
+      ImportError: the compiler is not installed.
       ValueError, OSError: what is asked for cannot be done, and why.
       SystemExit: with status 1, once it is printed: the step does not fit.
     """

@@ -1,8 +1,9 @@
-"""The train step compiled for TPUs that are not there: what the program's text says, and what is refused."""
+"""The train step compiled for devices that are not there: what the program says, and what is refused."""
 
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from train.aot import topology
+from train.aot import cards, topology
+from train.aot.cards import CARDS, in_compiler_process, memory_for_programs, missing_compiler
 from train.aot.collectives import Transfer, summarize_transfers, transfers
 from train.aot.hlo import bytes_of, parse
+from train.aot.target import cards_of
 from train.cli import main
 from train.commands.compile import with_preset
 from train.config.presets import PRESETS, TOPOLOGIES
@@ -21,6 +24,7 @@ from train.config.presets import PRESETS, TOPOLOGIES
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
 )
+needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=missing_compiler() or "")
 
 TEXT = Path(__file__).with_name("scheduled.hlo").read_text()
 """Written by hand: a ring whose hops are data, and three layers with a gather and a reduction each."""
@@ -63,6 +67,38 @@ def test_ways_to_name_devices(groups, devices):
     assert transfers(parse(text))[-1].devices == devices
 
 
+@pytest.mark.parametrize(
+    ("opcode", "type_", "sent"),
+    [
+        ("reduce-scatter", "(f32[2]{0}, f32[1]{0})", 36),
+        ("reduce-scatter-start", "((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0}))", 36),
+        ("all-gather", "(f32[8]{0}, f32[4]{0})", 36),
+        ("all-gather-start", "((f32[2]{0}, f32[1]{0}), (f32[8]{0}, f32[4]{0}))", 36),
+        ("all-reduce", "(f32[8]{0}, f32[4]{0})", 72),
+        ("all-reduce-start", "(f32[8]{0}, f32[4]{0})", 72),
+        ("all-to-all-start", "((f32[8]{0}, f32[4]{0}), (f32[8]{0}, f32[4]{0}))", 36),
+        ("collective-permute-start", "((f32[8]{0}, f32[4]{0}), (f32[8]{0}, f32[4]{0}))", 48),
+    ],
+)
+def test_what_a_device_sends(opcode, type_, sent):
+    """Twelve numbers in two arrays, over four devices: at once, or with a start and an end."""
+    groups = (
+        "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+        if "permute" in opcode
+        else "replica_groups=[1,4]<=[4]"
+    )
+    done = opcode.replace("-start", "-done")
+    lines = [f"  %{opcode} = {type_} {opcode}(%p, %p), {groups}", f"  %last = f32[2]{{0}} {done}(%{opcode})"]
+    head = [
+        "HloModule m, is_scheduled=true",
+        "",
+        "ENTRY %main (p: f32[8]) -> f32[2] {",
+        "  %p = f32[8]{0} parameter(0)",
+    ]
+    text = "\n".join([*head, *(lines if done != opcode else lines[:1]), "}"])
+    assert [each.bytes for each in transfers(parse(text))] == [sent]
+
+
 def test_text_that_is_not_understood_is_refused():
     with pytest.raises(ValueError, match="not scheduled"):
         parse(TEXT.replace("is_scheduled=true, ", ""))
@@ -70,6 +106,22 @@ def test_text_that_is_not_understood_is_refused():
         transfers(parse(TEXT.replace("collective-permute-done(", "copy(")))
     with pytest.raises(ValueError, match="names its devices in a way that is not known"):
         transfers(parse(TEXT.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", "?")))
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("__gpu$xla.gpu.triton", "pallas_call"), ("mosaic_gpu_v2", "mpmd_map")]
+)
+def test_a_gpus_kernel_and_the_times_of_its_loops(target, name):
+    """XLA names every Pallas kernel alike there, and counts a loop's turns itself."""
+    kernel = re.search(r'custom_call_target="tpu_custom_call".*', TEXT)
+    assert kernel is not None
+    named = f'custom_call_target="{target}", metadata={{op_name="jit(f)/cond/dynmask_dq/{name}"}}'
+    ring, gathered, _ = transfers(parse(TEXT.replace(kernel[0], named)))
+    assert ring.between == {"dynmask_dq": 1, "others": 1}
+    assert gathered.times == 3
+    counted = re.sub(r"(body=%layer\w*)", r'\1, backend_config={"known_trip_count":{"n":"7"}}', TEXT)
+    assert counted != TEXT
+    assert [each.times for each in transfers(parse(counted))] == [1, 7, 7]
 
 
 def test_bytes_of_small_types():
@@ -128,13 +180,54 @@ def test_a_topology_that_is_unknown_and_a_mesh_of_other_devices(capsys):
     assert "and v5e:2x2 has 4, of 1 hosts" in said
 
 
-SMALL = """--topology v5e:2x2 --mesh.context 2 --mesh.fsdp 2 --block 128 --data.length 2048 --data.batch 2
+@pytest.mark.parametrize("wrong", ["h100", "h100:0", "h100:2x4", "b200:8", "v100:8", "H100:8", "lm-8k", ":"])
+def test_a_card_that_is_unknown_or_not_counted(wrong, capsys):
+    said = refused(capsys, "demo", "--topology", wrong)
+    assert f"--topology: {wrong!r} is neither a TPU's generation and its chips, as v4:2x2x1" in said
+    assert "nor cards and how many, as h100:8; the cards are h100, a100, l4" in said
+
+
+def test_names_of_cards_and_of_tpus():
+    assert [cards_of(name) for name in ("h100:8", "l4:16")] == [("h100", 8), ("l4", 16)]
+    assert [cards_of(name) for name in ("v5e:4x4", "v4:2x2x1", "tpu7x:2x2x1")] == [None] * 3
+
+
+def test_without_the_gpus_compiler(capsys, monkeypatch):
+    monkeypatch.setattr(
+        cards, "missing_compiler", lambda: "the GPU's compiler is not installed: make gpu-check"
+    )
+    assert "not installed: make gpu-check" in refused(capsys, "demo", "--topology", "h100:1")
+
+
+@needs_compiler
+def test_a_mesh_of_more_cards_than_there_are(capsys):
+    said = refused(capsys, "demo", "--topology", "a100:4", "--mesh.context", "8")
+    assert "is of 8 devices, and a100:4 has 4, of 1 hosts" in said
+
+
+def test_the_memory_that_jax_takes_of_a_card(monkeypatch):
+    for name in (names := ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
+        monkeypatch.delenv(name, raising=False)
+    assert memory_for_programs("l4") == CARDS["l4"].memory * 3 // 4
+    for name, share in zip(names, (0.5, 0.25), strict=True):
+        monkeypatch.setenv(name, str(share))
+        assert memory_for_programs("l4") == CARDS["l4"].memory * share
+        monkeypatch.delenv(name)
+
+
+@needs_compiler
+def test_a_compilers_process_that_ends_says_why():
+    with pytest.raises(RuntimeError, match="the compiler's process ended"):
+        in_compiler_process(os._exit, 3)
+
+
+SMALL = """--mesh.context 2 --mesh.fsdp 2 --block 128 --data.length 2048 --data.batch 2
 --model.width 256 --model.heads 2 --model.kv-heads 1 --model.hidden 512 --model.layers 6
 --model.dtype bfloat16 --model.remat full --curriculum.start 256"""
 
 
-def compiled(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "train", "compile", *shlex.split(SMALL), *words]
+def compiled(topology: str, *words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "train", "compile", "--topology", topology, *shlex.split(SMALL), *words]
     return subprocess.run(
         command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
     )
@@ -143,7 +236,7 @@ def compiled(*words) -> subprocess.CompletedProcess:
 @needs_libtpu
 def test_a_run_on_a_mesh(tmp_path):
     """The ring's permutes go on while the kernels compute, forward and backward, in every layer."""
-    done = compiled("--vocabulary", "512", "--json", str(tmp_path / "found.json"))
+    done = compiled("v5e:2x2", "--vocabulary", "512", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "4 × TPU v5 lite, mesh 1 × 2 × 2 × 1" in done.stdout
     assert "of 15.75 GiB: it fits" in done.stdout
@@ -163,7 +256,31 @@ def test_a_run_on_a_mesh(tmp_path):
 @needs_libtpu
 def test_a_run_that_does_not_fit(tmp_path):
     width = "--model.width 32768 --model.heads 256 --model.kv-heads 256 --model.hidden 32768"
-    done = compiled(*shlex.split(width), "--json", str(tmp_path / "found.json"))
+    done = compiled("v5e:2x2", *shlex.split(width), "--json", str(tmp_path / "found.json"))
     assert done.returncode == 1, done.stderr[-2000:]
     assert "it does not fit" in done.stdout
     assert json.loads((tmp_path / "found.json").read_text())["transfers"] == []
+
+
+@needs_compiler
+def test_a_run_on_cards(tmp_path):
+    """The ring's permutes lie around the kernels there, too."""
+    done = compiled("h100:4", "--vocabulary", "512", "--json", str(tmp_path / "found.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("run for h100:4: 4 × NVIDIA H100 80GB HBM3, mesh 1 × 2 × 2 × 1")
+    assert "of 59.33 GiB: it fits" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert 3 * 4 * found["weights"] / 4 <= found["memory"]["state"] < 1.1 * 3 * 4 * found["weights"] / 4
+    assert found["memory"]["temporaries"] > found["memory"]["state"]
+    ring = [each for each in found["transfers"] if each["source"].endswith("ppermute")]
+    kernels = {name for each in ring for name in each["between"] if name.startswith("dynmask_")}
+    assert kernels >= {"dynmask_forward", "dynmask_dq"}
+    assert {each["loops"][0]["times"] for each in ring} == {6}
+
+
+@needs_compiler
+def test_a_run_that_does_not_fit_a_card():
+    """XLA compiles for a card what is too large for it."""
+    done = compiled("l4:4", *shlex.split("--vocabulary 8388608 --model.width 1024 --model.heads 8"))
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "of 16.50 GiB: it does not fit" in done.stdout
