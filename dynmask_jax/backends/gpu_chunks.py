@@ -59,7 +59,8 @@ def chunks_of(lists: Lists, budget: int, slots: int, most: int) -> tuple[Chunks,
     """
     length = jnp.take_along_axis(lists.full + lists.test, lists.order, axis=1, mode="clip")
     # Of n > C blocks m = ⌈n/C⌉ < n/C + 1 < 2n/C chunks: all long lines have fewer than 2·Σn/C ≤ budget.
-    size = 2 * _up(length.sum(axis=1, keepdims=True, dtype=jnp.int32), max(budget, 1))
+    total, of = length.sum(axis=1, keepdims=True, dtype=jnp.int32), max(budget, 1)
+    size = 2 * (total // of) + _up(2 * (total % of), of)  # ⌈2·total/budget⌉, where 2·total may not fit int32
     size = jnp.maximum(1, size) if budget else length[:, :1]
     longest = length[:, :most]
     count = jnp.where(longest > size, _up(longest, size), 0)
