@@ -1,5 +1,6 @@
 """A tile inside a kernel for Hopper: products of 64 tokens of a line with columns under mask, bias, draws."""
 
+import functools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class Pairs:
         cap = self.tile.soft_cap
         if cap is None:
             return self.tile.capped(products)
-        # By the exponential, which is exact to float32: the hardware's own tanh has 11 bits.
+        # By the exponential, whose error is a float32's of the cap: the hardware's own tanh has 11 bits.
         power = jnp.exp2(products * (2 * LOG2E * self.tile.scale / cap))
         return (cap * LOG2E) * (1.0 - 2.0 / (power + 1.0))
 
@@ -70,24 +71,16 @@ class Pairs:
         fields = columns.tokens.position, columns.tokens.segment
         column = Tokens(*map(mosaic.of_columns, fields))
         mosaic.have_read()
+
+        def of_pairs(function, owner):
+            return elementwise(functools.partial(function, shape=shape), owner, self.tokens, column, shape)
+
         if bias is not None:
-            score = elementwise(
-                lambda bias, line, column: self.tile.score(bias, line, column, shape),
-                self.tile.bias_of(self.numbers, head),
-                self.tokens,
-                column,
-                shape,
-            )
+            score = of_pairs(self.tile.score, self.tile.bias_of(self.numbers, head))
             logits = logits + LOG2E * score
         if real is None:
             return logits
-        seen = elementwise(
-            lambda mask, line, column: self.tile.visible(mask, line, column, shape),
-            self.tile.mask_of(self.numbers, head),
-            self.tokens,
-            column,
-            shape,
-        )
+        seen = of_pairs(self.tile.visible, self.tile.mask_of(self.numbers, head))
         if real is not True:
             seen = seen & mosaic.down(real, seen)
         (logits,) = mosaic.in_order(jnp.where(seen, logits, -jnp.inf))
