@@ -4,7 +4,14 @@ import jax.numpy as jnp
 
 from dynmask_jax.backends import mosaic
 from dynmask_jax.backends.gpu_blocks import filled_size
-from dynmask_jax.backends.gpu_options import Grain, Grains, Warpgroups, default_grains, warpgroup_grains
+from dynmask_jax.backends.gpu_options import (
+    KERNELS,
+    Grain,
+    Grains,
+    Warpgroups,
+    default_grains,
+    warpgroup_grains,
+)
 from dynmask_jax.backends.tile_expressions import not_elementwise
 from dynmask_jax.errors import Unsupported
 from dynmask_jax.fields_read import operations
@@ -12,7 +19,6 @@ from dynmask_jax.plans import Plan
 from dynmask_jax.platforms import compute_capability
 from dynmask_jax.scores import Scores
 
-KERNELS = "forward", "dq", "dkv"
 SHARED, SPARE = 227 * 1024, 4 * 1024
 """Bytes of shared memory of a program on a Hopper, and what barriers and alignment take at most."""
 

@@ -153,6 +153,33 @@ class Kernel:
     layout: Layout
     merged: Callable | None
 
+    @property
+    def merges(self) -> bool:
+        """Whether it has partial results, of chunks, beside its own."""
+        return self.merged is not None and self.layout.slots > 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which heads of the columns belong to a head of the lines: one, or several in a row.
+
+    Attributes:
+      lines: heads of the lines.
+      columns: heads of the columns, a multiple of them or a divisor.
+    """
+
+    lines: int
+    columns: int
+
+    @property
+    def times(self) -> int:
+        """How many."""
+        return max(1, self.columns // self.lines)
+
+    def block(self, head):
+        """The number of their block, of so many heads each."""
+        return divided(head, max(1, self.lines // self.columns))[0]
+
 
 def query_lists(plan: Plan) -> Lists:
     """Of each block of queries its blocks of keys. One of keys that is filled up is never full."""

@@ -1,6 +1,6 @@
 """How the GPU kernels cut their work, by card, head dim and dtype."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
@@ -62,6 +62,9 @@ class Warpgroups:
             raise ValueError(f"Warpgroups: stages must be at least 2, got {self.stages}")
 
 
+KERNELS = "forward", "dq", "dkv"
+
+
 @dataclass(frozen=True)
 class Grains:
     """Those of all kernels: forward, for dq, and for dk and dv.
@@ -78,9 +81,9 @@ class Grains:
     busy: int = 256
 
     def __post_init__(self):
-        for field in fields(self)[:3]:
-            if not isinstance(value := getattr(self, field.name), Grain | Warpgroups):
-                raise TypeError(f"Grains: {field.name} must be a Grain or Warpgroups, got {value!r}")
+        for name in KERNELS:
+            if not isinstance(value := getattr(self, name), Grain | Warpgroups):
+                raise TypeError(f"Grains: {name} must be a Grain or Warpgroups, got {value!r}")
         if self.busy < 1:
             raise ValueError(f"Grains: busy must be at least 1, got {self.busy}")
 
@@ -139,8 +142,7 @@ def warpgroup_grains(head_dim: int, otherwise: Grains, *, heavy: bool = False) -
     `heavy`: with a soft cap or draws.
     """
     size, found = next((most, grains) for most, grains in WARPGROUPS.items() if head_dim <= most)
-    forward, dq, dkv = found
+    kernels = dict(zip(KERNELS, found, strict=True))
     if heavy and size > 64:
-        dkv = None
-    kernels = {"forward": forward, "dq": dq, "dkv": dkv}
+        kernels["dkv"] = None
     return replace(otherwise, **{name: grain for name, grain in kernels.items() if grain is not None})

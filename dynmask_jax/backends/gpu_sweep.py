@@ -9,11 +9,11 @@ from jax.experimental import pallas as pl
 
 from dynmask_jax.backends.gpu_blocks import filled_size
 from dynmask_jax.backends.gpu_chunks import LongLines, chunks_of
-from dynmask_jax.backends.gpu_lines import Kernel, Layout, Line, Side
+from dynmask_jax.backends.gpu_lines import Kernel, Layout, Line, Share, Side
 from dynmask_jax.backends.gpu_lists import Lists
 from dynmask_jax.backends.gpu_merge import ROWS, merge_rows
 from dynmask_jax.backends.gpu_options import Grain
-from dynmask_jax.backends.hopper_lines import launch_warpgroups
+from dynmask_jax.backends.hopper_sweep import launch_warpgroups
 from dynmask_jax.backends.kernel_tile import Numbers, scalars
 from dynmask_jax.backends.triton import Launch, launch
 
@@ -26,11 +26,10 @@ def sweep(kernel: Kernel, lists: Lists, numbers: Numbers, lines: Side, columns: 
     """
     layout, rows = kernel.layout, lists.full.shape[0]
     chunks, long_lines = chunks_of(lists, layout.budget, layout.slots, layout.long_lines)
-    merges = kernel.merged is not None and layout.slots > 0
-    types = [*results, *(_partial(layout, each) for each in results)] if merges else results
+    types = [*results, *(_partial(layout, each) for each in results)] if kernel.merges else results
     launched = _launched if isinstance(layout.grain, Grain) else launch_warpgroups
     found = launched(kernel, (chunks, jax.tree.map(scalars, numbers), lines, columns), types)
-    if not merges:
+    if not kernel.merges:
         return found
     partial, found = found[len(results) :], found[: len(results)]
     return _merge(kernel, _Specs(rows, results[0].shape[2]), long_lines, partial, found)
@@ -110,28 +109,11 @@ class _Specs:
 
     def of_head(self, x):
         """Of an array `[B, T, N, …]` what belongs to the head."""
-        own = _Share(self.heads, x.shape[2])
-        block = (None, x.shape[1], own.block, *x.shape[3:])
-        return pl.BlockSpec(block, lambda place, head, b: (b, 0, own.number(head), *[0] * (len(x.shape) - 3)))
+        own = Share(self.heads, x.shape[2])
+        block = (None, x.shape[1], own.times if own.times > 1 else None, *x.shape[3:])
+        return pl.BlockSpec(block, lambda place, head, b: (b, 0, own.block(head), *[0] * (len(x.shape) - 3)))
 
     def of_side(self, side: Side) -> Side:
         """Of a side's arrays."""
         words = tuple(self.of_rows(x) if x.ndim == 2 else self.of_head(x) for x in side.words)
         return Side(self.of_rows(side.tokens), words, tuple(map(self.of_head, side.arrays)))
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Which heads of an array belong to a head of the lines'."""
-
-    lines: int
-    heads: int
-
-    @property
-    def block(self) -> int | None:
-        """How many, None where it is one."""
-        return self.heads // self.lines if self.heads > self.lines else None
-
-    def number(self, head):
-        """The number of their block."""
-        return head if self.block else head // (self.lines // self.heads)

@@ -232,7 +232,7 @@ def product(a, b, meanwhile: Callable[[], None] = lambda: None):
 def add_product(total, a, b):
     """total + a · b, of a in registers and b in shared memory.
 
-    The one branch that the compiler alone sees: the interpreter has no product with an operand in registers.
+    The compiler alone sees this product: the interpreter has none with an operand in registers.
     """
     gpu = _gpu()
     if interpreted():

@@ -77,7 +77,7 @@ def elementwise(function: Callable, scalars, line, column, shape: tuple[int, int
     """`function(scalars, line, column)` on a tile, of arrays `[line, 1]` and `[1, column]`, elementwise.
 
     Args:
-      function: of operations in `SPREAD`, giving arrays of the tile's shape.
+      function: of operations that `not_elementwise` lets pass, giving arrays of the tile's shape.
       scalars: arrays of no axes, in any structure.
       line, column: arrays `[line]` and `[column]`, in any structure.
       shape: of the tile.
@@ -95,7 +95,6 @@ def elementwise(function: Callable, scalars, line, column, shape: tuple[int, int
         given = [x if isinstance(x, _Part) else _Part((), x) for x in given]
         if equation.primitive.name == "broadcast_in_dim":
             return given[0]
-        assert equation.primitive.name in ELEMENTWISE, equation.primitive
         axes = tuple(sorted({axis for x in given for axis in x.axes}))
         return _Part(axes, _bound(equation, [x.spread(axes, shape) for x in given]))
 
