@@ -15,6 +15,7 @@ import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
 from dynmask_jax.block_codes import FULL, SKIP, TEST, over_blocks, picture
+from dynmask_jax.grain_choice import cheaper_fine, fine_blocks, joined
 from dynmask_jax.indexing import at, row_and_block, tree_at
 from dynmask_jax.mask_algebra import Mask, by_head, check_mask, evaluate, head_count, visible_pairs
 from dynmask_jax.platforms import defaults_of
@@ -38,6 +39,20 @@ def default_blocks(platform: str | None = None) -> tuple[int, int]:
 
 
 @pytree
+class Fine:
+    """Codes of smaller blocks than the plan's, for lines that show little.
+
+    Attributes:
+      codes: `[R, tb, sb]` int8, as the plan's.
+      block_q, block_k: tokens in such a block; they divide the plan's.
+    """
+
+    codes: Int[Array, "R tb sb"]
+    block_q: int = static()
+    block_k: int = static()
+
+
+@pytree
 class Plan:
     """What to compute for one mask on one batch. Made by `plan`.
 
@@ -57,6 +72,19 @@ class Plan:
     codes: Int[Array, "R Tb Sb"]
     block_q: int = static()
     block_k: int = static()
+    fine: Fine | None = None
+
+    def at_fine(self) -> "Plan | None":
+        """The plan in its small blocks; None where there are none."""
+        if self.fine is None:
+            return None
+        small = self.fine
+        return Plan(self.mask, self.q_tokens, self.kv_tokens, small.codes, small.block_q, small.block_k)
+
+    def takes_fine(self, *, by_keys: bool = False) -> Bool[Array, "R lines"]:
+        """Which lines of blocks cost less in small blocks than in the plan's; see `grain_choice`."""
+        assert self.fine is not None
+        return cheaper_fine(self.codes, self.fine.codes, (self.fine.block_q, self.fine.block_k), by_keys=by_keys)
 
     @property
     def rows(self) -> int:
@@ -144,25 +172,39 @@ def plan(
     check_mask(mask)
     check_tokens(q_tokens, kv_tokens)
     head_count(mask)  # refuses leaves that do not fit together
+    fixed = block_q is not None or block_k is not None
     default_q, default_k = default_blocks()
-    block_q = min(block_size("block_q", default_q if block_q is None else block_q), q_tokens.shape[-1])
-    block_k = min(block_size("block_k", default_k if block_k is None else block_k), kv_tokens.shape[-1])
-    return _plan(mask, q_tokens, kv_tokens, block_q=block_q, block_k=block_k)
+    lengths = q_tokens.shape[-1], kv_tokens.shape[-1]
+    block_q = min(block_size("block_q", default_q if block_q is None else block_q), lengths[0])
+    block_k = min(block_size("block_k", default_k if block_k is None else block_k), lengths[1])
+    fine = None if fixed else fine_blocks((block_q, block_k), lengths)
+    return _plan(mask, q_tokens, kv_tokens, block_q=block_q, block_k=block_k, fine=fine)
 
 
-@functools.partial(jax.jit, static_argnames=("block_q", "block_k"))
-def _plan(mask, q_tokens, kv_tokens, *, block_q, block_k):
+@functools.partial(jax.jit, static_argnames=("block_q", "block_k", "fine"))
+def _plan(mask, q_tokens, kv_tokens, *, block_q, block_k, fine):
     q_tokens, kv_tokens = _same_rows(q_tokens, kv_tokens)
-    codes = _codes_by_row(mask, q_tokens, kv_tokens, (block_q, block_k))
-    return Plan(mask, q_tokens, kv_tokens, codes, block_q, block_k)
+    return of_tokens(mask, q_tokens, kv_tokens, (block_q, block_k), fine)
+
+
+def of_tokens(
+    mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, blocks: tuple[int, int], fine: tuple[int, int] | None
+) -> Plan:
+    """The plan in these blocks, with codes of fine ones too, where they are given."""
+    codes = _codes_by_row(mask, q_tokens, kv_tokens, fine or blocks)
+    if fine is None:
+        return Plan(mask, q_tokens, kv_tokens, codes, *blocks)
+    coarse = joined(codes, (blocks[0] // fine[0], blocks[1] // fine[1]))
+    return Plan(mask, q_tokens, kv_tokens, coarse, *blocks, Fine(codes, *fine))
 
 
 @jax.jit
 def _narrowed(plan: Plan, mask: Mask) -> Plan:
-    codes = _codes_by_row(mask, plan.q_tokens, plan.kv_tokens, (plan.block_q, plan.block_k))
+    fine = plan.fine and (plan.fine.block_q, plan.fine.block_k)
+    other = of_tokens(mask, plan.q_tokens, plan.kv_tokens, (plan.block_q, plan.block_k), fine)
     # Of two codes the lesser: skip where either skips, full where both are.
-    codes = jnp.minimum(plan.codes, codes)
-    return dataclasses.replace(plan, mask=plan.mask & mask, codes=codes)
+    codes, fine = jax.tree.map(jnp.minimum, (plan.codes, plan.fine), (other.codes, other.fine))
+    return dataclasses.replace(plan, mask=plan.mask & mask, codes=codes, fine=fine)
 
 
 def _codes_by_row(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, blocks: tuple[int, int]):

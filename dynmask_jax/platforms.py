@@ -13,15 +13,17 @@ class Platform:
     Attributes:
       backend: the name of the attention backend.
       blocks: queries and keys in a block of a plan.
+      fine: tokens on each side of its small blocks, for lines that show little; None where there are none.
     """
 
     backend: str
     blocks: tuple[int, int]
+    fine: int | None = None
 
 
 PLATFORMS = {
-    "cpu": Platform("xla", (512, 512)),
-    "tpu": Platform("tpu", (512, 512)),
+    "cpu": Platform("xla", (512, 512), fine=64),
+    "tpu": Platform("tpu", (512, 512), fine=128),
     "gpu": Platform("gpu", (128, 128)),
 }
 """JAX's name of a platform -> its defaults; on others the defaults are those of "cpu"."""

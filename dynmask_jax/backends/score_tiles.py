@@ -1,12 +1,13 @@
 """Bias and dropout on one tile, for the loops of the XLA backends."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, static
-from dynmask_jax.backends.blocks import Blocks
+from dynmask_jax.backends.blocks import Blocks, Cut, Heads, visible_columns, visible_rows
 from dynmask_jax.bias_algebra import by_group, learnable, score_pairs
 from dynmask_jax.indexing import at, tree_at
 from dynmask_jax.plans import Plan, Tiles, blocks_of, tiles_of
@@ -14,10 +15,11 @@ from dynmask_jax.scores import Scores
 
 
 class Place(NamedTuple):
-    """Where a tile is: sequence b, the plan's row for it, block i of queries and j of keys."""
+    """Where a tile is: sequence b, the plan's row for it, its heads, block i of queries and j of keys."""
 
     b: Array
     row: Array | int
+    heads: Heads
     i: Array
     j: Array
 
@@ -26,22 +28,33 @@ class Place(NamedTuple):
 class ScoreTiles:
     """The scores of one call with what they need of each tile. Made by `score_tiles`.
 
-    Tiles are `[K, rows, bk]`, or with `keys_first` `[K, bk, rows]`; see `Blocks` for the rows.
+    Tiles are `[k, rows, bk]`, or with `keys_first` `[k, bk, rows]`, of k of the K key heads; see `Blocks` for
+    the rows.
 
     Attributes:
       scores: scale, soft cap, bias and dropout.
       tiles: the plan's tokens in blocks.
       query_words, key_words: what draws are made of, in blocks; None without dropout. They are made once for
         all tiles: within a tile a compiler would hash them anew for each pair.
-      heads, key_heads: N and K.
+      group: G, query heads of a key head.
     """
 
     scores: Scores
     tiles: Tiles
     query_words: tuple[Blocks, Blocks] | None
     key_words: Int[Array, "R Sb bk"] | None
-    heads: int = static()
-    key_heads: int = static()
+    group: int = static()
+
+    def visible(self, tested, place: Place) -> Bool[Array, "*k rows bk"]:
+        """The mask of a tile: evaluated where it is tested, else true; always where `tested` is None."""
+        return visible_rows(self._tiles_of(place.heads), tested, place, self.group)
+
+    def visible_keys_first(self, tested, place: Place) -> Bool[Array, "*k bk rows"]:
+        """`visible` with the tile's keys first."""
+        return visible_columns(self._tiles_of(place.heads), tested, place, self.group)
+
+    def _tiles_of(self, heads: Heads) -> Tiles:
+        return replace(self.tiles, mask=heads.of(self.tiles.mask, self.group))
 
     def biased(self, capped: Float[Array, "K a b"], place: Place, *, keys_first: bool = False):
         """A tile's logits with the bias, from those without."""
@@ -82,8 +95,9 @@ class ScoreTiles:
         def pairs(one_head):
             return score_pairs(one_head, q, k, keys_first=keys_first)
 
-        tile = by_group(bias, pairs, self.heads, self.key_heads)  # [K, G, …]
-        tile = jnp.broadcast_to(tile, (tile.shape[0], self.heads // self.key_heads, *tile.shape[2:]))
+        own, count = place.heads.of(bias, self.group), place.heads.count
+        tile = by_group(own, pairs, count * self.group, count)  # [k, G, …]
+        tile = jnp.broadcast_to(tile, (tile.shape[0], self.group, *tile.shape[2:]))
         if keys_first:
             return tile.swapaxes(1, 2).reshape(tile.shape[0], tile.shape[2], -1)
         return tile.reshape(tile.shape[0], -1, tile.shape[3])
@@ -92,18 +106,19 @@ class ScoreTiles:
         assert self.scores.dropout is not None
         assert self.query_words is not None
         assert self.key_words is not None
-        first, second = (words.rows(place.b, place.i, self.key_heads) for words in self.query_words)
+        first, second = (words.rows(place.b, place.i, 1, place.heads) for words in self.query_words)
         of_keys = at(self.key_words, place.row, place.j)
         if keys_first:
             return self.scores.dropout.kept(first[:, None], second[:, None], of_keys[None, :, None])
         return self.scores.dropout.kept(first[..., None], second[..., None], of_keys[None, None])
 
 
-def score_tiles(scores: Scores, plan: Plan, heads: int, key_heads: int) -> ScoreTiles:
+def score_tiles(scores: Scores, plan: Plan, group: int) -> ScoreTiles:
     """The scores of a call, for the plan's tiles."""
     query_words = key_words = None
     if scores.dropout is not None:
-        first, second = scores.dropout.of_queries(plan.q_tokens)
-        query_words = Blocks.of(first, plan.block_q), Blocks.of(second, plan.block_q)
+        cut = Cut(plan.block_q)
+        first, second = (Blocks.of(x, cut, group) for x in scores.dropout.of_queries(plan.q_tokens))
+        query_words = first, second
         key_words = blocks_of(scores.dropout.of_keys(plan.kv_tokens), plan.block_k)
-    return ScoreTiles(scores, tiles_of(plan), query_words, key_words, heads, key_heads)
+    return ScoreTiles(scores, tiles_of(plan), query_words, key_words, group)

@@ -1,7 +1,7 @@
 """Attention in plain XLA: a loop over the plan's active blocks, forward and backward.
 
-Runs wherever XLA does. Memory is O(T): one tile of logits lives at a time, and the residuals are
-q, k, v, out and lse. The mask is evaluated in the blocks to test alone. Sums are taken in one fixed order, so
+Runs wherever XLA does. Each line of blocks is worked through in the grain that costs it less (`grains`).
+Memory is O(T): one tile of logits lives at a time, and the residuals are q, k, v, out and lse. The mask is evaluated in the blocks to test alone. Sums are taken in one fixed order, so
 results are the same bit for bit from run to run.
 
 Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691.
@@ -12,8 +12,9 @@ from jax import lax
 
 from dynmask_jax.array_typing import sum_dtype
 from dynmask_jax.backends.backend import Backend, as_they_are
-from dynmask_jax.backends.blocks import Blocks, over_active, visible_rows
-from dynmask_jax.backends.score_tiles import Place, score_tiles
+from dynmask_jax.backends.blocks import Blocks, over_active
+from dynmask_jax.backends.grains import cuts_of, grains_of
+from dynmask_jax.backends.score_tiles import Place
 from dynmask_jax.backends.xla_backward import gradients
 from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.online_softmax import Partial, extend, normalize
@@ -28,36 +29,52 @@ def _in_turn(line, numbers, codes):
 def forward(scores, q, k, v, plan, over_lines=_in_turn, *, test_all: bool = False):
     """`(out, lse)`, where `over_lines(line, numbers, codes)` stacks `line(number)` over lines of the plan.
 
-    `test_all`: evaluate the mask in full blocks too, where a branch would not save it.
+    `test_all`: evaluate the mask in full blocks too, where a branch would not save it, and take all heads at
+    once.
     """
-    wide, heads, key_heads = sum_dtype(q.dtype), q.shape[2], k.shape[2]
-    q_blocks, on_tiles = Blocks.of_finite(q, plan.block_q), score_tiles(scores, plan, heads, key_heads)
-    k_blocks, v_blocks = Blocks.of_keys_values(k, v, plan.block_k)
+    wide, heads, group = sum_dtype(q.dtype), (q.shape[2], k.shape[2]), q.shape[2] // k.shape[2]
+    cut_q, cut_k = cuts_of(plan)
+    grains = grains_of(scores, plan, heads, all_heads=test_all)
+    q_blocks, (k_blocks, v_blocks) = Blocks.of_finite(q, cut_q, group), Blocks.of_keys_values(k, v, cut_k)
 
-    def query_block(number):
-        b, i = row_and_block(number, q_blocks.count)
+    def in_grain(grain, b, row):
+        on_tiles = grain.on_tiles
+
+        def query_block(carry, i, heads):
+            queries = q_blocks.rows(b, i * grain.blocks_q, grain.blocks_q, heads).astype(wide) * scores.scale
+
+            def add(j, partial, *, tested):
+                place = Place(b, row, heads, i, j)
+                part = j * grain.blocks_k, grain.blocks_k, heads
+                keys, values = (blocks.rows(b, *part).astype(wide) for blocks in (k_blocks, v_blocks))
+                visible = on_tiles.visible(None if test_all else tested, place)
+                logits = on_tiles.biased(scores.capped(jnp.einsum("krh,ksh->krs", queries, keys)), place)
+
+                def weigh(weights):
+                    return jnp.einsum("krs,ksh->krh", on_tiles.kept(weights, place), values)
+
+                return extend(partial, jnp.where(visible, logits, -jnp.inf), weigh)
+
+            shape = (*queries.shape[:2], v.shape[3])
+            empty = vary_like(Partial.empty(shape, wide), queries, on_tiles)
+            out, lse = normalize(over_active(at(grain.codes, row, i), add, empty))
+            out = on_tiles.rescaled(out).astype(q.dtype)
+            return carry, tuple(q_blocks.tokens(x, grain.blocks_q) for x in (out, lse))
+
+        return query_block
+
+    def line(number):
+        b, i = row_and_block(number, plan.codes.shape[1])
         row = b if plan.rows > 1 else 0
-        queries = q_blocks.rows(b, i, key_heads).astype(wide) * scores.scale
+        return grains.over_line(lambda grain: in_grain(grain, b, row), (), row, i)[1]
 
-        def add(j, partial, *, tested):
-            place = Place(b, row, i, j)
-            keys, values = (blocks.rows(b, j, key_heads).astype(wide) for blocks in (k_blocks, v_blocks))
-            tested = None if test_all else tested
-            visible = visible_rows(on_tiles.tiles, tested, place[1:], heads, key_heads)
-            logits = on_tiles.biased(scores.capped(jnp.einsum("krh,ksh->krs", queries, keys)), place)
+    numbers = jnp.arange(q.shape[0] * plan.codes.shape[1], dtype=jnp.int32)
+    return tuple(q_blocks.whole(_joined(x)) for x in over_lines(line, numbers, plan.codes))
 
-            def weigh(weights):
-                return jnp.einsum("krs,ksh->krh", on_tiles.kept(weights, place), values)
 
-            return extend(partial, jnp.where(visible, logits, -jnp.inf), weigh)
-
-        shape = (*queries.shape[:2], v.shape[3])
-        empty = vary_like(Partial.empty(shape, wide), queries, on_tiles)
-        out, lse = normalize(over_active(at(plan.codes, row, i), add, empty))
-        return q_blocks.tokens(on_tiles.rescaled(out)).astype(q.dtype), q_blocks.tokens(lse)
-
-    out, lse = over_lines(query_block, q_blocks.every(), plan.codes)
-    return q_blocks.whole(out), q_blocks.whole(lse)
+def _joined(x):
+    """`[lines, blocks, …]` as `[lines · blocks, …]`."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 XLA = Backend(forward, gradients, prepared=as_they_are, marks_bad=True)

@@ -5,14 +5,17 @@ the left side contracts along its last axis; where it does not, XLA's CPU backen
 than half the speed. Only d_q comes out transposed, and is turned once at the end.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array, Bool, Float, pytree
-from dynmask_jax.backends.blocks import Blocks, over_active, visible_columns
-from dynmask_jax.backends.score_tiles import Place, ScoreTiles, score_tiles
-from dynmask_jax.indexing import add_at, at, row_and_block
+from dynmask_jax.backends.blocks import Blocks, Heads, over_active
+from dynmask_jax.backends.grains import Grain, cuts_of, grains_of
+from dynmask_jax.backends.score_tiles import Place, ScoreTiles
+from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.vma import vary_like
 
 
@@ -33,42 +36,69 @@ class QueryBlock:
 def gradients(scores, saved, cotangents):
     """The gradients of q, k, v and the bias from those of out and lse; d_q is summed in place."""
     q, k, v, plan, _, lse = saved
-    wide, (heads, head_dim), key_heads = lse.dtype, q.shape[2:], k.shape[2]
+    wide, heads, group = lse.dtype, (q.shape[2], k.shape[2]), q.shape[2] // k.shape[2]
+    cut_q, cut_k = cuts_of(plan)
     of_queries = (cotangents[0], *levels_of(saved, cotangents))
-    q_blocks, *others = Blocks.of_finite(q, plan.block_q), *(Blocks.of(x, plan.block_q) for x in of_queries)
-    k_blocks, v_blocks = (Blocks.of_finite(x, plan.block_k) for x in (k, v))
-    on_tiles, columns = score_tiles(scores, plan, heads, key_heads), plan.codes.swapaxes(1, 2)
+    queries = Blocks.of_finite(q, cut_q, group), *(Blocks.of(x, cut_q, group) for x in of_queries)
+    keys = tuple(Blocks.of_finite(x, cut_k) for x in (k, v))
+    grains = grains_of(scores, plan, heads, by_keys=True)
 
-    def key_block(totals, number):
-        b, j = row_and_block(number, k_blocks.count)
+    def key_line(totals, number):
+        b, j = row_and_block(number, plan.codes.shape[2])
         row = b if plan.rows > 1 else 0
-        keys, values = (blocks.rows(b, j, key_heads).astype(wide) for blocks in (k_blocks, v_blocks))
-        keys_across = keys.swapaxes(1, 2)
+        return grains.over_line(
+            lambda grain: functools.partial(_key_block, scores, grain, (queries, keys), (b, row)), totals, row, j
+        )
 
-        def add(i, sums, *, tested):
-            d_q, d_bias, d_k, d_v = sums
-            place = Place(b, row, i, j)
-            queries, d_out, *rest = (x.rows(b, i, key_heads).astype(wide) for x in (q_blocks, *others))
-            block = QueryBlock(queries * scores.scale, on_tiles.rescaled(d_out), *rest)
-            visible = visible_columns(on_tiles.tiles, tested, place[1:], heads, key_heads)
-            d_products, weights, share = tile_gradients(on_tiles, place, block, (keys, values), visible)
-            d_bias = jax.tree.map(jnp.add, d_bias, share)
-            d_q = add_at(d_q, jnp.einsum("khs,ksr->khr", keys_across, d_products), b, i)
-            d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
-            d_v += jnp.einsum("ksr,krh->ksh", weights, block.d_out)
-            return d_q, d_bias, d_k, d_v
-
-        start = (*totals, *vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys, on_tiles))
-        *totals, d_k, d_v = over_active(at(columns, row, j), add, start)
-        return tuple(totals), tuple(k_blocks.tokens(x).astype(k.dtype) for x in (d_k, d_v))
-
-    rows = heads // key_heads * plan.block_q
-    d_q = jnp.zeros((q.shape[0], q_blocks.count, key_heads, head_dim, rows), wide)
-    totals = vary_like((d_q, on_tiles.no_gradient(wide)), q_blocks, others, on_tiles, k_blocks)
-    (d_q, d_bias), (d_k, d_v) = lax.scan(key_block, totals, k_blocks.every())
+    d_q = jnp.zeros((q.shape[0], queries[0].x.shape[1], heads[1], q.shape[3], group * cut_q.size), wide)
+    on_tiles = grains.coarse.on_tiles
+    totals = vary_like((d_q, on_tiles.no_gradient(wide)), queries, on_tiles, keys)
+    numbers = jnp.arange(k.shape[0] * plan.codes.shape[2], dtype=jnp.int32)
+    (d_q, d_bias), d_keys = lax.scan(key_line, totals, numbers)
     d_q = d_q.reshape(-1, *d_q.shape[2:]).swapaxes(2, 3) * scores.scale
-    d_q = q_blocks.whole(jax.vmap(q_blocks.tokens)(d_q).astype(q.dtype))
-    return d_q, k_blocks.whole(d_k), k_blocks.whole(d_v), d_bias
+    d_q = jax.vmap(lambda rows: queries[0].tokens(rows, 1)[0])(d_q).astype(q.dtype)
+    d_k, d_v = (of.whole(x.reshape(-1, *x.shape[2:])) for of, x in zip(keys, d_keys, strict=True))
+    return queries[0].whole(d_q), d_k, d_v, d_bias
+
+
+def _key_block(scores, grain: Grain, blocks: tuple, place: tuple, totals: tuple, j, heads: Heads):
+    """Adds a line of one grain to the totals of d_q and d_bias; gives its keys' gradients in blocks."""
+    (of_queries, of_keys), (b, row), on_tiles = blocks, place, grain.on_tiles
+    wide, group = totals[0].dtype, of_queries[0].group
+    keys, values = (x.rows(b, j * grain.blocks_k, grain.blocks_k, heads).astype(wide) for x in of_keys)
+    keys_across = keys.swapaxes(1, 2)
+
+    def add(i, sums, *, tested):
+        d_q, d_bias, d_k, d_v = sums
+        at_tile = Place(b, row, heads, i, j)
+        part = i * grain.blocks_q, grain.blocks_q, heads
+        queries, d_out, *rest = (x.rows(b, *part).astype(wide) for x in of_queries)
+        block = QueryBlock(queries * scores.scale, on_tiles.rescaled(d_out), *rest)
+        visible = on_tiles.visible_keys_first(tested, at_tile)
+        d_products, weights, share = tile_gradients(on_tiles, at_tile, block, (keys, values), visible)
+        d_bias = jax.tree.map(jnp.add, d_bias, share)
+        d_q = _add_rows(d_q, jnp.einsum("khs,ksr->khr", keys_across, d_products), b, part, group)
+        d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
+        d_v += jnp.einsum("ksr,krh->ksh", weights, block.d_out)
+        return d_q, d_bias, d_k, d_v
+
+    start = (*totals, *vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys, on_tiles))
+    *totals, d_k, d_v = over_active(at(grain.codes, row, j), add, start)
+    of = zip(of_keys, (d_k, d_v), strict=True)
+    return tuple(totals), tuple(x.tokens(rows, grain.blocks_k).astype(x.x.dtype) for x, rows in of)
+
+
+def _add_rows(total: Float[Array, "B blocks K H rows"], tile: Float[Array, "k H rows"], b, part, group: int):
+    """The total with a tile of d_q added to its blocks: `part` is the first, how many, and the heads.
+
+    The rows of a block are those of its G heads, one after the other; those of a tile have all its blocks for
+    each head.
+    """
+    start, count, heads = part
+    tile = tile.reshape(*tile.shape[:2], group, count, -1)
+    tile = jnp.moveaxis(tile, 3, 0).reshape(1, count, *tile.shape[:2], total.shape[4])
+    place = [jnp.asarray(each, jnp.int32) for each in (b, start, heads.part * heads.count, 0, 0)]
+    return lax.dynamic_update_slice(total, lax.dynamic_slice(total, place, tile.shape) + tile, place)
 
 
 def levels_of(saved, cotangents) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Int
 from dynmask_jax.backends.backend import Backend, as_they_are
-from dynmask_jax.backends.blocks import Blocks, visible_columns
+from dynmask_jax.backends.blocks import Blocks, Cut, Heads
 from dynmask_jax.backends.score_tiles import Place, score_tiles
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
@@ -52,19 +52,19 @@ class _Operands:
     def __init__(self, scores, saved, cotangents):
         q, k, v, self.plan, _, lse = saved
         self.scores, self.dtype = scores, lse.dtype
-        self.heads, self.key_heads = q.shape[2], k.shape[2]
-        self.on_tiles = score_tiles(scores, self.plan, self.heads, self.key_heads)
+        self.heads, group = Heads(0, k.shape[2]), q.shape[2] // k.shape[2]
+        self.on_tiles = score_tiles(scores, self.plan, group)
         others = cotangents[0], *levels_of(saved, cotangents)
-        block_q, block_k = self.plan.block_q, self.plan.block_k
-        self.of_queries = [Blocks.of_finite(q, block_q), *(Blocks.of(x, block_q) for x in others)]
-        self.of_keys = [Blocks.of_finite(x, block_k) for x in (k, v)]
+        cut_q, cut_k = Cut(self.plan.block_q), Cut(self.plan.block_k)
+        self.of_queries = [Blocks.of_finite(q, cut_q, group), *(Blocks.of(x, cut_q, group) for x in others)]
+        self.of_keys = [Blocks.of_finite(x, cut_k) for x in (k, v)]
 
     def queries_at(self, b, i) -> QueryBlock:
-        queries, d_out, *others = (x.rows(b, i, self.key_heads).astype(self.dtype) for x in self.of_queries)
+        queries, d_out, *others = (x.rows(b, i, 1, self.heads).astype(self.dtype) for x in self.of_queries)
         return QueryBlock(queries * self.scores.scale, self.on_tiles.rescaled(d_out), *others)
 
     def keys_at(self, b, j):
-        return tuple(x.rows(b, j, self.key_heads).astype(self.dtype) for x in self.of_keys)
+        return tuple(x.rows(b, j, 1, self.heads).astype(self.dtype) for x in self.of_keys)
 
     def row(self, b):
         """The plan's row for sequence b."""
@@ -73,8 +73,8 @@ class _Operands:
     def tile(self, place, block, keys, values):
         """`tile_gradients` of the block of queries i and of keys j of sequence b, `place` = (b, i, j)."""
         b, i, j = place
-        place = Place(b, self.row(b), i, j)
-        visible = visible_columns(self.on_tiles.tiles, None, place[1:], self.heads, self.key_heads)
+        place = Place(b, self.row(b), self.heads, i, j)
+        visible = self.on_tiles.visible_keys_first(None, place)
         return tile_gradients(self.on_tiles, place, block, (keys, values), visible)
 
 
@@ -82,10 +82,11 @@ def gradients(scores, saved, cotangents):
     """The gradients of q, k, v and the bias from those of out and lse."""
     (q, k, v, plan, *_), of = saved, _Operands(scores, saved, cotangents)
     q_blocks, k_blocks = of.of_queries[0], of.of_keys[0]
+    q_numbers, k_numbers = (jnp.arange(x.x.shape[0] * x.x.shape[1], dtype=jnp.int32) for x in (q_blocks, k_blocks))
     columns = plan.codes.swapaxes(1, 2)
 
     def query_line(number):
-        b, i = row_and_block(number, q_blocks.count)
+        b, i = row_and_block(number, plan.codes.shape[1])
         block = of.queries_at(b, i)
 
         def add(j, sums):
@@ -97,10 +98,10 @@ def gradients(scores, saved, cotangents):
         start = jnp.zeros_like(block.q), of.on_tiles.no_gradient(of.dtype)
         start = vary_like(start, block, of.on_tiles, of.of_keys)
         d_q, d_bias = over_blocks(at(plan.codes, of.row(b), i), ACTIVE, add, start)
-        return q_blocks.tokens(d_q * scores.scale), d_bias
+        return q_blocks.tokens(d_q * scores.scale, 1)[0], d_bias
 
     def key_line(number):
-        b, j = row_and_block(number, k_blocks.count)
+        b, j = row_and_block(number, plan.codes.shape[2])
         keys, values = of.keys_at(b, j)
 
         def add(i, sums):
@@ -110,11 +111,12 @@ def gradients(scores, saved, cotangents):
             return d_k, d_v + jnp.einsum("ksr,krh->ksh", weights, block.d_out)
 
         start = vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys, of.on_tiles)
-        return tuple(k_blocks.tokens(x) for x in over_blocks(at(columns, of.row(b), j), ACTIVE, add, start))
+        found = over_blocks(at(columns, of.row(b), j), ACTIVE, add, start)
+        return tuple(k_blocks.tokens(x, 1)[0] for x in found)
 
-    d_q, d_bias = _in_groups(query_line, q_blocks.every(), plan.codes)
+    d_q, d_bias = _in_groups(query_line, q_numbers, plan.codes)
     d_q = q_blocks.whole(d_q)
-    d_k, d_v = (k_blocks.whole(x) for x in _in_groups(key_line, k_blocks.every(), columns))
+    d_k, d_v = (k_blocks.whole(x) for x in _in_groups(key_line, k_numbers, columns))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), [x.sum(axis=0) for x in d_bias]
 
 
