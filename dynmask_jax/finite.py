@@ -7,8 +7,9 @@ from dynmask_jax.array_typing import Array, Bool, Float
 
 def bad_rows(rows: Float[Array, "*shape H"]) -> Bool[Array, "*shape"]:
     """Which rows hold anything that is not finite."""
-    # Not by their greatest number: XLA's maximum on a CPU loses NaN in rows of eight float32 and more.
-    return (~jnp.isfinite(rows)).any(axis=-1)
+    # Not by their greatest number: XLA's maximum on a CPU loses NaN in rows of eight float32 and more. Nor by
+    # `isfinite` of each: its booleans are written and read again, which took three times as long as this sum.
+    return jnp.isnan((rows * 0).sum(axis=-1))
 
 
 def emptied(

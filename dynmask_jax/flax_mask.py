@@ -168,6 +168,11 @@ def _without_hidden(the_plan: Plan, shown: Bool[Array, "B S"]) -> Plan:
     rows = segment.shape[0]
     position = jnp.broadcast_to(kv_tokens.position, segment.shape)
     q_tokens = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, x.shape[1])), the_plan.q_tokens)
-    codes = jnp.broadcast_to(the_plan.codes, (rows, *the_plan.codes.shape[1:]))
+    codes, fine = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), (the_plan.codes, the_plan.fine)
+    )
     # Codes of before: a block to skip stays one, and a full one is tested where Shown says so.
-    return replace(the_plan, q_tokens=q_tokens, kv_tokens=Tokens(position, segment), codes=codes) & Shown()
+    return (
+        replace(the_plan, q_tokens=q_tokens, kv_tokens=Tokens(position, segment), codes=codes, fine=fine)
+        & Shown()
+    )

@@ -1,32 +1,88 @@
-"""Which grain a plan's lines are worked in: whole blocks, or small ones where little is shown.
+"""The grain of a line of blocks: the plan's own blocks, or small ones where little is shown.
 
-A line of blocks is worked in its own blocks, or in small ones. The choice is data: made from the codes
-while the program runs. Whole blocks cost less for each pair, small ones compute fewer pairs.
+Whole blocks cost less for each pair, small ones compute fewer pairs. Which of the two is less is data: a
+line's count of either, made from the codes while the program runs.
 """
 
 import jax.numpy as jnp
 
-from dynmask_jax.array_typing import Array, Bool, Int
+from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, static
 from dynmask_jax.block_codes import FULL, SKIP, TEST
-from dynmask_jax.platforms import defaults_of
 
 MOST_FINE = 2**22
 """Small blocks of a plan: beyond it they are made larger. Each costs the plan as much as a block does."""
-PAIR = 1.6
-"""What a pair costs in a small block, where one in a block of 512 by 512 costs 1: see docs/benchmarks.md."""
-STEP = 2_000
-"""Pairs that cost as much as what a step of the loop costs beside its pairs."""
+FINE_COST = 1.8
+"""What a pair costs in a small block, where one in a block of 512 by 512 costs 1: docs/benchmarks.md."""
+STEP = 1_000
+"""How many pairs cost as much as what a block costs beside its pairs."""
 
 
-def fine_blocks(blocks: tuple[int, int], lengths: tuple[int, int]) -> tuple[int, int] | None:
-    """Queries and keys in a small block of a plan in `blocks`; None where it has one grain."""
-    size = defaults_of().fine
-    if size is None or (lengths[0] <= blocks[0] and lengths[1] <= blocks[1]):
+@pytree
+class Fine:
+    """Codes of blocks that are smaller than a plan's.
+
+    Attributes:
+      codes: `[R, tb, sb]` int8, as the plan's.
+      block_q, block_k: tokens in such a block; they divide the plan's.
+      cost: what a pair costs here, where one in the plan's blocks costs 1.
+    """
+
+    codes: Int[Array, "R tb sb"]
+    block_q: int = static()
+    block_k: int = static()
+    cost: float = static(FINE_COST)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Tokens in a block of queries and of keys."""
+        return self.block_q, self.block_k
+
+    @property
+    def pairs(self) -> int:
+        """Of queries and keys in a block."""
+        return self.block_q * self.block_k
+
+    def active(self, codes: Int[Array, "R Tb Sb"], *, by_keys: bool = False) -> Float[Array, "R lines"]:
+        """How many small blocks are not skipped in each line of the plan's codes."""
+        fine, lines = (x.shape[2] if by_keys else x.shape[1] for x in (self.codes, codes))
+        counts = (self.codes != SKIP).sum(axis=1 if by_keys else 2).astype(jnp.float32)
+        by = -(-fine // lines)
+        return jnp.pad(counts, ((0, 0), (0, lines * by - fine))).reshape(-1, lines, by).sum(axis=2)
+
+    def cheaper(
+        self, codes: Int[Array, "R Tb Sb"], blocks: tuple[int, int], *, by_keys: bool = False
+    ) -> Bool[Array, "R lines"]:
+        """Which lines cost less in small blocks.
+
+        Args:
+          codes: of the plan's blocks.
+          blocks: queries and keys in one of those.
+          by_keys: lines are of keys, not of queries.
+        """
+        whole = (codes != SKIP).sum(axis=1 if by_keys else 2).astype(jnp.float32)
+        in_small = self.active(codes, by_keys=by_keys) * (self.cost * (self.pairs + STEP))
+        return in_small < whole * (blocks[0] * blocks[1] + STEP)
+
+
+def fine_blocks(
+    sizes: tuple[int, int], blocks: tuple[int, int], lengths: tuple[int, int]
+) -> tuple[int, int] | None:
+    """Queries and keys in a small block of a plan in `blocks`, for `lengths`; None where it has one grain.
+
+    As `sizes` say, or doubled until there are at most `MOST_FINE`. A side whose blocks are not made of whole
+    small ones has one grain, as has a plan of a single block.
+    """
+    if lengths[0] <= blocks[0] and lengths[1] <= blocks[1]:
         return None
-    while lengths[0] * lengths[1] > MOST_FINE * size * size:
-        size *= 2
-    fine_q, fine_k = (size if block % size == 0 else block for block in blocks)
-    return None if (fine_q, fine_k) == blocks else (fine_q, fine_k)
+    fine_q, fine_k = sizes
+    while lengths[0] * lengths[1] > MOST_FINE * fine_q * fine_k:
+        fine_q, fine_k = 2 * fine_q, 2 * fine_k
+    fine = _dividing(fine_q, blocks[0]), _dividing(fine_k, blocks[1])
+    return None if fine == blocks else fine
+
+
+def _dividing(size: int, block: int) -> int:
+    return size if block % size == 0 else block
 
 
 def joined(codes: Int[Array, "R tb sb"], by: tuple[int, int]) -> Int[Array, "R Tb Sb"]:
@@ -37,30 +93,3 @@ def joined(codes: Int[Array, "R tb sb"], by: tuple[int, int]) -> Int[Array, "R T
     parts = codes.reshape(rows, tb // by[0], by[0], sb // by[1], by[1])
     least, most = parts.min(axis=(2, 4)), parts.max(axis=(2, 4))
     return jnp.where(least == FULL, FULL, jnp.where(most == SKIP, SKIP, TEST)).astype(codes.dtype)
-
-
-def cheaper_fine(
-    codes: Int[Array, "R Tb Sb"],
-    fine: Int[Array, "R tb sb"],
-    blocks: tuple[int, int],
-    *,
-    by_keys: bool = False,
-) -> Bool[Array, "R lines"]:
-    """Which lines cost less in small blocks.
-
-    Args:
-      codes, fine: of blocks and of small ones.
-      blocks: queries and keys in a small one.
-      by_keys: lines are of keys.
-    """
-    if by_keys:
-        codes, fine = codes.swapaxes(1, 2), fine.swapaxes(1, 2)
-    rows, lines, _ = codes.shape
-    by = -(-fine.shape[1] // lines)
-    across = -(-fine.shape[2] // codes.shape[2])
-    coarse_pairs = blocks[0] * blocks[1] * by * across
-    fine_pairs = blocks[0] * blocks[1]
-    small = jnp.pad((fine != SKIP).sum(axis=2), ((0, 0), (0, lines * by - fine.shape[1])))
-    small = small.reshape(rows, lines, by).sum(axis=2).astype(jnp.float32)
-    whole = (codes != SKIP).sum(axis=2).astype(jnp.float32)
-    return small * (fine_pairs * PAIR + STEP) < whole * (coarse_pairs + STEP)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.mask_algebra import Mask
-from dynmask_jax.plans import Plan, plan
+from dynmask_jax.plans import Plan, plan_like
 from dynmask_jax.scores import Scores
 from dynmask_jax.sharding import AnyMesh, explicit_mesh, over_devices, place, quoted
 from dynmask_jax.tokens import Tokens
@@ -117,14 +117,13 @@ class Partitioning:
         queries, keys = self._tokens(of_plan)
         whole = self.axis is None or self.strategy == "ulysses"
         fits = whole or of_plan.lengths[0] // self.devices % of_plan.block_q == 0
-        blocks = of_plan.block_q, of_plan.block_k
 
         def on_device(mask, q_tokens, kv_tokens, codes, *arrays):
-            own = _own_plan(mask, q_tokens, kv_tokens, codes, blocks)
-            return function(own, *arrays)
+            return function(_own_plan(of_plan, mask, (q_tokens, kv_tokens), codes), *arrays)
 
         by_head = jax.tree.map(lambda leaf: self.heads if jnp.ndim(leaf) else PartitionSpec(), of_plan.mask)
-        of_tokens = of_plan.q_tokens, of_plan.kv_tokens, of_plan.codes if fits else None
+        codes = (of_plan.codes, of_plan.fine) if fits else None
+        of_tokens = of_plan.q_tokens, of_plan.kv_tokens, codes
         return over_devices(
             on_device,
             self.mesh,
@@ -175,9 +174,8 @@ class Partitioning:
         return jax.tree.map(own, tree)
 
 
-def _own_plan(
-    mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, codes: Array | None, blocks: tuple[int, int]
-) -> Plan:
+def _own_plan(whole: Plan, mask: Mask, tokens: tuple[Tokens, Tokens], codes: tuple | None) -> Plan:
+    """A device's plan, in the blocks of the whole one; its codes are found where they are not given."""
     if codes is None:
-        return plan(mask, q_tokens, kv_tokens, block_q=blocks[0], block_k=blocks[1])
-    return Plan(mask, q_tokens, kv_tokens, codes, *blocks)
+        return plan_like(whole, mask, *tokens)
+    return replace(whole, mask=mask, q_tokens=tokens[0], kv_tokens=tokens[1], codes=codes[0], fine=codes[1])

@@ -15,12 +15,13 @@ import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
 from dynmask_jax.block_codes import FULL, SKIP, TEST, over_blocks, picture
-from dynmask_jax.grain_choice import cheaper_fine, fine_blocks, joined
-from dynmask_jax.indexing import at, row_and_block, tree_at
-from dynmask_jax.mask_algebra import Mask, by_head, check_mask, evaluate, head_count, visible_pairs
+from dynmask_jax.find_codes import blocks_of, find_codes
+from dynmask_jax.grain_choice import FINE_COST, Fine, fine_blocks, joined
+from dynmask_jax.indexing import at, row_and_block
+from dynmask_jax.mask_algebra import Mask, check_mask, head_count
 from dynmask_jax.platforms import defaults_of
 from dynmask_jax.sharding import over_rows
-from dynmask_jax.spans import Span
+from dynmask_jax.tiles import Tiles
 from dynmask_jax.tokens import Tokens, check_tokens
 from dynmask_jax.vma import vary_like
 
@@ -39,20 +40,6 @@ def default_blocks(platform: str | None = None) -> tuple[int, int]:
 
 
 @pytree
-class Fine:
-    """Codes of smaller blocks than the plan's, for lines that show little.
-
-    Attributes:
-      codes: `[R, tb, sb]` int8, as the plan's.
-      block_q, block_k: tokens in such a block; they divide the plan's.
-    """
-
-    codes: Int[Array, "R tb sb"]
-    block_q: int = static()
-    block_k: int = static()
-
-
-@pytree
 class Plan:
     """What to compute for one mask on one batch. Made by `plan`.
 
@@ -62,8 +49,10 @@ class Plan:
       codes: `[R, Tb, Sb]` int8: 0 skip, 1 test, 2 full. With per-head leaves, a block is skipped
         where every head skips it, and full where it is full for every head.
       block_q, block_k: tokens in a block of queries and of keys; the last block may be ragged.
+      fine: codes of small blocks too, for lines that show little; None where block sizes were given.
 
-    `print(plan)` draws the blocks; `visible_pairs()` counts what the mask shows.
+    `print(plan)` draws the blocks; `visible_pairs()` counts what the mask shows, `computed_pairs()` what
+    attention computes for it.
     """
 
     mask: Mask
@@ -82,9 +71,10 @@ class Plan:
         return Plan(self.mask, self.q_tokens, self.kv_tokens, small.codes, small.block_q, small.block_k)
 
     def takes_fine(self, *, by_keys: bool = False) -> Bool[Array, "R lines"]:
-        """Which lines of blocks cost less in small blocks than in the plan's; see `grain_choice`."""
-        assert self.fine is not None
-        return cheaper_fine(self.codes, self.fine.codes, (self.fine.block_q, self.fine.block_k), by_keys=by_keys)
+        """Which lines of blocks cost less in small blocks than in the plan's, by `Fine.cheaper`."""
+        if self.fine is None:
+            return jnp.zeros((self.rows, self.codes.shape[2 if by_keys else 1]), bool)
+        return self.fine.cheaper(self.codes, (self.block_q, self.block_k), by_keys=by_keys)
 
     @property
     def rows(self) -> int:
@@ -100,6 +90,17 @@ class Plan:
     def active(self) -> Int[Array, ""]:
         """How many blocks are not skipped, over all rows."""
         return (self.codes != SKIP).sum()
+
+    def computed_pairs(self) -> Float[Array, ""]:
+        """How many pairs attention computes forward, over all rows: those of blocks that it does not skip.
+
+        Backend "xla" computes these, each line in its grain; the others compute the plan's blocks, "tpu" the
+        strips of them that show anything.
+        """
+        in_blocks = (self.codes != SKIP).sum(axis=2).astype(jnp.float32) * (self.block_q * self.block_k)
+        if self.fine is None:
+            return in_blocks.sum()
+        return jnp.where(self.takes_fine(), self.fine.active(self.codes) * self.fine.pairs, in_blocks).sum()
 
     def visible_pairs(self) -> Float[Array, ""]:
         """How many pairs the mask shows, over all rows, as the mean over heads.
@@ -143,6 +144,7 @@ def plan(
     *,
     block_q: int | None = None,
     block_k: int | None = None,
+    fine_cost: float | None = None,
 ) -> Plan:
     """Finds the blocks that attention under this mask must compute.
 
@@ -151,13 +153,19 @@ def plan(
       q_tokens: the queries, `[T]` for all sequences of a batch alike, or `[B, T]`.
       kv_tokens: the keys, `[S]` or `[B, S]`; left out, the queries are the keys too.
       block_q, block_k: tokens in a block; by default `default_blocks()`, or T and S where those are less.
+        Without either, on CPU and TPU, lines that show little are worked in smaller blocks: how much is
+        shown is data, and so is the grain.
+      fine_cost: what a pair costs in a small block, where one in a large block costs 1, by which each line's
+        grain is chosen on a CPU: 0 always takes small blocks, inf never. By default what was measured
+        (docs/benchmarks.md).
 
     Returns:
       the `Plan`, to be given to every layer's `attention` in place of the mask.
 
     Raises:
       TypeError: the mask or the tokens are something else.
-      ValueError: blocks below one token, no tokens at all, or batches that differ.
+      ValueError: blocks below one token, no tokens at all, batches that differ, or `fine_cost` beside block
+        sizes, below 0 or NaN.
 
     Warns:
       once for each mask whose expression has no reading over blocks: it is right, but skips nothing.
@@ -173,51 +181,65 @@ def plan(
     check_tokens(q_tokens, kv_tokens)
     head_count(mask)  # refuses leaves that do not fit together
     fixed = block_q is not None or block_k is not None
+    cost = _fine_cost(fine_cost, fixed=fixed)
     default_q, default_k = default_blocks()
+    block_q = min(block_size("block_q", default_q if block_q is None else block_q), q_tokens.shape[-1])
+    block_k = min(block_size("block_k", default_k if block_k is None else block_k), kv_tokens.shape[-1])
+    blocks, size = (block_q, block_k), None if fixed else defaults_of().fine
+    fine = size and fine_blocks((size, size), blocks, (q_tokens.shape[-1], kv_tokens.shape[-1]))
+    return plan_in(mask, q_tokens, kv_tokens, blocks=blocks, fine=fine, cost=cost)
+
+
+def _fine_cost(cost: float | None, *, fixed: bool) -> float:
+    if cost is None:
+        return FINE_COST
+    if isinstance(cost, bool) or not isinstance(cost, int | float | np.number):
+        raise TypeError(f"fine_cost must be a Python number, got {cost!r}")
+    if not cost >= 0:
+        raise ValueError(f"fine_cost must be at least 0, got {cost}")
+    if fixed:
+        raise ValueError("fine_cost is for a plan that chooses its grain: block_q and block_k fix it")
+    return float(cost)
+
+
+def plan_like(whole: Plan, mask: Mask, q_tokens: Tokens, kv_tokens: Tokens) -> Plan:
+    """A plan for other tokens, in the blocks of `whole`, small ones too where they divide those."""
     lengths = q_tokens.shape[-1], kv_tokens.shape[-1]
-    block_q = min(block_size("block_q", default_q if block_q is None else block_q), lengths[0])
-    block_k = min(block_size("block_k", default_k if block_k is None else block_k), lengths[1])
-    fine = None if fixed else fine_blocks((block_q, block_k), lengths)
-    return _plan(mask, q_tokens, kv_tokens, block_q=block_q, block_k=block_k, fine=fine)
+    blocks = min(whole.block_q, lengths[0]), min(whole.block_k, lengths[1])
+    fine = whole.fine and fine_blocks(whole.fine.blocks, blocks, lengths)
+    cost = whole.fine.cost if whole.fine else FINE_COST
+    return plan_in(mask, q_tokens, kv_tokens, blocks=blocks, fine=fine, cost=cost)
 
 
-@functools.partial(jax.jit, static_argnames=("block_q", "block_k", "fine"))
-def _plan(mask, q_tokens, kv_tokens, *, block_q, block_k, fine):
-    q_tokens, kv_tokens = _same_rows(q_tokens, kv_tokens)
-    return of_tokens(mask, q_tokens, kv_tokens, (block_q, block_k), fine)
-
-
-def of_tokens(
-    mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, blocks: tuple[int, int], fine: tuple[int, int] | None
+@functools.partial(jax.jit, static_argnames=("blocks", "fine", "cost"))
+def plan_in(
+    mask: Mask,
+    q_tokens: Tokens,
+    kv_tokens: Tokens,
+    *,
+    blocks: tuple[int, int],
+    fine: tuple[int, int] | None = None,
+    cost: float = FINE_COST,
 ) -> Plan:
-    """The plan in these blocks, with codes of fine ones too, where they are given."""
-    codes = _codes_by_row(mask, q_tokens, kv_tokens, fine or blocks)
+    """The plan in these blocks, which may be longer than the tokens; with codes of fine ones where given."""
+    q_tokens, kv_tokens = _same_rows(q_tokens, kv_tokens)
+    codes = find_codes(mask, q_tokens, kv_tokens, fine or blocks)
     if fine is None:
         return Plan(mask, q_tokens, kv_tokens, codes, *blocks)
     coarse = joined(codes, (blocks[0] // fine[0], blocks[1] // fine[1]))
-    return Plan(mask, q_tokens, kv_tokens, coarse, *blocks, Fine(codes, *fine))
+    return Plan(
+        mask, q_tokens, kv_tokens, coarse, blocks[0], blocks[1], fine=Fine(codes, fine[0], fine[1], cost)
+    )
 
 
 @jax.jit
 def _narrowed(plan: Plan, mask: Mask) -> Plan:
-    fine = plan.fine and (plan.fine.block_q, plan.fine.block_k)
-    other = of_tokens(mask, plan.q_tokens, plan.kv_tokens, (plan.block_q, plan.block_k), fine)
+    fine, cost = (None, FINE_COST) if plan.fine is None else (plan.fine.blocks, plan.fine.cost)
+    blocks = plan.block_q, plan.block_k
+    other = plan_in(mask, plan.q_tokens, plan.kv_tokens, blocks=blocks, fine=fine, cost=cost)
     # Of two codes the lesser: skip where either skips, full where both are.
     codes, fine = jax.tree.map(jnp.minimum, (plan.codes, plan.fine), (other.codes, other.fine))
     return dataclasses.replace(plan, mask=plan.mask & mask, codes=codes, fine=fine)
-
-
-def _codes_by_row(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, blocks: tuple[int, int]):
-    return over_rows(functools.partial(_codes_of, blocks=blocks), mask, q_tokens, kv_tokens)
-
-
-def _codes_of(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, *, blocks: tuple[int, int]):
-    block_q, block_k = blocks
-    codes = _codes(mask, _block_spans(q_tokens, block_q), _block_spans(kv_tokens, block_k))
-    whole_q = jnp.arange(codes.shape[1]) < q_tokens.shape[1] // block_q
-    whole_k = jnp.arange(codes.shape[2]) < kv_tokens.shape[1] // block_k
-    # A ragged last block has no pair at its padding: it is tested, never full.
-    return jnp.where(whole_q[:, None] & whole_k[None, :], codes, jnp.minimum(codes, TEST))
 
 
 def block_size(name: str, size: int) -> int:
@@ -232,68 +254,6 @@ def block_size(name: str, size: int) -> int:
 def _same_rows(*tokens: Tokens) -> list[Tokens]:
     rows = max(t.shape[0] if len(t.shape) == 2 else 1 for t in tokens)
     return [jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, x.shape[-1])), t) for t in tokens]
-
-
-def blocks_of(values: Int[Array, "R T"], size: int) -> Int[Array, "R Tb size"]:
-    """Cut into blocks; the last is filled up with copies of the last value, which widen no span."""
-    values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % size)), mode="edge")
-    return values.reshape(values.shape[0], -1, size)
-
-
-def _block_spans(tokens: Tokens, size: int) -> Tokens:
-    def span(field):
-        blocks = blocks_of(field, size)
-        return Span(blocks.min(axis=-1), blocks.max(axis=-1))
-
-    return Tokens(span(tokens.position), span(tokens.segment))
-
-
-def _codes(mask: Mask, q: Tokens, k: Tokens) -> Int[Array, "R Tb Sb"]:
-    shape = (*q.shape, k.shape[1])
-
-    def verdict(one_head):
-        seen = evaluate(one_head, q[:, :, None], k[:, None, :])
-        return jnp.broadcast_to(seen.some, shape), jnp.broadcast_to(seen.every, shape)
-
-    some, every = by_head(verdict, mask)
-    if head_count(mask) is not None:
-        some, every = some.any(axis=0), every.all(axis=0)
-    return jnp.where(every, FULL, jnp.where(some, TEST, SKIP)).astype(jnp.int8)
-
-
-@pytree
-class Tiles:
-    """A plan's tokens cut into blocks, so that a loop takes each with one slice. Made by `tiles_of`.
-
-    Attributes:
-      mask: the plan's mask.
-      q: queries, `[R, Tb, bq]`; k: keys, `[R, Sb, bk]`.
-      lengths: T and S.
-    """
-
-    mask: Mask
-    q: Tokens
-    k: Tokens
-    lengths: tuple[int, int] = static()
-
-    def visible(
-        self, row, i, j, *, keys_first: bool = False
-    ) -> Bool[Array, "*N bq bk"] | Bool[Array, "*N bk bq"]:
-        """The mask between block i of queries and block j of keys: `[bq, bk]`, or `[N, bq, bk]`.
-
-        With `keys_first`, `[bk, bq]` and `[N, bk, bq]`. False at the padding of a ragged block.
-        """
-        seen = visible_pairs(
-            self.mask, tree_at(self.q, row, i), tree_at(self.k, row, j), keys_first=keys_first
-        )
-        (t, s), bq, bk = self.lengths, self.q.shape[-1], self.k.shape[-1]
-        if t % bq == 0 and s % bk == 0:
-            return seen
-        q_inside, k_inside = (
-            n * size + jnp.arange(size, dtype=jnp.int32) < end for n, size, end in ((i, bq, t), (j, bk, s))
-        )
-        outer, inner = (k_inside, q_inside) if keys_first else (q_inside, k_inside)
-        return seen & jnp.broadcast_to(outer[:, None] & inner[None, :], seen.shape)
 
 
 def tiles_of(plan: Plan) -> Tiles:
@@ -339,4 +299,8 @@ def _text(plan: Plan) -> str:
         f"{rows}{t:,} queries x {s:,} keys in blocks of {plan.block_q} x {plan.block_k}: "
         f"{float(plan.exposure()):.1%} of pairs visible, {(codes == SKIP).mean():.1%} of blocks skipped"
     )
+    if plan.fine is not None:
+        share = float(plan.computed_pairs()) / (plan.rows * t * s)
+        small, of = f"{plan.fine.block_q} x {plan.fine.block_k}", plan.takes_fine()
+        header += f"\n{int(of.sum())} of {of.size} lines in blocks of {small}: {share:.1%} of pairs computed"
     return "\n".join([header, *picture(codes[0])])

@@ -10,7 +10,7 @@ from dynmask_jax.array_typing import Array, Bool, Float, pytree, static
 from dynmask_jax.block_codes import ACTIVE, TEST, over_blocks
 from dynmask_jax.finite import bad_rows, emptied
 from dynmask_jax.indexing import at
-from dynmask_jax.plans import Tiles
+from dynmask_jax.tiles import Tiles
 from dynmask_jax.vma import vary_like
 
 
@@ -32,14 +32,14 @@ class Cut(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Some of the key heads, with their query heads: of parts of `count` each the one numbered `part`."""
+    """Some of the key heads, with their query heads: of parts of `size` each the one numbered `part`."""
 
     part: Array | int
-    count: int
+    size: int
 
     def of(self, tree, group: int):
-        """Of a tree's leaves `[N, …]` those of its query heads, `group` of each key head; scalars as they are."""
-        own = self.count * group
+        """Of a tree's leaves `[N, …]` those of its query heads, `group` of each key head; scalars stay."""
+        own = self.size * group
 
         def leaf(value):
             if not jnp.ndim(value) or value.shape[0] == own:
@@ -99,12 +99,12 @@ class Blocks:
         block = self._part(self.x, b, start, count, heads)
         if self.bad is not None:
             block = emptied(block, self._part(self.bad, b, start, count, heads), self.fill)
-        block = block.reshape(*block.shape[:2], heads.count, self.group, *block.shape[3:])
+        block = block.reshape(*block.shape[:2], heads.size, self.group, *block.shape[3:])
         block = block.transpose(2, 3, 0, 1, *range(4, block.ndim))  # [k, G, count, size, *H]
-        return block.reshape(heads.count, -1, *block.shape[4:])
+        return block.reshape(heads.size, -1, *block.shape[4:])
 
     def _part(self, x, b, start, count: int, heads: Heads):
-        size, own = x.shape[2], heads.count * self.group
+        size, own = x.shape[2], heads.size * self.group
         place = b, start, 0, heads.part * own, *[0] * (x.ndim - 4)
         shape = 1, count, size, own, *x.shape[4:]
         return lax.dynamic_slice(x, [jnp.asarray(each, jnp.int32) for each in place], shape)[0]
@@ -139,7 +139,7 @@ def visible_rows(tiles: Tiles, tested, place, group: int) -> Bool[Array, "*k row
     """
     visible = _where_tested(tiles, tested, place)
     if visible.ndim == 3:
-        return visible.reshape(place.heads.count, -1, visible.shape[2])
+        return visible.reshape(place.heads.size, -1, visible.shape[2])
     return jnp.broadcast_to(visible, (group, *visible.shape)).reshape(1, -1, visible.shape[1])
 
 
@@ -147,7 +147,7 @@ def visible_columns(tiles: Tiles, tested, place, group: int) -> Bool[Array, "*k 
     """`visible_rows` with the tile's keys first, made so: to turn a tile costs as much as to evaluate it."""
     visible = _where_tested(tiles, tested, place, keys_first=True)
     if visible.ndim == 3:
-        visible = visible.reshape(place.heads.count, -1, *visible.shape[1:]).swapaxes(1, 2)
+        visible = visible.reshape(place.heads.size, -1, *visible.shape[1:]).swapaxes(1, 2)
     else:
         visible = jnp.broadcast_to(visible[:, None], (visible.shape[0], group, visible.shape[1]))[None]
     return visible.reshape(*visible.shape[:2], -1)

@@ -81,9 +81,7 @@ class Grains(NamedTuple):
 
         if self.fine is None or self.takes_fine is None:
             return in_grain(self.coarse)(carry)
-        return lax.cond(
-            at(self.takes_fine, row, number), in_grain(self.fine), in_grain(self.coarse), carry
-        )
+        return lax.cond(at(self.takes_fine, row, number), in_grain(self.fine), in_grain(self.coarse), carry)
 
 
 def grains_of(

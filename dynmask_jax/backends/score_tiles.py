@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, static
 from dynmask_jax.backends.blocks import Blocks, Cut, Heads, visible_columns, visible_rows
 from dynmask_jax.bias_algebra import by_group, learnable, score_pairs
+from dynmask_jax.find_codes import blocks_of
 from dynmask_jax.indexing import at, tree_at
-from dynmask_jax.plans import Plan, Tiles, blocks_of, tiles_of
+from dynmask_jax.plans import Plan, tiles_of
 from dynmask_jax.scores import Scores
+from dynmask_jax.tiles import Tiles
 
 
 class Place(NamedTuple):
@@ -95,7 +97,7 @@ class ScoreTiles:
         def pairs(one_head):
             return score_pairs(one_head, q, k, keys_first=keys_first)
 
-        own, count = place.heads.of(bias, self.group), place.heads.count
+        own, count = place.heads.of(bias, self.group), place.heads.size
         tile = by_group(own, pairs, count * self.group, count)  # [k, G, …]
         tile = jnp.broadcast_to(tile, (tile.shape[0], self.group, *tile.shape[2:]))
         if keys_first:

@@ -1,8 +1,9 @@
 """Attention in plain XLA: a loop over the plan's active blocks, forward and backward.
 
-Runs wherever XLA does. Each line of blocks is worked through in the grain that costs it less (`grains`).
-Memory is O(T): one tile of logits lives at a time, and the residuals are q, k, v, out and lse. The mask is evaluated in the blocks to test alone. Sums are taken in one fixed order, so
-results are the same bit for bit from run to run.
+Runs wherever XLA does. Each line of blocks is worked in the grain that costs it less (`grains`). Memory is
+O(T): one tile of logits lives at a time, and the residuals are q, k, v, out and lse. The mask is evaluated in
+the blocks to test alone. Sums are taken in one fixed order, so results are the same bit for bit from run to
+run.
 
 Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691.
 """

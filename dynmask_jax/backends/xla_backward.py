@@ -47,7 +47,10 @@ def gradients(scores, saved, cotangents):
         b, j = row_and_block(number, plan.codes.shape[2])
         row = b if plan.rows > 1 else 0
         return grains.over_line(
-            lambda grain: functools.partial(_key_block, scores, grain, (queries, keys), (b, row)), totals, row, j
+            lambda grain: functools.partial(_key_block, scores, grain, (queries, keys), (b, row)),
+            totals,
+            row,
+            j,
         )
 
     d_q = jnp.zeros((q.shape[0], queries[0].x.shape[1], heads[1], q.shape[3], group * cut_q.size), wide)
@@ -83,9 +86,9 @@ def _key_block(scores, grain: Grain, blocks: tuple, place: tuple, totals: tuple,
         return d_q, d_bias, d_k, d_v
 
     start = (*totals, *vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys, on_tiles))
-    *totals, d_k, d_v = over_active(at(grain.codes, row, j), add, start)
+    *sums, d_k, d_v = over_active(at(grain.codes, row, j), add, start)
     of = zip(of_keys, (d_k, d_v), strict=True)
-    return tuple(totals), tuple(x.tokens(rows, grain.blocks_k).astype(x.x.dtype) for x, rows in of)
+    return tuple(sums), tuple(x.tokens(rows, grain.blocks_k).astype(x.x.dtype) for x, rows in of)
 
 
 def _add_rows(total: Float[Array, "B blocks K H rows"], tile: Float[Array, "k H rows"], b, part, group: int):
@@ -97,7 +100,7 @@ def _add_rows(total: Float[Array, "B blocks K H rows"], tile: Float[Array, "k H 
     start, count, heads = part
     tile = tile.reshape(*tile.shape[:2], group, count, -1)
     tile = jnp.moveaxis(tile, 3, 0).reshape(1, count, *tile.shape[:2], total.shape[4])
-    place = [jnp.asarray(each, jnp.int32) for each in (b, start, heads.part * heads.count, 0, 0)]
+    place = [jnp.asarray(each, jnp.int32) for each in (b, start, heads.part * heads.size, 0, 0)]
     return lax.dynamic_update_slice(total, lax.dynamic_slice(total, place, tile.shape) + tile, place)
 
 

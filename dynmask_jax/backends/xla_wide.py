@@ -82,7 +82,9 @@ def gradients(scores, saved, cotangents):
     """The gradients of q, k, v and the bias from those of out and lse."""
     (q, k, v, plan, *_), of = saved, _Operands(scores, saved, cotangents)
     q_blocks, k_blocks = of.of_queries[0], of.of_keys[0]
-    q_numbers, k_numbers = (jnp.arange(x.x.shape[0] * x.x.shape[1], dtype=jnp.int32) for x in (q_blocks, k_blocks))
+    q_numbers, k_numbers = (
+        jnp.arange(x.x.shape[0] * x.x.shape[1], dtype=jnp.int32) for x in (q_blocks, k_blocks)
+    )
     columns = plan.codes.swapaxes(1, 2)
 
     def query_line(number):

@@ -14,6 +14,8 @@ References: Liu et al. 2023, "Ring Attention", arXiv:2310.01889; the partial res
 Milakov & Gimelshein 2018, arXiv:1805.02867.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +25,7 @@ from dynmask_jax.block_codes import SKIP
 from dynmask_jax.context.arcs import shortest_arcs
 from dynmask_jax.context.sequence_axis import SequenceAxis, with_gradients
 from dynmask_jax.online_softmax import Partial, merge, normalize
-from dynmask_jax.plans import Plan, plan
+from dynmask_jax.plans import Plan, plan_like
 from dynmask_jax.scores import Scores
 from dynmask_jax.vma import agreed, vary_like
 
@@ -112,10 +114,14 @@ def part(local: Plan, owner, shards: int) -> Plan:
     size = local.lengths[1] // shards
     tokens = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, owner * size, size, axis=1), local.kv_tokens)
     if size % local.block_k:  # the shard is cut into blocks of its own
-        return plan(local.mask, local.q_tokens, tokens, block_q=local.block_q, block_k=local.block_k)
-    blocks = size // local.block_k
-    codes = lax.dynamic_slice_in_dim(local.codes, owner * blocks, blocks, axis=2)
-    return Plan(local.mask, local.q_tokens, tokens, codes, local.block_q, local.block_k)
+        return plan_like(local, local.mask, local.q_tokens, tokens)
+
+    def of_owner(codes):
+        blocks = codes.shape[2] // shards
+        return lax.dynamic_slice_in_dim(codes, owner * blocks, blocks, axis=2)
+
+    codes, fine = jax.tree.map(of_owner, (local.codes, local.fine))
+    return replace(local, kv_tokens=tokens, codes=codes, fine=fine)
 
 
 def arcs(

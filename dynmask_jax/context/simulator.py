@@ -19,9 +19,10 @@ from dynmask_jax.context.costs import Attended, Cost, cost
 from dynmask_jax.context.layouts import LAYOUTS, check_length, default_stripe, fits, lay_out, layout_order
 from dynmask_jax.context.machines import V5P, Heads, Machine
 from dynmask_jax.curricula import Curriculum
+from dynmask_jax.find_codes import blocks_of
 from dynmask_jax.mask_algebra import Mask
 from dynmask_jax.partitioning import STRATEGIES
-from dynmask_jax.plans import blocks_of, plan
+from dynmask_jax.plans import plan
 from dynmask_jax.tokens import Tokens
 
 EVEN = 1.15
