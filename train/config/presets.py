@@ -28,7 +28,6 @@ def demo() -> Run:
         base(),
         name="demo",
         steps=800,
-        block=128,
         model=Model(layers=2, width=64, heads=2, kv_heads=1, hidden=192),
         data=Data(rows="chunked"),
         optimizer=Optimizer(learning_rate=5e-3, warmup=0.02),
@@ -51,7 +50,6 @@ def lm_8k() -> Run:
         base(),
         name="lm-8k",
         steps=20_000,
-        block=512,
         model=Model(
             layers=12,
             width=768,

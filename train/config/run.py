@@ -40,8 +40,9 @@ class Run:
     Optimizer, learning rate, curriculum and data begin anew. None: random weights."""
     seed: int = 0
     """Seed of the initial weights and of the order of documents and rows."""
-    block: int = 256
-    """Tokens in a block of attention; a block of keys that no query of a block sees is skipped."""
+    block: int | None = None
+    """Tokens in a block of attention; a block of keys that no query of a block sees is skipped. None: the
+    platform's blocks, and small ones where little is shown: chosen while it runs."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     summarize: Summarize = field(default_factory=Summarize)

@@ -25,6 +25,9 @@ from train.evaluate.sampling import next_tokens
 from train.model.transformer import Cache, Transformer
 from train.step.program import Program
 
+ROUNDED_TO = 128
+"""Tokens, of which lengths are multiples where a run leaves the blocks of its plans open."""
+
 
 @pytree
 class Prompts:
@@ -66,7 +69,7 @@ class Generator:
       plans: `(mask, queries, keys) -> plans` of every reach, as `Masks.plans`.
       mask: what is seen; that of the end of training, `Masks.full`.
       end: the token that ends a text.
-      block: lengths are rounded up to multiples of it; that of the plans.
+      block: lengths are rounded up to multiples of it: of the blocks of the plans, where the run says which.
       boundary: the position of a prompt's last token, where the task gives it one (`summarize`); None:
         prompts start at position 0.
     """
@@ -90,7 +93,15 @@ class Generator:
         """
         run = program.run
         boundary = task_of(run).boundary(run)
-        return cls(program.graph, params, program.masks.plans, program.masks.full, end, run.block, boundary)
+        return cls(
+            program.graph,
+            params,
+            program.masks.plans,
+            program.masks.full,
+            end,
+            run.block or ROUNDED_TO,
+            boundary,
+        )
 
     def generate(
         self, prompts: Sequence[np.ndarray], options: Generation = Generation(), key: Array | None = None

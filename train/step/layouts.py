@@ -10,6 +10,7 @@ from dynmask_jax.array_typing import Int
 from dynmask_jax.context.layouts import layout_order
 from dynmask_jax.context.machines import Heads, machine_of
 from dynmask_jax.context.simulator import balance
+from dynmask_jax.plans import default_blocks
 from train.config.run import Run
 from train.data.batch import Batch
 from train.step.program import Program
@@ -110,7 +111,7 @@ def _pick(program: Program, example: Batch, mask: Mask) -> tuple[str, Order | No
         masks.get("global", masks[shape.pattern[0]]),
         _tokens(run, example),
         run.mesh.context,
-        block=run.block,
+        block=run.block or default_blocks()[0],
         heads=Heads(shape.heads, shape.kv_heads, shape.width // shape.heads, jnp.dtype(shape.dtype)),
         machine=machine_of(program.placement.devices[0]),
         strategies=(run.mesh.strategy,),

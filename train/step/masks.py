@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from dynmask_jax import Mask, Tokens, Window, plan
 from dynmask_jax.array_typing import Array, Float
 from dynmask_jax.context.parallel import Travel
+from dynmask_jax.plans import default_blocks
 from train.config.run import Run
 from train.config.sections import Reach
 from train.data.batch import Batch
@@ -59,7 +60,9 @@ class Masks:
 
     def plans(self, mask: Mask, tokens: Tokens, kv_tokens: Tokens | None = None) -> Plans:
         """The plan of each reach in the model's pattern; by default the keys' tokens are the queries'."""
-        block = min(self.run.block, self.run.data.length // self.placement.token_parts)  # within a device
+        block, part = self.run.block, self.run.data.length // self.placement.token_parts
+        if block is not None or part < max(default_blocks()):
+            block = min(part, *default_blocks() if block is None else (block,))  # within a device
         return {
             reach: self.placement.place_plan(plan(shown, tokens, kv_tokens, block_q=block, block_k=block))
             for reach, shown in self.by_reach(mask).items()
