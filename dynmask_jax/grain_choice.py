@@ -42,26 +42,29 @@ class Fine:
         """Of queries and keys in a block."""
         return self.block_q * self.block_k
 
-    def active(self, codes: Int[Array, "R Tb Sb"], *, by_keys: bool = False) -> Float[Array, "R lines"]:
-        """How many small blocks are not skipped in each line of the plan's codes."""
-        fine, lines = (x.shape[2] if by_keys else x.shape[1] for x in (self.codes, codes))
-        counts = (self.codes != SKIP).sum(axis=1 if by_keys else 2).astype(jnp.float32)
-        by = -(-fine // lines)
-        return jnp.pad(counts, ((0, 0), (0, lines * by - fine))).reshape(-1, lines, by).sum(axis=2)
+    def active(self, lines: int, *, by_keys: bool = False) -> Float[Array, "R lines"]:
+        """How many small blocks are not skipped in each of so many lines of the plan's blocks."""
+        counts = active_in_lines(self.codes, by_keys=by_keys)
+        by = -(-counts.shape[1] // lines)
+        return jnp.pad(counts, ((0, 0), (0, lines * by - counts.shape[1]))).reshape(-1, lines, by).sum(axis=2)
 
     def cheaper(
-        self, codes: Int[Array, "R Tb Sb"], blocks: tuple[int, int], *, by_keys: bool = False
+        self, whole: Float[Array, "R lines"], pairs: int, *, by_keys: bool = False
     ) -> Bool[Array, "R lines"]:
         """Which lines cost less in small blocks.
 
         Args:
-          codes: of the plan's blocks.
-          blocks: queries and keys in one of those.
+          whole: how many of the plan's blocks are computed in each line.
+          pairs: of queries and keys in one of those.
           by_keys: lines are of keys, not of queries.
         """
-        whole = (codes != SKIP).sum(axis=1 if by_keys else 2).astype(jnp.float32)
-        in_small = self.active(codes, by_keys=by_keys) * (self.cost * (self.pairs + STEP))
-        return in_small < whole * (blocks[0] * blocks[1] + STEP)
+        in_small = self.active(whole.shape[1], by_keys=by_keys) * (self.cost * (self.pairs + STEP))
+        return in_small < whole * (pairs + STEP)
+
+
+def active_in_lines(codes: Int[Array, "*R Tb Sb"], *, by_keys: bool = False) -> Float[Array, "*R lines"]:
+    """How many blocks of each line are not skipped."""
+    return (codes != SKIP).sum(axis=-2 if by_keys else -1).astype(jnp.float32)
 
 
 def fine_blocks(

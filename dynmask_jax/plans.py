@@ -16,7 +16,7 @@ import numpy as np
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
 from dynmask_jax.block_codes import FULL, SKIP, TEST, over_blocks, picture
 from dynmask_jax.find_codes import blocks_of, find_codes
-from dynmask_jax.grain_choice import FINE_COST, Fine, fine_blocks, joined
+from dynmask_jax.grain_choice import FINE_COST, Fine, active_in_lines, fine_blocks, joined
 from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.mask_algebra import Mask, check_mask, head_count
 from dynmask_jax.platforms import defaults_of
@@ -74,7 +74,8 @@ class Plan:
         """Which lines of blocks cost less in small blocks than in the plan's, by `Fine.cheaper`."""
         if self.fine is None:
             return jnp.zeros((self.rows, self.codes.shape[2 if by_keys else 1]), bool)
-        return self.fine.cheaper(self.codes, (self.block_q, self.block_k), by_keys=by_keys)
+        whole = active_in_lines(self.codes, by_keys=by_keys)
+        return self.fine.cheaper(whole, self.block_q * self.block_k, by_keys=by_keys)
 
     @property
     def rows(self) -> int:
@@ -97,10 +98,11 @@ class Plan:
         Backend "xla" computes these, each line in its grain; the others compute the plan's blocks, "tpu" the
         strips of them that show anything.
         """
-        in_blocks = (self.codes != SKIP).sum(axis=2).astype(jnp.float32) * (self.block_q * self.block_k)
+        in_blocks = active_in_lines(self.codes) * (self.block_q * self.block_k)
         if self.fine is None:
             return in_blocks.sum()
-        return jnp.where(self.takes_fine(), self.fine.active(self.codes) * self.fine.pairs, in_blocks).sum()
+        in_small = self.fine.active(in_blocks.shape[1]) * self.fine.pairs
+        return jnp.where(self.takes_fine(), in_small, in_blocks).sum()
 
     def visible_pairs(self) -> Float[Array, ""]:
         """How many pairs the mask shows, over all rows, as the mean over heads.
