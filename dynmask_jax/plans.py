@@ -32,7 +32,8 @@ def default_blocks(platform: str | None = None) -> tuple[int, int]:
     512 by 512. Measured on two CPU cores, 4,096 tokens causal, 8 heads of 64, milliseconds forward and
     forward + backward: 512 by 512 take 160 and 490, 512 by 256 162 and 501, 256 by 512 182 and 515, 1,024
     by 512 170 and 557, 256 by 256 246 and 758. XLA spreads a matrix product over the cores only from about
-    256 by 512 on, so smaller blocks skip more and still take longer, down to windows of 512 in 16,384.
+    256 by 512 on. So lines that show much are worked in these blocks, and others in small ones: on a CPU
+    in 64 by 64, see `plan`.
 
     128 by 128 on a GPU: as many tokens as a tile of its kernels.
     """
@@ -47,7 +48,8 @@ class Plan:
       mask: the mask.
       q_tokens, kv_tokens: the queries `[R, T]` and keys `[R, S]`; R is B, or 1 for all rows alike.
       codes: `[R, Tb, Sb]` int8: 0 skip, 1 test, 2 full. With per-head leaves, a block is skipped
-        where every head skips it, and full where it is full for every head.
+        where every head skips it, and full where it is full for every head; backend "xla" finds the codes of
+        each head in large blocks, and skips by them.
       block_q, block_k: tokens in a block of queries and of keys; the last block may be ragged.
       fine: codes of small blocks too, for lines that show little; None where block sizes were given.
 

@@ -140,6 +140,19 @@ def test_heads_in_a_tile():
     assert heads(256, kv_heads=8, group=4) == 1
 
 
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_heads_skip_what_other_heads_show(by_keys):
+    """Each key head has the codes of its own query heads; one that sees all costs the others nothing."""
+    tokens, lengths = Tokens.sequence(256), [256, 20, 40, 10]
+    the_plan = plan_in(Causal() & Window(jnp.array(lengths)), tokens, tokens, blocks=(32, 32))
+    codes = grains_of(Scores(None, None, 1.0, None), the_plan, (4, 2), by_keys=by_keys).coarse.codes
+    assert codes.shape == (1, 2, 8, 8)
+    for head, longest in enumerate((256, 40)):
+        alone = plan_in(Causal() & Window(longest), tokens, tokens, blocks=(32, 32)).codes[0]
+        own = codes[0, head].T if by_keys else codes[0, head]
+        np.testing.assert_array_equal(own != SKIP, alone != SKIP)
+
+
 @given(mask=masks())
 @settings(max_examples=examples(8, thorough=200), deadline=None)
 def test_codes_of_both_grains_are_sound(mask):
