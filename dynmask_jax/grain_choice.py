@@ -12,8 +12,8 @@ from dynmask_jax.block_codes import FULL, SKIP, TEST
 MOST_FINE = 2**22
 """Small blocks of a plan: beyond it they are made larger. Each costs the plan as much as a block does."""
 FINE_COST = 1.4
-"""What a pair costs in a small block, where one in a block of 512 by 512 costs 1: from 1.0 to 1.9 was measured,
-the more, the more of both cores were free (AMD, AVX2; docs/benchmarks.md)."""
+"""What a pair costs in a small block, where one in a block of 512 by 512 costs 1. From 1.0 to 1.9 was
+measured, the more, the more of both cores were free (AMD, AVX2; docs/benchmarks.md)."""
 STEP = 1_000
 """How many pairs cost as much as what a block costs beside its pairs."""
 
