@@ -5,12 +5,13 @@ line's count of either, made from the codes while the program runs.
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree, static
 from dynmask_jax.block_codes import FULL, SKIP, TEST
 
 MOST_FINE = 2**22
-"""Small blocks of a plan: beyond it they are made larger. Each costs the plan as much as a block does."""
+"""Readings of a mask over small blocks: beyond it they are made larger."""
 FINE_COST = 1.4
 """What a pair costs in a small block, where one in a block of 512 by 512 costs 1. From 1.0 to 1.9 was
 measured, the more, the more of both cores were free (AMD, AVX2; docs/benchmarks.md)."""
@@ -68,21 +69,36 @@ def active_in_lines(codes: Int[Array, "*R Tb Sb"], *, by_keys: bool = False) -> 
     return (codes != SKIP).sum(axis=-2 if by_keys else -1).astype(jnp.float32)
 
 
+def check_fine_cost(cost: float | None, *, fixed: bool) -> float:
+    """What a pair in a small block costs; refuses what is none, and any where block sizes are `fixed`."""
+    if cost is None:
+        return FINE_COST
+    if isinstance(cost, bool) or not isinstance(cost, int | float | np.number):
+        raise TypeError(f"fine_cost must be a Python number, got {cost!r}")
+    if not cost >= 0:
+        raise ValueError(f"fine_cost must be at least 0, got {cost}")
+    if fixed:
+        raise ValueError("fine_cost is for a plan that chooses its grain: block_q and block_k fix it")
+    return float(cost)
+
+
 def fine_blocks(
-    sizes: tuple[int, int], blocks: tuple[int, int], lengths: tuple[int, int]
+    sizes: tuple[int, int], blocks: tuple[int, int], lengths: tuple[int, int], readings: int = 1
 ) -> tuple[int, int] | None:
     """Queries and keys in a small block of a plan in `blocks`, for `lengths`; None where it has one grain.
 
-    As `sizes` say, or doubled until there are at most `MOST_FINE`. A side whose blocks are not made of whole
-    small ones has one grain, as has a plan of a single block.
+    As `sizes` say, or doubled until a mask, read over each `readings` times (for rows and heads), is read at
+    most `MOST_FINE` times. A side whose blocks are not made of whole small ones has one grain, as has a plan
+    of a single block, and one whose small blocks would hold fewer pairs than a step of the loop costs: of
+    one query, say.
     """
     if lengths[0] <= blocks[0] and lengths[1] <= blocks[1]:
         return None
     fine_q, fine_k = sizes
-    while lengths[0] * lengths[1] > MOST_FINE * fine_q * fine_k:
+    while readings * lengths[0] * lengths[1] > MOST_FINE * fine_q * fine_k:
         fine_q, fine_k = 2 * fine_q, 2 * fine_k
     fine = _dividing(fine_q, blocks[0]), _dividing(fine_k, blocks[1])
-    return None if fine == blocks else fine
+    return None if fine == blocks or fine[0] * fine[1] < STEP else fine
 
 
 def _dividing(size: int, block: int) -> int:

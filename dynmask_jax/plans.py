@@ -16,7 +16,7 @@ import numpy as np
 from dynmask_jax.array_typing import Array, Bool, Float, Int, is_traced, pytree, static
 from dynmask_jax.block_codes import FULL, SKIP, TEST, over_blocks, picture
 from dynmask_jax.find_codes import blocks_of, find_codes
-from dynmask_jax.grain_choice import FINE_COST, Fine, active_in_lines, fine_blocks, joined
+from dynmask_jax.grain_choice import FINE_COST, Fine, active_in_lines, check_fine_cost, fine_blocks, joined
 from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.mask_algebra import Mask, check_mask, head_count
 from dynmask_jax.platforms import defaults_of
@@ -185,32 +185,26 @@ def plan(
     check_tokens(q_tokens, kv_tokens)
     head_count(mask)  # refuses leaves that do not fit together
     fixed = block_q is not None or block_k is not None
-    cost = _fine_cost(fine_cost, fixed=fixed)
+    cost = check_fine_cost(fine_cost, fixed=fixed)
     default_q, default_k = default_blocks()
     block_q = min(block_size("block_q", default_q if block_q is None else block_q), q_tokens.shape[-1])
     block_k = min(block_size("block_k", default_k if block_k is None else block_k), kv_tokens.shape[-1])
     blocks, size = (block_q, block_k), None if fixed else defaults_of().fine
-    fine = size and fine_blocks((size, size), blocks, (q_tokens.shape[-1], kv_tokens.shape[-1]))
+    fine = size and fine_blocks((size, size), blocks, *_size_of(mask, q_tokens, kv_tokens))
     return plan_in(mask, q_tokens, kv_tokens, blocks=blocks, fine=fine, cost=cost)
 
 
-def _fine_cost(cost: float | None, *, fixed: bool) -> float:
-    if cost is None:
-        return FINE_COST
-    if isinstance(cost, bool) or not isinstance(cost, int | float | np.number):
-        raise TypeError(f"fine_cost must be a Python number, got {cost!r}")
-    if not cost >= 0:
-        raise ValueError(f"fine_cost must be at least 0, got {cost}")
-    if fixed:
-        raise ValueError("fine_cost is for a plan that chooses its grain: block_q and block_k fix it")
-    return float(cost)
+def _size_of(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens) -> tuple[tuple[int, int], int]:
+    """T and S, and how many times a mask is read over each block: for every row and head."""
+    rows = max(tokens.shape[0] if len(tokens.shape) == 2 else 1 for tokens in (q_tokens, kv_tokens))
+    return (q_tokens.shape[-1], kv_tokens.shape[-1]), rows * (head_count(mask) or 1)
 
 
 def plan_like(whole: Plan, mask: Mask, q_tokens: Tokens, kv_tokens: Tokens) -> Plan:
     """A plan for other tokens, in the blocks of `whole`, small ones too where they divide those."""
-    lengths = q_tokens.shape[-1], kv_tokens.shape[-1]
+    lengths, readings = _size_of(mask, q_tokens, kv_tokens)
     blocks = min(whole.block_q, lengths[0]), min(whole.block_k, lengths[1])
-    fine = whole.fine and fine_blocks(whole.fine.blocks, blocks, lengths)
+    fine = whole.fine and fine_blocks(whole.fine.blocks, blocks, lengths, readings)
     cost = whole.fine.cost if whole.fine else FINE_COST
     return plan_in(mask, q_tokens, kv_tokens, blocks=blocks, fine=fine, cost=cost)
 

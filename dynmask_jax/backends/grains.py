@@ -14,6 +14,7 @@ from jax import lax
 from dynmask_jax.array_typing import Array, Bool, Int, pytree, static
 from dynmask_jax.backends.blocks import Cut, Heads
 from dynmask_jax.backends.score_tiles import ScoreTiles, score_tiles
+from dynmask_jax.block_codes import SKIP
 from dynmask_jax.find_codes import find_codes
 from dynmask_jax.grain_choice import active_in_lines
 from dynmask_jax.indexing import at, row_and_block
@@ -101,7 +102,7 @@ def grains_of(
       scores, plan: of the call.
       heads: N and K.
       by_keys: lines are of keys, columns of queries.
-      all_heads: tiles have all heads, whatever their size.
+      all_heads: tiles have all heads, whatever their size, and the plan's blocks are the only grain.
     """
     group, by_head = heads[0] // heads[1], head_count(plan.mask) is not None and not all_heads
 
@@ -118,7 +119,7 @@ def grains_of(
     codes = _codes_by_head(plan, heads[1]) if by_head else plan.codes[:, None]
     blocks = cuts[0].tile, cuts[1].tile
     coarse = grain(plan, codes, 1 if by_head else in_tile(plan), 1, blocks)
-    if fine is None or plan.fine is None:
+    if fine is None or plan.fine is None or all_heads:
         return Grains(coarse, None, None)
     # Small blocks are of many heads, which see about the same few of them.
     small = grain(fine, fine.codes[:, None], in_tile(fine), cuts[by_keys].tile, (1, 1))
@@ -133,7 +134,7 @@ def _codes_by_head(plan: Plan, key_heads: int) -> Int[Array, "R K Tb Sb"]:
     def of_head(part):
         mask = Heads(part, 1).of(plan.mask, (head_count(plan.mask) or key_heads) // key_heads)
         found = find_codes(mask, queries, keys, (plan.block_q, plan.block_k))
-        return jnp.minimum(found, plan.codes)
+        return jnp.where(plan.codes == SKIP, plan.codes, found)
 
     return jax.vmap(of_head, out_axes=1)(jnp.arange(key_heads, dtype=jnp.int32))
 

@@ -280,7 +280,7 @@ def test_a_narrower_plan_narrows_both_grains():
     [
         ((512, 512), (4096, 4096), (64, 64)),
         ((512, 512), (512, 512), None),
-        ((1, 512), (1, 4096), (1, 64)),
+        ((1, 512), (1, 4096), None),
         ((512, 300), (1000, 300), (64, 300)),
         ((512, 512), (2**18, 2**18), (128, 128)),
         ((512, 512), (2**20, 2**20), None),
@@ -290,6 +290,11 @@ def test_small_blocks_by_length(blocks, lengths, expected):
     assert fine_blocks((64, 64), blocks, lengths) == expected
     if expected is not None:
         assert lengths[0] * lengths[1] <= MOST_FINE * expected[0] * expected[1]
+
+
+def test_rows_and_heads_count_as_readings():
+    assert fine_blocks((64, 64), (512, 512), (2**16, 2**16), readings=4) == (64, 64)
+    assert fine_blocks((64, 64), (512, 512), (2**16, 2**16), readings=5) == (128, 128)
 
 
 def test_block_sizes_fix_the_grain():
