@@ -110,6 +110,9 @@ def joined(codes: Int[Array, "R tb sb"], by: tuple[int, int]) -> Int[Array, "R T
     pad = ((0, 0), *((0, -size % n) for size, n in zip(codes.shape[1:], by, strict=True)))
     codes = jnp.pad(codes, pad, constant_values=SKIP)
     rows, tb, sb = codes.shape
-    parts = codes.reshape(rows, tb // by[0], by[0], sb // by[1], by[1])
-    least, most = parts.min(axis=(2, 4)), parts.max(axis=(2, 4))
+    # One axis at a time: JAX splits no two of a global array whose mesh has explicit axes.
+    by_lines = codes.reshape(rows, tb // by[0], by[0], sb)
+    by_blocks = (rows, tb // by[0], sb // by[1], by[1])
+    least = by_lines.min(axis=2).reshape(by_blocks).min(axis=3)
+    most = by_lines.max(axis=2).reshape(by_blocks).max(axis=3)
     return jnp.where(least == FULL, FULL, jnp.where(most == SKIP, SKIP, TEST)).astype(codes.dtype)

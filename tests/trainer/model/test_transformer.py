@@ -144,9 +144,12 @@ def test_remat_drops_the_same_again(layers):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layers", mostly([4, 8], [4]))
+@pytest.mark.parametrize("layers", mostly([6, 8], [6]))
 def test_remat_keeps_less(layers):
-    """The lesser the policy, the fewer bytes the backward pass waits with."""
+    """The lesser the policy, the fewer bytes the backward pass waits with.
+
+    Of layers in a loop: those of few XLA for CPU computes anew right away, and keeps them.
+    """
     seen, tokens = plans(Causal()), jnp.tile(TOKENS, (64, 1))
 
     def temporary(remat):
