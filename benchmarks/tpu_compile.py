@@ -27,6 +27,10 @@ from train.aot.topology import WITHOUT_TPU
 _WITHOUT_DEVICES = {"JAX_PLATFORMS": "cpu", **WITHOUT_TPU}
 _COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 _SUMMARY = "schedule-analysis_final_bundles"
+_SCHEDULE, _FINAL = "packed-bundles-post-ra", "final_bundles"
+_USE = "pre-delay_hlo-static-per-bundle-utilization"
+_DUMPS = _SCHEDULE, _FINAL, _USE
+"""What is read; to write what every pass of the compiler leaves behind takes longer than to compile."""
 
 
 def kernels(topology: str, target: str, options: dict | None = None) -> dict[str, Kernel]:
@@ -38,6 +42,7 @@ def kernels(topology: str, target: str, options: dict | None = None) -> dict[str
     """
     with tempfile.TemporaryDirectory() as dumps:
         flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
+        flags += f" --xla_jf_dump_llo_pass_label_regex=.*({'|'.join(_DUMPS)}).*"
         _in_a_process(topology, target, options, {"LIBTPU_INIT_ARGS": flags})
         return read(Path(dumps))
 
@@ -80,10 +85,10 @@ def read(dumps: Path) -> dict[str, Kernel]:
         prefix = summary.name.split(name[1])[0] + name[1]
         short = re.sub(r"\.\d+$", "", name[1])
         schedule, final = (
-            _text(dumps, prefix, "packed-bundles-post-ra"),
-            _text(dumps, prefix, "final_bundles"),
+            _text(dumps, prefix, _SCHEDULE),
+            _text(dumps, prefix, _FINAL),
         )
-        use = _text(dumps, prefix, "pre-delay_hlo-static-per-bundle-utilization")
+        use = _text(dumps, prefix, _USE)
         blocks = blocks_of(schedule)
         kernel = Kernel(blocks, folded(blocks, schedule, final), utilization_of(use))
         found[name[1] if short in found else short] = kernel

@@ -9,17 +9,10 @@ from importlib.util import find_spec
 from itertools import groupby, product
 from operator import itemgetter
 
-import jax
-import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-
 from benchmarks.markdown import ratio, table
+from benchmarks.tpu_attention import BLOCK, HEADS, STRIP
 from benchmarks.tpu_compile import kernels
 from benchmarks.vliw import Step
-from dynmask_jax import ALiBi, Causal, Dropout, Tokens, Window, attention, plan
-
-HEADS, BLOCK = 8, 512
 
 # Multiply-adds per cycle and core: MXUs × rows × columns, from Google Cloud's pages on each TPU version
 # (they agree with the published peaks of v4, v5e and v5p at 1.05, 1.5 and 1.75 GHz).
@@ -36,78 +29,48 @@ class Pass:
 
 PASSES = {
     "forward": Pass(("fwd", "forward"), 2),
+    "backward": Pass(("dkv", "backward"), 5),
     "dq": Pass(("dq",), 3),
     "dkv": Pass(("dkv",), 4),
 }
+
+FULL_AND_PARTIAL = ("full", "partial")
+STRIPS = ("full", "1 strip", "2 strips", "3 strips", "partial")
 
 
 @dataclass(frozen=True)
 class Program:
     """Attention and its gradient in one library, for `tpu_compile`: `target(tokens=, head_dim=, **options)`.
 
-    `paths` are the kinds of block its kernels have branches for, the kind with fewer comparisons first.
+    `paths` are, of each kernel, the kinds of block it has branches for, in the order of their comparisons.
     """
 
     library: str
     target: str
     options: dict[str, str]
-    paths: tuple[str, ...]
+    paths: dict[str, tuple[str, ...]]
+
+
+def _ours(library: str, forward: tuple[str, ...], backward: tuple[str, ...], **options: str) -> Program:
+    return Program(
+        library, "benchmarks.tpu_attention:ours", options, {"forward": forward, "backward": backward}
+    )
+
+
+def _splash(library: str, mask: str, path: str, *kernels: str) -> Program:
+    options = {"mask": mask, "backward": library}
+    return Program("splash", "benchmarks.tpu_attention:splash", options, dict.fromkeys(kernels, (path,)))
 
 
 PROGRAMS = (
-    Program("dynmask_jax", "benchmarks.tpu_schedule:ours", {}, ("full", "partial")),
-    Program("with ALiBi", "benchmarks.tpu_schedule:ours", {"scores": "bias"}, ("full", "partial")),
-    Program("with dropout", "benchmarks.tpu_schedule:ours", {"scores": "dropout"}, ("full", "partial")),
-    Program("splash", "benchmarks.tpu_schedule:splash", {"mask": "full"}, ("full",)),
-    Program("splash", "benchmarks.tpu_schedule:splash", {"mask": "causal"}, ("partial",)),
+    _ours("dynmask_jax", (*STRIPS[:3], "partial"), STRIPS, strips="of 128"),
+    _ours("with ALiBi", FULL_AND_PARTIAL, FULL_AND_PARTIAL, scores="bias"),
+    _ours("with dropout", FULL_AND_PARTIAL, FULL_AND_PARTIAL, scores="dropout"),
+    _splash("two kernels", "full", "full", "forward", "dq", "dkv"),
+    _splash("two kernels", "causal", "partial", "forward", "dq", "dkv"),
+    _splash("one kernel", "full", "full", "backward"),
+    _splash("one kernel", "causal", "partial", "backward"),
 )
-
-
-def ours(tokens: int, head_dim: int, scores: str | None = None):
-    """Our gradient under a causal window whose length is data: the program of a whole curriculum.
-
-    `scores` adds a "bias", `ALiBi` of constant slopes, or "dropout" of 0.1.
-    """
-
-    def attend(q, k, v, window, seed):
-        mask = Causal() & Window(window)
-        how = {"bias": ALiBi.for_heads(HEADS), "dropout": Dropout(0.1, seed)}
-        return attention(
-            q,
-            k,
-            v,
-            plan(mask, Tokens.sequence(tokens), block_q=BLOCK, block_k=BLOCK),
-            backend="tpu",
-            **({scores: how[scores]} if scores else {}),
-        )
-
-    array = jax.ShapeDtypeStruct((1, tokens, HEADS, head_dim), jnp.bfloat16)
-    data = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
-    return gradient(attend), (array, array, array, *data)
-
-
-def splash(mask: str, tokens: int, head_dim: int):
-    """Splash attention's gradient: its forward, dq and dkv kernels, and the shapes of q, k and v."""
-    shape = (tokens, tokens)
-    one_head = splash_mask.CausalMask(shape) if mask == "causal" else splash_mask.FullMask(shape)
-    sizes = splash_kernel.BlockSizes(
-        block_q=BLOCK,
-        block_kv=BLOCK,
-        block_kv_compute=BLOCK,
-        block_q_dkv=BLOCK,
-        block_kv_dkv=BLOCK,
-        block_kv_dkv_compute=BLOCK,
-        block_q_dq=BLOCK,
-        block_kv_dq=BLOCK,
-    )
-    heads = splash_mask.MultiHeadMask([one_head] * HEADS)
-    attend = splash_kernel.make_splash_mha(mask=heads, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    return gradient(attend), (jax.ShapeDtypeStruct((HEADS, tokens, head_dim), jnp.bfloat16),) * 3
-
-
-def gradient(attend):
-    """The gradient of the output's sum by q, k and v."""
-    return jax.grad(lambda *args: attend(*args).astype(jnp.float32).sum(), (0, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -131,22 +94,20 @@ def rows_of(program: Program, topology: str, tokens: int, head_dim: int) -> list
     """
     found = kernels(topology, program.target, {"tokens": tokens, "head_dim": head_dim} | program.options)
     rows = []
-    for way, way_pass in PASSES.items():
+    for way, paths in program.paths.items():
+        way_pass = PASSES[way]
         named = [name for name in found if any(part in name for part in way_pass.names)]
         if len(named) != 1:
             raise ValueError(f"{program.library}: one kernel for {way} expected, found {named} in {[*found]}")
         steps = sorted(found[named[0]].steps(), key=lambda step: step.compares)
-        if len(steps) != len(program.paths):
+        if len(steps) != len(paths):
             compares = [step.compares for step in steps]
-            raise ValueError(
-                f"{named[0]}: branches for {program.paths} expected, found {compares} comparisons"
-            )
+            raise ValueError(f"{named[0]}: branches for {paths} expected, found {compares} comparisons")
         rate = MXU_RATE.get(topology.split(":")[0])
         bound = rate and way_pass.matmuls * BLOCK * BLOCK * head_dim / rate
         where = (topology, tokens, head_dim, bound)
         rows += [
-            Row(program.library, way, path, *where, step)
-            for path, step in zip(program.paths, steps, strict=True)
+            Row(program.library, way, path, *where, step) for path, step in zip(paths, steps, strict=True)
         ]
     return rows
 
@@ -171,7 +132,8 @@ class Settings:
     head_dims: tuple[int, ...]
 
 
-QUICK = Settings(("v5e:2x2",), (4_096,), (128,))
+# Of fewer tokens the compiler keeps whole arrays in vector memory, where there are no copies to be seen.
+QUICK = Settings(("v5e:2x2",), (32_768,), (128,))
 FULL = Settings(("v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"), (32_768,), (128, 64))
 
 
@@ -193,7 +155,8 @@ def measure(settings: Settings, repeats: int) -> dict:
 LEGEND = f"""The TPU compiler's final schedule of one grid step that runs one block of {BLOCK} queries by
 {BLOCK} keys, {HEADS} heads, bfloat16, without a TPU and the same each time ({{compiler}}). A full block is
 computed without a mask; for splash that is a program without one, since under a mask function it masks every
-block that it runs. A partial block is masked.
+block that it runs. A partial block is masked, and where the plan has codes of small blocks, only the strips
+of {STRIP} keys that show anything are computed.
 
 - cycles: bundles in the schedule with waits counted; bundles: those left when waits are folded into them;
   idle: cycles of the same step with its block skipped, where it can be.
@@ -203,44 +166,84 @@ block that it runs. A partial block is masked.
 - the units: slots used over slots offered in those cycles; spill is the part of store that parks registers.
   Waits for memory, and stalls at run time, are in no schedule and not in these numbers.
 
-What limits them: the backward kernels wait for the MXU most of the time; what is left is the fixed part of
-a step (idle) and, on chips with one store slot a bundle, spilled registers. The forward kernel's chain from
-product to row maximum to exponential to product leaves the MXU waiting at either end of a block; larger
-blocks (`block_q=1024`) hide more of it and skip more coarsely."""
+Splash has two backward kernels, of seven matmuls together, or with `use_fused_bwd_kernel` one of five.
+That one writes a dq for each block of keys and adds them up outside, which takes memory in proportion to the
+square of the tokens; ours adds to one float32 dq in HBM, in proportion to the tokens. Backward of a full
+block, in cycles:"""
+
+LIMITS = """What limits them: the backward kernel waits for the MXU most of the time; what is left is the
+fixed part of a step (idle) and, on chips with one store slot a bundle, spilled registers. Its queries and
+gradients lie upright, so that with head dim 64 three of its five matmuls cost half. The forward kernel's
+chain from product to row maximum to exponential to product leaves the MXU waiting at either end of a block;
+larger blocks (`block_q=1024`) hide more of it and skip more coarsely. That chain takes as long for three
+strips as for four, so the forward kernel computes three as a whole block."""
 
 
 def section(results: dict) -> str:
-    """The rows as a table for each topology and shape, splash's beside ours."""
-    parts = [LEGEND.format(compiler=results["compiler"])]
-    columns = [
-        "kernel",
-        "block",
-        "library",
-        "cycles",
-        "of splash",
-        "bundles",
-        "idle",
-        "MXU bound",
-        "at peak",
-        *_UNITS,
-    ]
-    order = {name: place for place, name in enumerate(PASSES)}
+    """Backward beside splash's, strips, then the rows as a table for each topology and shape."""
     shape_of = itemgetter("topology", "tokens", "head_dim")
-    for shape, group in groupby(results["rows"], shape_of):
-        rows = sorted(group, key=lambda row: (order[row["kernel"]], row["path"], row["library"]))
-        splash_cycles = {
-            (r["kernel"], r["path"]): r["step"]["cycles"] for r in rows if r["library"] == "splash"
-        }
-        topology, tokens, head_dim = shape
+    shapes = {shape: _Cycles([*rows]) for shape, rows in groupby(results["rows"], shape_of)}
+    columns = ["topology", "head dim", "dynmask_jax", "splash, two kernels", "ours ÷ theirs"]
+    columns += ["splash, one kernel", "ours ÷ theirs"]
+    parts = [LEGEND.format(compiler=results["compiler"])]
+    parts.append(table(columns, [_backward(shape, cycles) for shape, cycles in shapes.items()]))
+    parts.append("A partial block of ours, in cycles, by how many of its four strips show anything:")
+    columns = ["topology", "head dim", "kernel", "1", "2", "3", "4", "full"]
+    lines = [
+        _strips(shape, cycles, way) for way in ("forward", "backward") for shape, cycles in shapes.items()
+    ]
+    parts += [table(columns, lines), LIMITS]
+    for (topology, tokens, head_dim), cycles in shapes.items():
         parts.append(f"{topology}, {tokens:,} tokens, head dim {head_dim}:")
-        parts.append(table(columns, [_cells(row, splash_cycles) for row in rows]))
+        parts.append(cycles.table())
     return "\n\n".join(parts)
 
 
-def _cells(row: dict, splash_cycles: dict) -> list[str]:
+def _backward(shape: tuple, cycles: "_Cycles") -> list[str]:
+    topology, _, head_dim = shape
+    mine = cycles.of("dynmask_jax", "backward", "full")
+    two, one = cycles.splash("backward", "full"), cycles.of("splash", "backward", "full")
+    return [topology, *map(str, (head_dim, mine, two)), ratio(mine, two), str(one), ratio(mine, one)]
+
+
+def _strips(shape: tuple, cycles: "_Cycles", way: str) -> list[str]:
+    topology, _, head_dim = shape
+    whole = cycles.of("dynmask_jax", way, "partial")
+    found = [cycles.find("dynmask_jax", way, path) or whole for path in (*STRIPS[1:], "full")]
+    return [topology, str(head_dim), way, *map(str, found)]
+
+
+class _Cycles:
+    """The rows of one topology and shape."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+        self.known = {(r["library"], r["kernel"], r["path"]): r["step"]["cycles"] for r in rows}
+
+    def find(self, library: str, kernel: str, path: str) -> int | None:
+        return self.known.get((library, kernel, path))
+
+    def of(self, library: str, kernel: str, path: str) -> int:
+        return self.known[library, kernel, path]
+
+    def splash(self, kernel: str, path: str) -> int:
+        """Splash's cycles for the kernel's work, backward in two kernels; for strips, those of all."""
+        path = path if path in FULL_AND_PARTIAL else "partial"
+        ways = ("dq", "dkv") if kernel == "backward" else (kernel,)
+        return sum(self.of("splash", way, path) for way in ways)
+
+    def table(self) -> str:
+        columns = ["kernel", "block", "library", "cycles", "of splash", "bundles", "idle"]
+        columns += ["MXU bound", "at peak", *_UNITS]
+        order = {name: place for place, name in enumerate(PASSES)}
+        paths = {name: place for place, name in enumerate(STRIPS)}
+        rows = sorted(self.rows, key=lambda r: (order[r["kernel"]], paths[r["path"]], r["library"]))
+        return table(columns, [_cells(row, self.splash(row["kernel"], row["path"])) for row in rows])
+
+
+def _cells(row: dict, theirs: int) -> list[str]:
     step = row["step"]
     idle = "–" if step["idle_cycles"] is None else str(step["idle_cycles"])
-    theirs = splash_cycles[row["kernel"], row["path"]]
     counts = [str(step["cycles"]), ratio(step["cycles"], theirs), str(step["bundles"]), idle]
     use = [f"{step['use'][unit]:.0%}" for unit in _UNITS.values()]
     bounds = [f"{step['mxu_bound']:.0f}", "–" if row["bound"] is None else f"{row['bound']:.0f}"]

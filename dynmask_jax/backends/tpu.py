@@ -1,8 +1,8 @@
 """Attention on TPU: Pallas kernels for Mosaic, forward here and backward in `tpu_backward`.
 
 The mask's own expression is traced inside the kernel, on the tokens of the tile, and asked only where
-the plan says that a block must be tested. On other platforms the kernels are interpreted: right, slow,
-for tests.
+the plan says that a block must be tested, and there of the strips alone that show anything. On other
+platforms the kernels are interpreted: right, slow, for tests.
 
 References: FlashAttention-2, Dao 2023, arXiv:2307.08691; the flat list of blocks as scalar prefetch
 follows JAX's splash attention and Pallas's block-sparse kernels.
@@ -43,7 +43,7 @@ class State:
 def _kernel(active, numbers, tokens, line, column, out, state, *, tile):
     (q, words), (k, v), (out, lse) = line, column, out
     head, step = pl.program_id(1), pl.program_id(2)
-    code, begins, ends = active.at(step)
+    _, begins, ends = active.at(step)
 
     @pl.when(begins)
     def _():
@@ -54,18 +54,19 @@ def _kernel(active, numbers, tokens, line, column, out, state, *, tile):
         state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
         state.weighted[...] = jnp.zeros(state.weighted.shape, jnp.float32)
 
-    of_tile = numbers, head, (state.tokens, tokens[1])
+    def add(hide, strips):
+        columns = strips.take(tokens[1], 1)
+        of_tile = numbers, head, (state.tokens, columns)
+        logits = tile.biased(tile.capped(dot(q[...], strips.take(k, 0), 1, 1)), *of_tile)
 
-    def keep(weights):
-        return (
-            weights if words is None else tile.kept_by_strip(weights, numbers, (state.words, tokens[1][3:]))
-        )
+        def keep(weights):
+            if words is None:
+                return weights
+            return tile.kept_by_strip(weights, numbers, (state.words, columns[3:]))
 
-    def add(hide):
-        logits = tile.biased(tile.capped(dot(q[...], k[...], 1, 1)), *of_tile)
-        _add(state, hidden(logits, hide), v[...], keep)
+        _add(state, hidden(logits, hide, of_tile), strips.take(v, 0), keep)
 
-    by_code(code, add, lambda logits: tile.hide(logits, *of_tile))
+    by_code(active, step, tile, add)
 
     @pl.when(ends)
     def _():

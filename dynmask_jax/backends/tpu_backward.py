@@ -1,10 +1,11 @@
-"""Gradients of the TPU backend: one kernel for dq, along lines of queries, one for dk and dv, of keys.
+"""Gradients of the TPU backend: one kernel along lines of keys gives dq, dk and dv, of five products a tile.
 
-A third one, of the bias, is a variant of that for dq.
+A tile of weights is computed anew from q, k and lse; nothing of size T·S is kept. dk and dv are summed in
+vector memory over a line, dq in HBM over the lines: see `tpu_sums`. Logits, lse and delta are as in
+`tpu_tile`: with delta = Σ out·d_out − d_lse, a logit's gradient is weight · (d_out·v − delta).
 
-Each computes its tile of weights anew from q, k and lse; nothing of size T·S is kept. Logits, lse and
-delta are as in `tpu_tile`: with delta = Σ out·d_out − d_lse, a logit's gradient is
-weight · (d_out·v − delta).
+Queries and gradients lie upright, `[H, tokens]`. So the three products that make gradients have H rows,
+and cost half as much where H is 64, half a matrix unit's width.
 
 Reference: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2.
 """
@@ -16,10 +17,10 @@ from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, pytree
 from dynmask_jax.backends.kernel_tile import LOG2E, Numbers, dot, of_shown
+from dynmask_jax.backends.tpu_bias import bias_gradients
 from dynmask_jax.backends.tpu_blocks import LANES, blocks_by_head, dropout_words, from_blocks, token_blocks
 from dynmask_jax.backends.tpu_grid import Columns, Kernel, Lines, block_type, sweep
-from dynmask_jax.backends.tpu_tile import TpuTile, by_code, hidden, in_lanes, keep_rows, widened
-from dynmask_jax.bias_algebra import learnable
+from dynmask_jax.backends.tpu_tile import TpuTile, by_code, hidden, keep_rows
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
@@ -38,144 +39,69 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     # Queries that fill a block up weigh nothing: their own logit, a bias alone, may be any number.
     shared = (level, jnp.inf), (delta, 0.0)
     shared = [blocks_by_head(x, plan.block_q, plan.rows, filling) for x, filling in shared]
-    queries += (jnp.stack(shared, axis=3), words.of_queries)
+    beside = jnp.stack(shared, axis=3), words.of_queries
     keys = tuple(blocks_by_head(x, plan.block_k, plan.rows) for x in (k, v))
+    upright = tuple(_turned(x) for x in queries)
+    (dk, dv), dq = _sweep(scores, plan, (*upright, *beside), Lines.of_keys(plan, words.of_keys, keys))
+    dq = (dq * scores.scale).astype(q.dtype)
     columns = Columns(token_blocks(plan.kv_tokens, plan.block_k, words.of_keys), keys)
-    dq = _sweep_queries(scores, plan, queries, columns)
-    dk, dv = _sweep_keys(scores, plan, queries, Lines.of_keys(plan, words.of_keys, keys))
     return (
-        from_blocks(dq, plan.block_q, q),
-        from_blocks(dk, plan.block_k, k),
-        from_blocks(dv, plan.block_k, v),
-        bias_gradients(scores, plan, queries, columns),
+        from_blocks(_turned(dq), plan.block_q, q),
+        from_blocks(_turned(dk), plan.block_k, k),
+        from_blocks(_turned(dv), plan.block_k, v),
+        bias_gradients(scores, plan, (*queries, *beside), columns),
     )
 
 
-@pytree
-class QueryState:
-    """What a line of queries keeps over its blocks of keys; level and delta are alike in all lanes."""
-
-    tokens: Array  # [2, bq, 128]
-    level: Array  # [bq, 128]
-    delta: Array  # [bq, 128]
-    words: Array | None  # [2, bq, 128]
-    sums: Array  # dq [bq, H], or the bias's gradients [leaves, 128]
-
-
-def _query_kernel(active, numbers, tokens, line, column, out, state, *, tile):
-    """Sums the gradients of queries, or those of the bias, over a line of queries."""
-    (q, d_out, shared, words), (k, v) = line, column
-    head, step = pl.program_id(1), pl.program_id(2)
-    code, begins, ends = active.at(step)
-    of_tile = numbers, head, (state.tokens, tokens[1])
-
-    @pl.when(begins)
-    def _():
-        keep_rows(state.tokens, tokens[0])
-        if words is not None:
-            keep_rows(state.words, words)
-        state.level[...] = in_lanes(shared[:1])
-        state.delta[...] = in_lanes(shared[1:])
-        state.sums[...] = jnp.zeros(state.sums.shape, jnp.float32)
-
-    def add(hide):
-        capped = tile.capped(dot(q[...], k[...], 1, 1))  # [bq, bk]
-        width = capped.shape[1]
-        logits = hidden(tile.biased(capped, *of_tile), hide)
-        weights = jnp.exp2(logits - widened(state.level[...], width))
-        d_weights = dot(d_out[...], v[...], 1, 1)
-        if words is not None:
-            d_weights = tile.kept_by_strip(d_weights, numbers, (state.words, tokens[1][3:]))
-        d_logits = weights * (d_weights - widened(state.delta[...], width))
-        if tile.of_bias:
-            state.sums[...] += tile.bias_gradients(of_shown(d_logits, weights, hide is not None), *of_tile)
-            return
-        d_products = of_shown(tile.slope(capped, d_logits), weights, hide is not None)
-        state.sums[...] += dot(d_products.astype(k.dtype), k[...], 1, 0)
-
-    by_code(code, add, lambda logits: tile.hide(logits, *of_tile))
-
-    @pl.when(ends)
-    def _():
-        sums = state.sums[...]
-        out[...] = sums if tile.of_bias else (sums * tile.scale).astype(out.dtype)
-
-
-def _sweep_queries(scores: Scores, plan: Plan, queries, columns: Columns, *, of_bias: bool = False):
-    heads, (bq, head_dim) = queries[0].shape[1], queries[0].shape[3:]
-    group = heads // columns.arrays[0].shape[1]
-    size, dtype = (bq, head_dim), queries[0].dtype
-    if of_bias:
-        size, dtype = (len(learnable(scores.bias)[0]), LANES), jnp.float32
-    kernel = Kernel(
-        body=functools.partial(_query_kernel, tile=TpuTile.of(scores, plan, of_bias=of_bias)),
-        name="dynmask_dbias" if of_bias else "dynmask_dq",
-        heads=heads,
-        inner=1,
-        column_head=lambda head, _: head // group,
-        out=block_type(size, dtype),
-        scratch=QueryState(
-            block_type((2, bq, LANES), jnp.int32),
-            block_type((bq, LANES)),
-            block_type((bq, LANES)),
-            None if scores.dropout is None else block_type((2, bq, LANES), jnp.int32),
-            block_type(size),
-        ),
-    )
-    return sweep(kernel, Numbers.of(scores, plan), Lines.of_queries(plan, queries), columns)
-
-
-def bias_gradients(scores: Scores, plan: Plan, queries, columns: Columns) -> list[Array]:
-    """Gradients of the bias's learnable leaves, by a kernel of its own.
-
-    Where nobody asks for them, as of an ALiBi's slopes that are constants, the compiler leaves it out.
-    """
-    leaves = learnable(scores.bias)[0]
-    if not leaves:
-        return []
-    found = _sweep_queries(scores, plan, queries, columns, of_bias=True)  # [O, N, L, leaves, 128]
-    by_head = found.sum(axis=(0, 2, 4))
-    return [by_head[:, at] if jnp.ndim(leaf) else by_head[:, at].sum() for at, leaf in enumerate(leaves)]
+def _turned(blocks: Array) -> Array:
+    return blocks.swapaxes(3, 4)
 
 
 @pytree
-class KeyState:
+class State:
     """What a line of keys gathers over its blocks of queries and the heads of its group."""
 
-    tokens: Array  # [2, bk, 128]
-    dk: Array  # [bk, H]
-    dv: Array  # [bk, V]
+    tokens: Array  # [2, bk, 128]; 3 where keys may be filling
+    k_upright: Array  # [H, bk]
+    dk: Array  # [H, bk]
+    dv: Array  # [V, bk]
     words: Array | None  # [1, bk, 128]
 
 
-def _key_kernel(active, numbers, tokens, line, column, out, state, *, tile):
-    (k, v), (q, d_out, shared, words), (dk, dv) = line, column, out
+def _kernel(active, numbers, tokens, line, column, out, state, *, tile):
+    (k, v), (q, d_out, shared, words), ((dk, dv), dq) = line, column, out
     head, step, inner = (pl.program_id(axis) for axis in (1, 2, 3))
     group = pl.num_programs(3)
-    code, begins, ends = active.at(step)
+    _, begins, ends = active.at(step)
+    dq.begin()
 
     @pl.when(begins & (inner == 0))
     def _():
-        keep_rows(state.tokens, tokens[0])
+        state.k_upright[...] = k[...].T
+        keep_rows(state.tokens, tokens[0], range(state.tokens.shape[0]))
         if words is not None:
             keep_rows(state.words, tokens[0], (3,))
         state.dk[...] = jnp.zeros(state.dk.shape, jnp.float32)
         state.dv[...] = jnp.zeros(state.dv.shape, jnp.float32)
 
-    of_tile = numbers, head * group + inner, (state.tokens, tokens[1])
+    def add(hide, strips):
+        of_tile = numbers, head * group + inner, (strips.take(state.tokens, 1), tokens[1])
 
-    def keep(pairs):
-        return pairs if words is None else tile.kept_by_strip(pairs, numbers, (state.words, words))
+        def keep(pairs):
+            if words is None:
+                return pairs
+            return tile.kept_by_strip(pairs, numbers, (strips.take(state.words, 1), words))
 
-    def add(hide):
-        capped = tile.capped(dot(k[...], q[...], 1, 1))  # [bk, bq]
-        weights = jnp.exp2(hidden(tile.biased(capped, *of_tile), hide) - shared[:1])
-        state.dv[...] += dot(keep(weights).astype(d_out.dtype), d_out[...], 1, 0)
-        d_logits = weights * (keep(dot(v[...], d_out[...], 1, 1)) - shared[1:])
-        d_products = of_shown(tile.slope(capped, d_logits), weights, hide is not None)
-        state.dk[...] += dot(d_products.astype(q.dtype), q[...], 1, 0)
+        capped = tile.capped(dot(strips.take(k, 0), q[...], 1, 0))  # [bk, bq]
+        weights = jnp.exp2(hidden(tile.biased(capped, *of_tile), hide, of_tile) - shared[:1])
+        strips.add_to(state.dv, dot(d_out[...], keep(weights).astype(d_out.dtype), 1, 1))
+        d_logits = weights * (keep(dot(strips.take(v, 0), d_out[...], 1, 0)) - shared[1:])
+        d_products = of_shown(tile.slope(capped, d_logits), weights, hide is not None).astype(q.dtype)
+        strips.add_to(state.dk, dot(q[...], d_products, 1, 1))
+        dq.add(dot(strips.take(state.k_upright, 1), d_products, 1, 0))
 
-    by_code(code, add, lambda logits: tile.hide(logits, *of_tile))
+    by_code(active, step, tile, add)
+    dq.end()
 
     @pl.when(ends & (inner == group - 1))
     def _():
@@ -183,23 +109,26 @@ def _key_kernel(active, numbers, tokens, line, column, out, state, *, tile):
         dv[...] = state.dv[...].astype(dv.dtype)
 
 
-def _sweep_keys(scores: Scores, plan: Plan, queries, lines: Lines):
+def _sweep(scores: Scores, plan: Plan, queries, lines: Lines):
     k, v = lines.arrays
     heads, bk = k.shape[1], k.shape[3]
     group = queries[0].shape[1] // heads
+    tile = TpuTile.of(scores, plan, keys_first=True)
     kernel = Kernel(
-        body=functools.partial(_key_kernel, tile=TpuTile.of(scores, plan, keys_first=True)),
-        name="dynmask_dkv",
+        body=functools.partial(_kernel, tile=tile),
+        name="dynmask_backward",
         heads=heads,
         inner=group,
         column_head=lambda head, inner: head * group + inner,
-        out=tuple(block_type(x.shape[3:], x.dtype) for x in (k, v)),
-        scratch=KeyState(
-            block_type((2, bk, LANES), jnp.int32),
-            block_type(k.shape[3:]),
-            block_type(v.shape[3:]),
+        out=tuple(block_type(x.shape[:2:-1], x.dtype) for x in (k, v)),
+        scratch=State(
+            block_type((3 if tile.filled else 2, bk, LANES), jnp.int32),
+            block_type(k.shape[:2:-1], k.dtype),
+            block_type(k.shape[:2:-1]),
+            block_type(v.shape[:2:-1]),
             None if scores.dropout is None else block_type((1, bk, LANES), jnp.int32),
         ),
+        sums=block_type(queries[0].shape[3:]),
     )
     columns = Columns(token_blocks(plan.q_tokens, plan.block_q), queries)
     return sweep(kernel, Numbers.of(scores, plan), lines, columns)

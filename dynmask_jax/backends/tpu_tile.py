@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -10,6 +11,7 @@ from jax.experimental import pallas as pl
 from dynmask_jax.array_typing import Array
 from dynmask_jax.backends.kernel_tile import LOG2E, Tile
 from dynmask_jax.backends.tpu_blocks import LANES
+from dynmask_jax.backends.tpu_strips import WHOLE, Strips, strip_size
 from dynmask_jax.block_codes import FULL, TEST
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
@@ -21,20 +23,26 @@ class TpuTile(Tile):
     """What is fixed for all tiles of a TPU kernel.
 
     Attributes:
-      filled: whether columns may be of keys that are filling, which must be hidden: their logits of 0
-        can be far above all others. Filling among queries has a level of inf, and so no weights.
-      of_bias: whether the kernel sums gradients of the bias.
+      filled: whether keys may be filling, which must be hidden: their logits of 0 can be far above all
+        others. Filling among queries has a level of inf, and so no weights.
+      strips: keys in a strip, and up to how many of a tile are computed without the others; None where
+        tiles are computed whole.
     """
 
     filled: bool = False
-    of_bias: bool = False
+    strips: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, scores: Scores, plan: Plan, *, keys_first: bool = False, of_bias: bool = False) -> "TpuTile":
+    def of(cls, scores: Scores, plan: Plan, *, keys_first: bool = False) -> "TpuTile":
         """For the plan's mask and blocks."""
         filled = bool(plan.lengths[1] % plan.block_k or plan.block_k % LANES)
         tile = Tile.of(scores, plan, keys_first=keys_first)
-        return cls(tile.scale, tile.soft_cap, tile.types, keys_first, filled and not keys_first, of_bias)
+        size, strips = strip_size(plan), None
+        if size is not None:
+            # A forward kernel's chain from product to product takes as long for three strips as for four.
+            count = plan.block_k // size
+            strips = size, count - 1 if keys_first else count // 2
+        return cls(tile.scale, tile.soft_cap, tile.types, keys_first, filled, strips)
 
     def hide(self, logits, numbers, head, tokens):
         """The logits `[line, column]`, −inf where the mask hides the pair.
@@ -47,7 +55,8 @@ class TpuTile(Tile):
         def hidden(logits, column):
             seen = self.visible(mask, line, _column(column), logits.shape)
             if self.filled:
-                seen &= jnp.broadcast_to(column[2:3], logits.shape) != 0
+                real = tokens[0][2] if self.keys_first else jnp.broadcast_to(column[2:3], logits.shape)
+                seen &= real != 0
             return jnp.where(seen, logits, -jnp.inf)
 
         return by_strip(hidden, logits, tokens[1])
@@ -111,18 +120,32 @@ def by_strip(function, pairs, columns):
     return jnp.concatenate([function(pairs[:, strip], columns[:, strip]) for strip in strips], axis=1)
 
 
-def by_code(code, add, hide):
-    """Runs `add(hide)` on a block to test, and `add(None)` on a full one, where nothing is hidden."""
-    pl.when(code == FULL)(lambda: add(None))
-    pl.when(code == TEST)(lambda: add(hide))
+def by_code(active, step, tile: TpuTile, add):
+    """Runs `add(hide, strips)` on a block: of one to test on the strips that show anything, or on all of it.
+
+    `hide` is `tile.hide`, or None on a full block, where nothing is hidden.
+    """
+    code = active.at(step)[0]
+    pl.when(code == FULL)(lambda: add(None, WHOLE))
+
+    @pl.when(code == TEST)
+    def _():
+        if tile.strips is None:
+            add(tile.hide, WHOLE)
+            return
+        size, most = tile.strips
+        word = active.strips[step]
+        for some in range(1, most + 1):
+            pl.when(word & 15 == some)(functools.partial(add, tile.hide, Strips.of_word(word, some, size)))
+        pl.when(word & 15 > most)(lambda: add(tile.hide, WHOLE))
 
 
-def hidden(logits, hide):
+def hidden(logits, hide, of_tile):
     """The logits, −inf where `hide` hides a pair; None hides nothing."""
-    return logits if hide is None else hide(logits)
+    return logits if hide is None else hide(logits, *of_tile)
 
 
-def keep_rows(kept, rows, places: tuple[int, ...] = (0, 1)):
+def keep_rows(kept, rows, places: Iterable[int] = (0, 1)):
     """At a line's first block: rows of it, such as position and segment, upright, for as long as it lasts."""
     for at, row in enumerate(places):
         kept[at] = in_lanes(rows[row : row + 1])

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import tpu_schedule
 from benchmarks.tpu_compile import read
-from benchmarks.tpu_schedule import MXU_RATE, PASSES, Program, Settings, measure, rows_of, section
+from benchmarks.tpu_schedule import MXU_RATE, Program, Settings, measure, rows_of, section
 from benchmarks.vliw import Kernel, blocks_of, folded, utilization_of
 
 # One delay slot, as on v4. The grid's loop is 0x1 to 0x10: a full block at 0x5, and at 0xa a partial one,
@@ -161,31 +161,45 @@ def compiled(monkeypatch):
     return stand_in
 
 
-OURS = Program("ours", "nowhere:attention", {}, ("full", "partial"))
+PATHS = ("full", "partial")
+OURS = Program("dynmask_jax", "nowhere:attention", {}, dict.fromkeys(("forward", "backward"), PATHS))
+SPLASH = Program("splash", "nowhere:attention", {}, dict.fromkeys(("forward", "dq", "dkv"), PATHS))
+FUSED = Program("splash", "nowhere:attention", {}, {"backward": PATHS})
 
 
 def test_rows_pair_paths_with_branches_and_bound_with_pass(compiled):
-    compiled("dynmask_dkv", "dynmask_forward", "dynmask_dq")
-    rows = rows_of(OURS, "v5e:2x2", tokens=4_096, head_dim=128)
-    assert [(row.kernel, row.path) for row in rows] == [(way, path) for way in PASSES for path in OURS.paths]
+    compiled("splash_dkv", "splash_fwd", "splash_dq")
+    rows = rows_of(SPLASH, "v5e:2x2", tokens=4_096, head_dim=128)
+    assert [(row.kernel, row.path) for row in rows] == [(way, path) for way in SPLASH.paths for path in PATHS]
     assert [row.step.cycles for row in rows] == [12, 26] * 3
     assert [row.bound for row in rows[::2]] == [1024, 1536, 2048]
+    compiled("dynmask_backward", "dynmask_forward")
+    rows = rows_of(OURS, "v5e:2x2", tokens=4_096, head_dim=128)
+    assert [row.bound for row in rows[::2]] == [1024, 2560]
     assert "tpu7x" not in MXU_RATE
     assert rows_of(OURS, "tpu7x:2x2x1", tokens=4_096, head_dim=128)[0].bound is None
 
 
-def test_the_table_puts_splash_beside_ours(compiled):
-    compiled("dynmask_dkv", "dynmask_forward", "dynmask_dq")
-    ours, *_ = rows_of(OURS, "v5e:2x2", tokens=4_096, head_dim=128)
-    theirs = replace(ours, library="splash", bound=None, step=replace(ours.step, cycles=24, bundles=20))
-    text = section({"compiler": "libtpu 1", "rows": [asdict(ours), asdict(theirs)]})
+def test_the_tables_put_splash_beside_ours(compiled):
+    rows = []
+    for program, names in ((OURS, "forward backward"), (SPLASH, "fwd dq dkv"), (FUSED, "dkv")):
+        compiled(*names.split())
+        rows += rows_of(program, "v5e:2x2", tokens=4_096, head_dim=128)
+    rows = [asdict(row) for row in rows]
+    for row in rows:
+        if row["library"] == "splash":
+            row["step"]["cycles"] *= 2
+    text = section({"compiler": "libtpu 1", "rows": rows})
+    assert "| v5e:2x2 | 128 | 12 | 48 | 0.25× | 24 | 0.50× |" in text
+    assert "| v5e:2x2 | 128 | forward | 26 | 26 | 26 | 26 | 12 |" in text
     assert "v5e:2x2, 4,096 tokens, head dim 128:" in text
-    assert "| forward | full | ours | 12 | 0.50× | 10 | 10 | 2 | 1024 |" in text
-    assert "| forward | full | splash | 24 | 1.00× | 20 | 10 | 2 | – |" in text
+    assert "| forward | full | dynmask_jax | 12 | 0.50× | 10 | 10 | 2 | 1024 |" in text
+    assert "| backward | full | dynmask_jax | 12 | 0.25× | 10 | 10 | 2 | 2560 |" in text
+    assert "| dq | full | splash | 24 | 1.00× | 10 | 10 | 2 | 1536 |" in text
 
 
 def test_the_benchmark_measures_every_shape_or_says_why_not(compiled, monkeypatch):
-    compiled("dynmask_dkv", "dynmask_forward", "dynmask_dq")
+    compiled("dynmask_forward", "dynmask_backward")
     monkeypatch.setattr(tpu_schedule, "PROGRAMS", (OURS,))
     settings = Settings(("v5e:2x2", "v4:2x2x1"), (4_096,), (128, 64))
     monkeypatch.setattr(tpu_schedule, "find_spec", lambda name: None)
@@ -194,14 +208,14 @@ def test_the_benchmark_measures_every_shape_or_says_why_not(compiled, monkeypatc
     monkeypatch.setattr(tpu_schedule, "version", lambda name: "7")
     results = measure(settings, 1)
     assert results["compiler"] == "libtpu 7"
-    shapes = [(row["topology"], row["head_dim"]) for row in results["rows"][:: 2 * len(PASSES)]]
+    shapes = [(row["topology"], row["head_dim"]) for row in results["rows"][:: 2 * len(OURS.paths)]]
     assert shapes == [("v5e:2x2", 128), ("v5e:2x2", 64), ("v4:2x2x1", 128), ("v4:2x2x1", 64)]
 
 
 def test_rows_refuse_other_kernels_than_named(compiled):
-    compiled("dynmask_forward", "dynmask_dq")
-    with pytest.raises(ValueError, match="one kernel for dkv expected"):
+    compiled("dynmask_forward")
+    with pytest.raises(ValueError, match="one kernel for backward expected"):
         rows_of(OURS, "v5e:2x2", tokens=4_096, head_dim=128)
-    compiled("dynmask_dkv", "dynmask_forward", "dynmask_dq")
+    compiled("dynmask_forward", "dynmask_backward")
     with pytest.raises(ValueError, match=r"branches for \('full',\) expected, found \[0, 8\] comparisons"):
-        rows_of(replace(OURS, paths=("full",)), "v5e:2x2", tokens=4_096, head_dim=128)
+        rows_of(replace(OURS, paths={"forward": ("full",)}), "v5e:2x2", tokens=4_096, head_dim=128)

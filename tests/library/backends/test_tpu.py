@@ -9,6 +9,7 @@ from slow import mostly
 
 from dynmask_jax import Predicate, Tokens, Unsupported, attention, plan
 from dynmask_jax.backends import tpu_grid
+from dynmask_jax.backends.tpu_lists import active_blocks
 from dynmask_jax.block_codes import FULL, SKIP, TEST
 from tests.library.test_attention import assert_backend_is_dense
 
@@ -16,7 +17,7 @@ from tests.library.test_attention import assert_backend_is_dense
 def test_the_list_of_active_blocks():
     """Lines of two rows, of which one shows nothing: it is listed once, for its zeros."""
     codes = jnp.array([[FULL, SKIP, TEST], [SKIP, SKIP, SKIP], [SKIP, TEST, SKIP]], jnp.int8)
-    active, length = tpu_grid.active_blocks(codes, jnp.array([0, 0, 3]))
+    active, length = active_blocks(codes, jnp.array([0, 0, 3]))
     used = [
         (int(active.line[i]), int(active.column[i]), *(int(x) for x in active.at(i)))
         for i in range(int(length))
