@@ -4,12 +4,14 @@ The model of each is what `context_parallel` does:
 
 - ring: keys and values travel in two arcs, `ahead` hops forward and then `behind` hops backward, each
   hop while the shard that came before is attended to. The backward pass brings the shards home from
-  where the forward pass left them, and the gradients of their keys with them, in float32.
+  where the forward pass left them, and the gradients of their keys a hop behind, in float32: of each arc
+  the first hop of keys and the last of gradients are waited for, and an arc of one hop moves no keys.
 - all_gather: all keys and values are gathered, before either pass; gradients are summed and scattered.
 - ulysses: heads are sharded instead of tokens, by an all-to-all of q, k, v before and of the output and
   its lse after; query heads and key heads must be multiples of the devices.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
@@ -110,40 +112,60 @@ def arcs(needed: np.ndarray) -> tuple[int, int]:
 def _ring(a: Attended) -> Cost:
     ahead, behind = arcs(a.work > 0)
     out = [*range(ahead + 1), *range(-1, -behind - 1, -1)]
-    home = [*range(ahead, 0, -1), *range(-behind, 0), 0]
-    hop, hop_home = a.shard / a.machine.link, (a.shard + a.gradients) / a.machine.link
-    seconds = _lock_step(_visits(a.work, out) * a.seconds(FORWARD), hop)
-    seconds += _lock_step(_visits(a.work, home) * a.seconds(BACKWARD), hop_home)
-    hops = ahead + behind
+    going = _visits(a.work, out)
+    hops = np.full(len(out), a.shard / a.machine.link)
+    hops[-1] = 0
+    home, sent_home = _home(ahead, behind)
+    bytes_home = sent_home @ [a.shard, a.gradients]
+    seconds = _lock_step(going * a.seconds(FORWARD), hops)
+    seconds += _lock_step(_visits(a.work, home) * a.seconds(BACKWARD), bytes_home / a.machine.link)
     return Cost(
         work=a.work.sum(axis=1),
-        critical=_lock_step(_visits(a.work, out), 0.0),
+        critical=_lock_step(going, np.zeros(len(out))),
         ahead=ahead,
         behind=behind,
-        forward_bytes=hops * a.shard,
-        backward_bytes=hops * (a.shard + a.gradients),
+        forward_bytes=(ahead + behind) * a.shard,
+        backward_bytes=int(bytes_home.sum()),
         held=2 * (a.shard + a.gradients),  # those at work and those on their way
         seconds=seconds,
     )
 
 
-def _visits(work: np.ndarray, distances: list[int]) -> np.ndarray:
+def _home(ahead: int, behind: int) -> tuple[list[int | None], np.ndarray]:
+    """The turns of the backward pass: how far ahead the keys are that it visits, or None for no visit.
+
+    And what is sent meanwhile, `[turns, 2]`: shards of keys and of gradients.
+    """
+    arcs_home = [
+        [sign * hop for hop in range(hops, 0, -1)] for sign, hops in ((1, ahead), (-1, behind)) if hops
+    ]
+    turns: list[tuple[int | None, tuple[int, int]]] = [(0, (0, 0))]
+    turns += [(farthest, (0, 0)) for farthest, *_ in arcs_home]
+    for _, *nearer in arcs_home:
+        if nearer:
+            turns += [(None, (1, 0)), *((distance, (1, 1)) for distance in nearer)]
+        turns += [(None, (0, 1))]
+    distances, sent = zip(*turns, strict=True)
+    return list(distances), np.array(sent)
+
+
+def _visits(work: np.ndarray, distances: Sequence[int | None]) -> np.ndarray:
     """`[visits, N]`: what each device computes of the keys that many hops ahead of it, in turn."""
-    device = np.arange(work.shape[0])
-    return np.stack([work[device, (device - distance) % len(device)] for distance in distances])
+    device, nothing = np.arange(len(work)), np.zeros_like(work[0])
+    return np.stack([nothing if d is None else work[device, (device - d) % len(work)] for d in distances])
 
 
-def _lock_step(visits: np.ndarray, transfer: float) -> float:
+def _lock_step(visits: np.ndarray, transfers: np.ndarray) -> float:
     """When the last device ends. A visit begins where the one before is done and its keys have come.
 
     They have come a transfer after both the device and its neighbours began the visit before. So a
     device may run ahead of its neighbour by one visit, and of the next one by two.
     """
     begin = np.zeros(visits.shape[1])
-    for work in visits[:-1]:
+    for work, transfer in zip(visits, transfers, strict=True):
         arrived = np.maximum(begin, np.maximum(np.roll(begin, 1), np.roll(begin, -1))) + transfer
         begin = np.maximum(begin + work, arrived)
-    return float((begin + visits[-1]).max())
+    return float(begin.max())
 
 
 def _all_gather(a: Attended) -> Cost:

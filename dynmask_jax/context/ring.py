@@ -7,8 +7,8 @@ in which its queries see anything. So one program serves a whole curriculum, whi
 none, and ends with all of them, and no layout of tokens is favoured.
 
 A shard is sent on while it is attended to. Each device keeps the last shards that came, two; from there
-the backward pass brings all shards home, and with them the gradients of their keys, which grow on
-the way.
+the backward pass brings all shards home, and a hop behind them the gradients of their keys, which grow on
+the way: a device computes its share of them while those of the devices before it come.
 
 References: Liu et al. 2023, "Ring Attention", arXiv:2310.01889; the partial results are joined as in
 Milakov & Gimelshein 2018, arXiv:1805.02867.
@@ -71,37 +71,57 @@ def _gradients(sequence: SequenceAxis, scores: Scores, saved, kept, cotangents):
         d_q, d_k, d_v, d_bias = jax.tree.map(lambda x: x.astype(lse.dtype), shares)
         return (d_k, d_v), (d_q, d_bias)
 
-    def arc(direction: int, length, last, staying):
-        """Brings home the shards of an arc, the farthest first, which is where the forward pass left it."""
+    def arc(direction: int, length, carry):
+        """Brings home the shards of an arc, from the second one on, and the gradients of all their keys."""
+
+        def on(arrays):
+            return sequence.shift(arrays, -direction)
 
         def step(turn, carry):
             keys, d_keys, staying = carry
-            shares, share = visit(direction * (length - turn), keys)
-            # The keys may set out at once, and their gradients while those of the queries are computed.
-            keys = sequence.shift(keys, -direction)
-            d_keys = sequence.shift(jax.tree.map(jnp.add, d_keys, shares), -direction)
+            # The gradients that set out are those of the shard that was visited before.
+            coming, (shares, share) = _meanwhile(
+                (on(keys), on(d_keys)), visit(direction * (length - turn), keys)
+            )
+            keys, d_keys = coming[0], jax.tree.map(jnp.add, coming[1], shares)
             return keys, d_keys, jax.tree.map(jnp.add, staying, share)
 
-        nothing = tuple(jnp.zeros(x.shape, lse.dtype) for x in (k, v))
-        start = last, vary_like(nothing, q, k, local), staying
-        _, d_keys, staying = lax.fori_loop(0, length, step, start)
-        return d_keys, staying
+        last, d_keys, staying = carry
+        second = _once(length > 1, on, last)
+        _, d_keys, staying = lax.fori_loop(1, length, step, (second, d_keys, staying))
+        return _once(length > 0, on, d_keys), staying
 
     ahead, behind = arcs(local, sequence.axis, sequence.mesh_axes, sequence.devices)
-    # Home first: its shares have the types that those of the arcs are added to.
-    at_home, staying = visit(jnp.int32(0), (k, v))
-    ahead_keys, staying = arc(AHEAD, ahead, kept[0], staying)
-    behind_keys, (d_q, d_bias) = arc(BEHIND, behind, kept[1], staying)
+    shards, distances = ((k, v), *kept), jnp.stack([jnp.int32(0), ahead, -behind])
+
+    def first(staying, at):
+        """Of the device's own keys, and of those that the forward pass left here last, if any came."""
+        keys = jax.tree.map(lambda *each: lax.select_n(at, *each), *shards)
+        came = (at == 0) | (distances[at] != 0)
+        shares, share = lax.cond(came, visit, lambda *_: nothing, distances[at], keys)
+        return jax.tree.map(jnp.add, staying, share), shares
+
+    kinds = jax.eval_shape(visit, jnp.int32(0), (k, v))
+    nothing = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), q, k, v, local), kinds)
+    staying, shares = lax.scan(first, nothing[1], jnp.arange(3, dtype=jnp.int32))
+    at_home, ahead_keys, behind_keys = (jax.tree.map(lambda x, at=at: x[at], shares) for at in range(3))
+    ahead_keys, staying = arc(AHEAD, ahead, (kept[0], ahead_keys, staying))
+    behind_keys, (d_q, d_bias) = arc(BEHIND, behind, (kept[1], behind_keys, staying))
     sums = jax.tree.map(lambda *shares: sum(shares), ahead_keys, behind_keys, at_home)
     d_k, d_v = (x.astype(k.dtype) for x in sums)
     return d_q.astype(q.dtype), d_k, d_v, d_bias
 
 
-def _meanwhile(coming, found: Partial):
-    """Both, the transfer to be done before what the kernel found is merged.
+def _once(needed, function, arrays):
+    """`function(arrays)` where it is needed, by all devices or none."""
+    return lax.fori_loop(0, needed.astype(jnp.int32), lambda _, arrays: function(arrays), arrays)
 
-    Else XLA's scheduler for TPU hides a large shard's transfer behind the merge alone, which is memory
-    traffic itself, and not behind the kernel.
+
+def _meanwhile(coming, found):
+    """Both, the transfer to be done before what the kernel found is merged or added.
+
+    Else XLA's scheduler for TPU hides a large shard's transfer behind that alone, which is memory traffic
+    itself, and not behind the kernel.
     """
     return lax.optimization_barrier((coming, found))
 

@@ -119,14 +119,22 @@ def _times(condition: Computation, body: Computation) -> int | None:
     compared = condition.result
     if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
         return None
-    count, limit = (condition.by_name[name] for name in compared.operands)
+    count, limit = (_uncopied(condition, name) for name in compared.operands)
     place = re.search(r"index=(\d+)", count.attributes)
     if limit.opcode != "constant" or place is None or body.result.opcode != "tuple":
         return None
-    raised = body.by_name[body.result.operands[int(place[1])]]
-    steps = [body.by_name[name] for name in raised.operands]
+    raised = _uncopied(body, body.result.operands[int(place[1])])
+    steps = [_uncopied(body, name) for name in raised.operands]
     sizes = [int(step.arguments) for step in steps if step.opcode == "constant"]
     return -(-int(limit.arguments) // sizes[0]) if raised.opcode == "add" and sizes else None
+
+
+def _uncopied(computation: Computation, name: str) -> Instruction:
+    """The instruction of that name, or what it copies from one memory to another."""
+    found = computation.by_name[name]
+    while found.opcode == "copy":
+        found = computation.by_name[found.operands[0]]
+    return found
 
 
 def _started(module: Module, each: Instruction) -> Instruction | None:
