@@ -48,8 +48,8 @@ class Plan:
       mask: the mask.
       q_tokens, kv_tokens: the queries `[R, T]` and keys `[R, S]`; R is B, or 1 for all rows alike.
       codes: `[R, Tb, Sb]` int8: 0 skip, 1 test, 2 full. With per-head leaves, a block is skipped
-        where every head skips it, and full where it is full for every head; backend "xla" finds the codes of
-        each head in large blocks, and skips by them.
+        where every head skips it, and full where it is full for every head; attention finds the codes of
+        each key head anew, and skips by them.
       block_q, block_k: tokens in a block of queries and of keys; the last block may be ragged.
       fine: codes of small blocks too, for lines that show little; None where block sizes were given.
 

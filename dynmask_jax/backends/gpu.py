@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.backends.backend import Backend, as_they_are
+from dynmask_jax.backends.by_head import by_key_head
 from dynmask_jax.backends.gpu_backward import gradients
 from dynmask_jax.backends.gpu_blocks import filled_heads, unfilled
 from dynmask_jax.backends.gpu_choice import grains_of, hopper_grains
@@ -156,7 +157,7 @@ def gpu_backend(grains: Grains | None = None) -> Backend:
     (1, 64, 2, 16)
     """
     passes = _Forward(grains), _Gradients(grains)
-    return Backend(*passes, prepared=as_they_are, marks_bad=True, check_vma=False)
+    return by_key_head(Backend(*passes, prepared=as_they_are, marks_bad=True, check_vma=False))
 
 
 GPU = gpu_backend()

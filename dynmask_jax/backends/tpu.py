@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array, pytree
 from dynmask_jax.backends.backend import Backend
+from dynmask_jax.backends.by_head import by_key_head
 from dynmask_jax.backends.kernel_checks import check_kernel_bias, check_kernel_mask
 from dynmask_jax.backends.kernel_tile import LOG2E, Numbers, dot
 from dynmask_jax.backends.tpu_backward import gradients
@@ -133,4 +134,4 @@ def forward(scores: Scores, q, k, v, plan: Plan):
     return from_blocks(out, size_q, q), from_blocks(lse[:, :, :, 0], size_q, q)
 
 
-TPU = Backend(forward, gradients, check_vma=False)
+TPU = by_key_head(Backend(forward, gradients, check_vma=False))

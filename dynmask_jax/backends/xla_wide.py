@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dynmask_jax.array_typing import Array, Int
 from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.blocks import Blocks, Cut, Heads
+from dynmask_jax.backends.by_head import by_key_head
 from dynmask_jax.backends.score_tiles import Place, score_tiles
 from dynmask_jax.backends.xla import forward
 from dynmask_jax.backends.xla_backward import QueryBlock, levels_of, tile_gradients
@@ -122,9 +123,11 @@ def gradients(scores, saved, cotangents):
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), [x.sum(axis=0) for x in d_bias]
 
 
-XLA_WIDE = Backend(
-    functools.partial(forward, over_lines=_in_groups, test_all=True),
-    gradients,
-    prepared=as_they_are,
-    marks_bad=True,
+XLA_WIDE = by_key_head(
+    Backend(
+        functools.partial(forward, over_lines=_in_groups, test_all=True),
+        gradients,
+        prepared=as_they_are,
+        marks_bad=True,
+    )
 )

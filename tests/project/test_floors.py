@@ -31,6 +31,7 @@ FLOORS = [
         "backends.tpu_sums",
     },
     {
+        "backends.by_head",
         "backends.tpu_lists",
         "backends.tpu_strips",
         "backends.kernel_checks",
