@@ -24,6 +24,7 @@ from benchmarks import (
     exposure,
     flashmask,
     gpu_cost,
+    grain,
     loss,
     memory,
     plans,
@@ -38,6 +39,7 @@ from benchmarks.timing import machine
 BENCHMARKS: dict[str, ModuleType] = {
     "causal": causal,
     "exposure": exposure,
+    "grain": grain,
     "memory": memory,
     "curriculum": curriculum,
     "trainer": trainer,

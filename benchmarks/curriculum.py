@@ -16,7 +16,19 @@ import numpy as np
 from benchmarks.calls import BOTH, Size, compiled
 from benchmarks.markdown import ratio, seconds, share, table
 from benchmarks.timing import medians
-from dynmask_jax import Causal, Chunks, Curriculum, Tokens, attention, growing_window, linear, plan, reveal
+from dynmask_jax import (
+    Causal,
+    Chunks,
+    Curriculum,
+    Tokens,
+    attention,
+    exponential,
+    growing_chunks,
+    growing_window,
+    linear,
+    plan,
+    reveal,
+)
 from dynmask_jax.array_typing import Int
 from train.config import sections
 from train.config.run import Run
@@ -70,6 +82,9 @@ def curricula(settings: Settings) -> dict[str, Curriculum]:
         FULL_MASK: lambda step: Causal(),
         "static chunks": lambda step: Causal() & Chunks(settings.chunk),
         "growing window": growing_window(linear(settings.start, settings.tokens, settings.growth)),
+        "growing chunks, exponential": growing_chunks(
+            exponential(settings.start, settings.tokens, settings.growth)
+        ),
         "reveal, nearest": reveal(settings.chunk, amount, "nearest"),
         "reveal, strided": reveal(settings.chunk, amount, "strided"),
     }

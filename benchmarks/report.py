@@ -13,6 +13,7 @@ from benchmarks import (
     exposure,
     flashmask,
     gpu_cost,
+    grain,
     loss,
     memory,
     plans,
@@ -36,6 +37,7 @@ medians of interleaved rounds of one run, so that ratios hold; each section says
 SECTIONS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "causal": ("Full causal attention", causal.section),
     "exposure": ("Time against exposure", exposure.section),
+    "grain": ("The chosen grain beside fixed ones", grain.section),
     "memory": ("Peak memory against tokens", memory.section),
     "curriculum": ("A step over a whole curriculum", curriculum.section),
     "trainer": ("The trainer's loop beside its bare step", trainer.section),

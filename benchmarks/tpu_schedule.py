@@ -3,12 +3,14 @@
 Needs libtpu, no TPU; the same versions give the same numbers. See `LEGEND` for what the columns mean.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import groupby, product
 from operator import itemgetter
 
+from benchmarks import tpu_windows
 from benchmarks.markdown import ratio, table
 from benchmarks.tpu_attention import BLOCK, HEADS, STRIP
 from benchmarks.tpu_compile import kernels
@@ -193,6 +195,14 @@ def section(results: dict) -> str:
         _strips(shape, cycles, way) for way in ("forward", "backward") for shape, cycles in shapes.items()
     ]
     parts += [table(columns, lines), LIMITS]
+    parts.append(
+        tpu_windows.section(
+            {
+                (topology, head_dim): functools.partial(cycles.find, "dynmask_jax")
+                for (topology, _, head_dim), cycles in shapes.items()
+            }
+        )
+    )
     for (topology, tokens, head_dim), cycles in shapes.items():
         parts.append(f"{topology}, {tokens:,} tokens, head dim {head_dim}:")
         parts.append(cycles.table())

@@ -20,6 +20,7 @@ from benchmarks import (
     exposure,
     flashmask,
     gpu_cost,
+    grain,
     loss,
     markdown,
     memory,
@@ -43,6 +44,7 @@ from train.parallel.mesh import AXES
 TOYS = {
     "causal": causal.Settings(32, 2, 8),
     "exposure": exposure.Settings((32, 64), parts=(1, 4), heads=2, head_dim=8, most_pairs=1_000),
+    "grain": grain.Settings((64,), masks=("causal", "packed rows"), fixed=(16, 32), heads=2, head_dim=8),
     "memory": memory.Settings((32,), window=16, heads=2, head_dim=8),
     "curriculum": curriculum.Settings(32, 2, 8, steps=10, points=3, start=4, chunk=8, layers=1),
     "trainer": trainer.Settings(64, 1, 16, 2, 1, 16, steps=1, window=16, block=16),
@@ -147,6 +149,27 @@ def test_windows_share_one_compilation_and_large_ones_are_left_out(results):
     assert all(row["compilations"] == dict.fromkeys(WAYS, 1) for row in rows)
     assert rows[1]["exposure"] == pytest.approx(sum(min(i + 1, 8) for i in range(32)) / (32 * 33 / 2))
     assert exposure.bound(0.5, 16_384) == pytest.approx(0.615)
+
+
+def test_packed_rows_are_short_documents_that_fill_the_sequence():
+    pattern = grain.packed_rows(8_192)
+    sizes = np.bincount(np.asarray(pattern.tokens.segment))
+    sizes = sizes[sizes > 0]
+    assert sizes.sum() == 8_192
+    assert (sizes <= 1_500).all()
+    assert (sizes[:-1] >= 300).all(), "the last is what is left"
+
+
+@pytest.mark.slow
+def test_the_chosen_grain_stands_beside_the_best_of_the_fixed_ones(results):
+    rows = results["grain"]["rows"]
+    assert [row["mask"] for row in rows] == ["causal", "packed rows"]
+    assert rows[0]["exposure"] == pytest.approx(65 / 128)
+    row = rows[0] | {"times": {"chosen": 3.3, "16": 3.0, "32": 6.0}, "exposure": 0.5, "computed": 1.0}
+    assert (
+        "| 64 tokens, causal | 50.0% | 100.0% | 0.0% | 3.30 s | 3.00 s | 6.00 s | 1.10× |"
+        in grain.section(results["grain"] | {"rows": [row]})
+    )
 
 
 def test_the_exposure_table_gives_shares_of_the_full_masks_time():
