@@ -1,86 +1,25 @@
 """The sections of a config that define what is learned: model, data, task, loss, optimizer, curriculum.
 
 Each is a frozen record, checked when built. A field is an option of the command line, `--model.layers`,
-and its docstring is the option's help. The other sections are in `train/config/operation.py`.
+and its docstring is the option's help. The model is in `train/config/model.py`, the sections for operating a
+run are in `train/config/operation.py`.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dynmask_jax.curricula import Order
-from dynmask_jax.dispatch import BACKENDS
 from dynmask_jax.schedules import ScheduleName
 from train.config.checks import above_zero, at_least, one_of
+from train.config.model import Dtype as Dtype
+from train.config.model import Model as Model
+from train.config.model import Reach as Reach
+from train.config.model import RopeScaling as RopeScaling
 
-Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "dots", "dots_no_batch"]
-Reach = Literal["global", "local"]
-BiasName = Literal["none", "alibi"]
 RowKind = Literal["packed", "chunked"]
 PrefixKind = Literal["bidirectional", "causal"]
 Kind = Literal["full", "static", "window", "chunks", "reveal"]
 Pace = Literal["steps", "loss"]
-
-
-@dataclass(frozen=True)
-class Model:
-    """The decoder-only Transformer."""
-
-    layers: int = 4
-    """Number of layers, each attention and a feed-forward layer."""
-    width: int = 256
-    """D, features of a token between layers."""
-    heads: int = 4
-    """N, query heads; the head dim is width / heads."""
-    kv_heads: int = 2
-    """K, key and value heads, each shared by heads / kv_heads query heads."""
-    hidden: int = 704
-    """Hidden features of the feed-forward layer (SwiGLU)."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary position embedding; its longest wavelength is about 6 times as many tokens."""
-    bias: BiasName = "none"
-    """What is added to the scores of attention; rotary positions stay. alibi: minus the distance of query and
-    key, times a slope of each head, which is not learned (ALiBi, with the slopes of its paper)."""
-    attention_dropout: float = 0.0
-    """Share of the attention weights that are dropped in training, drawn anew in each step and layer; the
-    others are divided by 1 - attention_dropout."""
-    backend: str | None = None
-    """Implementation of attention: "xla", "xla_wide", "tpu", "gpu" or "dense". None: the platform's."""
-    dtype: Dtype = "float32"
-    """Type of the activations. Weights, the accumulators of attention and the loss stay float32."""
-    remat: Remat = "none"
-    """What a layer recomputes in the backward pass. none: nothing; full: everything from its input; dots:
-    all but matrix products; dots_no_batch: all but matrix products with weights."""
-    pattern: tuple[Reach, ...] = ("global",)
-    """Reach of the layers, repeated: local local local local local global, for example. A global layer sees
-    all that the curriculum shows, a local one at most local_window tokens of it."""
-    local_window: int = 1024
-    """Most recent tokens that a local layer sees, with the query's token."""
-
-    def __post_init__(self):
-        at_least("model.", self, layers=1, width=1, heads=1, kv_heads=1, hidden=1, local_window=1)
-        above_zero("model.", self, "rope_theta")
-        one_of("model.", self, dtype=Dtype, remat=Remat, bias=BiasName)
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(
-                f"model.attention_dropout must lie in 0…1 (1 excluded), got {self.attention_dropout}"
-            )
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"model.width must be a multiple of 2 * model.heads ({2 * self.heads}), for an even "
-                f"head dim, got {self.width}"
-            )
-        if self.heads % self.kv_heads:
-            raise ValueError(f"model.kv_heads must divide model.heads ({self.heads}), got {self.kv_heads}")
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise ValueError(f"model.backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
-        if not self.pattern or set(self.pattern) - {"global", "local"}:
-            raise ValueError(f"model.pattern must be of 'global' and 'local', got {self.pattern}")
-        if self.layers % len(self.pattern):
-            raise ValueError(
-                f"model.layers must be a multiple of the layers in model.pattern ({len(self.pattern)}), "
-                f"got {self.layers}"
-            )
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def _follow(fixed: _Continuation, graph, params, mask: Mask, prompts: Prompts, e
     model, mask = nnx.merge(graph, params), mask & SameSegment()
 
     def add(texts: _Texts, hidden, cache) -> _Texts:
-        token = fixed.draw(model.logits(hidden)[:, 0], prompts.keys, texts.made)
+        token = fixed.draw(model.unembed(hidden)[:, 0], prompts.keys, texts.made)
         token = jnp.where(texts.ended, end, token)
         tokens = texts.tokens.at[:, texts.made].set(token)
         return _Texts(texts.made + 1, tokens, texts.ended | (token == end), cache)

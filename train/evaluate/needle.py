@@ -91,7 +91,7 @@ class Probe:
         program, last = self._program, slice(-self._answer, None)
         model = nnx.merge(program.graph, params)
         plans = program.masks.plans(program.masks.full, Tokens(batch.positions, batch.segments))
-        logits = model.logits(model(jnp.asarray(batch.inputs), plans)[:, last]).astype(jnp.float32)
+        logits = model.unembed(model(jnp.asarray(batch.inputs), plans)[:, last]).astype(jnp.float32)
         targets, weights = batch.targets[:, last], batch.weights[:, last]
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=-1)[:, :, 0]
         right = (logits.argmax(axis=-1) == targets) | (weights == 0)

@@ -42,23 +42,22 @@ class Work:
 
 
 def work(model: Model, vocabulary: int) -> Work:
-    """The work of a model over a vocabulary.
+    """The work of a model with a tokenizer of `vocabulary` tokens.
 
     >>> from train.config.sections import Model
     >>> shape = Model(layers=2, width=8, heads=2, kv_heads=1, hidden=16, pattern=("local", "global"))
     >>> work(shape, vocabulary=10).of(tokens=1, pairs={"local": 1, "global": 1})
     7584.0
     """
-    head_dim = model.width // model.heads
+    head_dim = model.head_size
     attention = 2 * model.width * head_dim * (model.heads + model.kv_heads)
     layer = attention + 3 * model.width * model.hidden
     # Scores and the weighted sum of values: two products of H each, forward, and four backward.
     pair = 12 * model.heads * head_dim
-    groups = model.layers // len(model.pattern)
     per_pair: dict[Reach, float] = {
-        reach: float(pair * groups * model.pattern.count(reach)) for reach in model.pattern
+        reach: float(pair * model.reaches.count(reach)) for reach in model.pattern
     }
-    return Work(6.0 * (model.layers * layer + model.width * vocabulary), per_pair)
+    return Work(6.0 * (model.layers * layer + model.width * model.vocabulary(vocabulary)), per_pair)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,19 @@ import jax.numpy as jnp
 
 from dynmask_jax import ALiBi, Dropout, Plan
 from dynmask_jax.array_typing import Array, Float, Int, pytree
-from dynmask_jax.nnx import Attention
 from train.config import sections
 from train.config.sections import Reach
+from train.model.attention import Attention
+from train.model.norm import Norm
 from train.parallel.activations import constrain_activations, constrain_features, embed_tokens
 from train.parallel.gather_weights import gather_layer
 from train.parallel.sharding import Placement
 
 Plans = dict[Reach, Plan]
 """The plan of each reach in the model's pattern, "global" and "local"."""
+
+ACTIVATIONS = {"silu": nnx.silu, "gelu_tanh": partial(nnx.gelu, approximate=True)}
+"""Activations by the names of `model.activation`."""
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -49,38 +53,42 @@ class Cache:
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: silu(x·gate) · (x·up), projected back. Shazeer 2020, arXiv:2002.05202."""
+    """silu(x·gate) · (x·up), or with another activation, projected back. Shazeer 2020, arXiv:2002.05202."""
 
     def __init__(self, shape: sections.Model, placement: Placement, *, rngs: nnx.Rngs):
-        self.placement = placement
+        self.placement, self.activation = placement, ACTIVATIONS[shape.activation]
         linear = partial(nnx.Linear, use_bias=False, dtype=jnp.dtype(shape.dtype), rngs=rngs)
         self.gate = linear(shape.width, shape.hidden)
         self.up = linear(shape.width, shape.hidden)
         self.down = linear(shape.hidden, shape.width)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = nnx.silu(self.gate(x)) * self.up(x)
+        hidden = self.activation(self.gate(x)) * self.up(x)
         return self.down(constrain_features(self.placement.mesh, hidden))
 
 
 class Block(nnx.Module):
-    """Attention, then feed-forward, each added to its input after an RMSNorm of it."""
+    """Attention, then feed-forward, each added to its input after an RMSNorm of it.
 
-    def __init__(self, shape: sections.Model, placement: Placement, *, rngs: nnx.Rngs):
+    With `model.post_norms` what is added is normalised too.
+    """
+
+    def __init__(self, shape: sections.Model, reach: Reach, placement: Placement, *, rngs: nnx.Rngs):
         self.placement, self.attention_dropout = placement, shape.attention_dropout
-        bias = ALiBi.for_heads(shape.heads) if shape.bias == "alibi" else None
-        self.attention_norm = nnx.RMSNorm(shape.width, rngs=rngs)
-        self.attention = Attention(
-            shape.width,
-            shape.heads,
-            num_kv_heads=shape.kv_heads,
-            rope_theta=shape.rope_theta,
-            attention=placement.attention(shape.backend, bias),
-            dtype=jnp.dtype(shape.dtype),
-            rngs=rngs,
+        norm = partial(Norm, shape.width, shape, rngs=rngs)
+        attention = placement.attention(
+            backend=shape.backend,
+            bias=ALiBi.for_heads(shape.heads) if shape.bias == "alibi" else None,
+            scale=shape.query_scale,
+            soft_cap=shape.attention_soft_cap,
         )
-        self.feed_forward_norm = nnx.RMSNorm(shape.width, rngs=rngs)
+        self.attention_norm = norm()
+        self.attention = Attention(shape, reach, attention, rngs=rngs)
+        self.feed_forward_norm = norm()
         self.feed_forward = FeedForward(shape, placement, rngs=rngs)
+        self.post_norms = shape.post_norms
+        if shape.post_norms:
+            self.attention_post_norm, self.feed_forward_post_norm = norm(), norm()
 
     def __call__(
         self,
@@ -95,7 +103,7 @@ class Block(nnx.Module):
 
         With a key, which all layers share, attention weights are dropped.
         """
-        normed = _normed(self.attention_norm, x)
+        normed = self.attention_norm(x)
         k, v = self.attention.keys_values(normed, plan.q_tokens)
         if cache is not None:
             cache = cache.write(layer, slot, k, v)
@@ -103,18 +111,23 @@ class Block(nnx.Module):
         options = {}
         if key is not None:
             options["dropout"] = Dropout(self.attention_dropout, jax.random.fold_in(key, layer))
-        mesh = self.placement.mesh
-        x = constrain_activations(mesh, x + self.attention.attend(normed, k, v, plan, **options))
-        fed = self.feed_forward(_normed(self.feed_forward_norm, x))
+        mesh, attended = self.placement.mesh, self.attention.attend(normed, k, v, plan, **options)
+        if self.post_norms:
+            attended = self.attention_post_norm(attended)
+        x = constrain_activations(mesh, x + attended)
+        fed = self.feed_forward(self.feed_forward_norm(x))
+        if self.post_norms:
+            fed = self.feed_forward_post_norm(fed)
         return constrain_activations(mesh, x + fed), cache
 
 
 class Transformer(nnx.Module):
-    """The language model. Its first predictions are uniform: the last projection starts at zero.
+    """The language model. Its first predictions are uniform: the last projection starts at zero, unless it is
+    the embedding.
 
-    A group of layers is one repetition of the pattern. The weights of groups are stacked:
-    `[layers / len(pattern), …]`. From 5 layers on, one loop runs over the groups, so that the size of the
-    program does not depend on the number of layers.
+    A group of layers is one repetition of the pattern. The weights of groups are stacked: `[groups, …]`. From
+    5 layers on, one loop runs over the groups, so that the size of the program does not depend on the number
+    of layers. Layers after the last whole repetition, the rest, have weights of their own.
 
     Args:
       shape: its sizes.
@@ -131,34 +144,30 @@ class Transformer(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        # As large as what a layer adds: an embedding that is small beside it is learnt slowly.
-        unit = nnx.initializers.normal(1.0)
+        # As large as what a layer adds: an embedding that is small beside it is learnt slowly. An embedding
+        # that projects to logits too would give logits as large as the root of the width.
+        std = shape.width**-0.5 if shape.tied_embeddings else 1.0
         placement = placement or Placement()
         self.shape, self.placement, dtype = shape, placement, jnp.dtype(shape.dtype)
-        self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=unit, dtype=dtype, rngs=rngs)
+        start = nnx.initializers.normal(std)
+        self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=start, dtype=dtype, rngs=rngs)
 
-        @nnx.split_rngs(splits=shape.layers // len(shape.pattern))
-        @nnx.vmap
-        def stacked(rngs: nnx.Rngs) -> nnx.Sequential:
-            return nnx.Sequential(*[Block(shape, placement, rngs=rngs) for _ in shape.pattern])
+        def blocks(pattern: tuple[Reach, ...], rngs: nnx.Rngs) -> nnx.Sequential:
+            return nnx.Sequential(*[Block(shape, reach, placement, rngs=rngs) for reach in pattern])
 
+        stacked = nnx.split_rngs(splits=shape.groups)(nnx.vmap(partial(blocks, shape.pattern)))
         self.groups = stacked(rngs)
-        self.norm = nnx.RMSNorm(shape.width, rngs=rngs)
-        self.logits = nnx.Linear(
-            shape.width,
-            vocabulary,
-            use_bias=False,
-            kernel_init=nnx.initializers.zeros_init(),
-            dtype=dtype,
-            dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-            rngs=rngs,
-        )
-        """hidden `[..., D]` -> logits `[..., vocabulary]`, in float32 whatever the dtype."""
+        self.norm = Norm(shape.width, shape, rngs=rngs)
+        if not shape.tied_embeddings:
+            zeros = nnx.initializers.zeros_init()
+            self.logits = nnx.Linear(shape.width, vocabulary, use_bias=False, kernel_init=zeros, rngs=rngs)
+        if shape.rest:
+            self.rest = blocks(shape.rest, rngs)
 
     def __call__(
         self, tokens: Int[Array, "B T"], plans: Plans, key: Array | None = None
     ) -> Float[Array, "B T D"]:
-        """The features from which `logits` predicts each next token.
+        """The features from which `unembed` predicts each next token.
 
         Args:
           tokens: the rows.
@@ -170,7 +179,7 @@ class Transformer(nnx.Module):
     def begin_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` sequences of at most `slots` tokens."""
         shape = self.shape
-        size = (shape.layers, batch, slots, shape.kv_heads, shape.width // shape.heads)
+        size = (shape.layers, batch, slots, shape.kv_heads, shape.head_size)
         return Cache(jnp.zeros(size, shape.dtype), jnp.zeros(size, shape.dtype))
 
     def decode(
@@ -187,24 +196,64 @@ class Transformer(nnx.Module):
         """
         return self._layers(tokens, plans, cache, slot)
 
+    @property
+    def unembedding(self) -> tuple[str, Array]:
+        """The path and the value of the weight that `unembed` projects with."""
+        if self.shape.tied_embeddings:
+            return "embed.embedding", self.embed.embedding[...]
+        return "logits.kernel", self.logits.kernel[...]
+
+    def unembed(
+        self, hidden: Float[Array, "*B D"], weight: Array | None = None
+    ) -> Float[Array, "*B vocabulary"]:
+        """The logits of hidden features, in float32 whatever the dtype.
+
+        Args:
+          hidden: the features.
+          weight: a copy of the weight of `unembedding`; None: that weight.
+        """
+        shape, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        weight = self.unembedding[1] if weight is None else weight
+        features = 1 if shape.tied_embeddings else 0
+        logits = jax.lax.dot_general(
+            hidden.astype(dtype),
+            weight.astype(dtype),
+            (((hidden.ndim - 1,), (features,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        cap = shape.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
     def _layers(self, tokens, plans: Plans, cache: Any = None, slot: Any = 0, key: Any = None):
         graph, weights = nnx.split(self.groups)
-        pattern = self.shape.pattern
+        shape = self.shape
+
+        def apply(carry, blocks, first, *, looped: bool):
+            x, cache = carry
+            for i, (reach, block) in enumerate(zip(shape.pattern, blocks, strict=False)):
+                x, cache = self._remat(block, looped)(x, plans[reach], cache, first + i, slot, key)
+            return x, cache
 
         def group(carry, at):
-            (x, cache), (number, weights) = carry, at
+            number, weights = at
             blocks = nnx.merge(graph, weights).layers
-            for i, (reach, block) in enumerate(zip(pattern, blocks, strict=True)):
-                layer = number * len(pattern) + i
-                x, cache = self._remat(block)(x, plans[reach], cache, layer, slot, key)
-            return (x, cache), None
+            return apply(carry, blocks, number * len(shape.pattern), looped=self._looped), None
 
-        numbers = jnp.arange(self.shape.layers // len(pattern), dtype=jnp.int32)
-        with jax.named_scope("embedding"):
-            start = embed_tokens(self.placement.mesh, self.embed, tokens)
+        numbers = jnp.arange(shape.groups, dtype=jnp.int32)
         unroll = 1 if self._looped else len(numbers)
-        (x, cache), _ = jax.lax.scan(group, (start, cache), (numbers, weights), unroll=unroll)
-        return _normed(self.norm, x), cache
+        carry, _ = jax.lax.scan(group, (self._embedded(tokens), cache), (numbers, weights), unroll=unroll)
+        if shape.rest:
+            first = jnp.int32(shape.groups * len(shape.pattern))
+            carry = apply(carry, self.rest.layers, first, looped=False)
+        x, cache = carry
+        return self.norm(x), cache
+
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer reads."""
+        with jax.named_scope("embedding"):
+            x = embed_tokens(self.placement.mesh, self.embed, tokens)
+            scale = self.shape.embedding_scale
+            return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     @property
     def _looped(self) -> bool:
@@ -215,7 +264,7 @@ class Transformer(nnx.Module):
         """
         return self.shape.layers > 4
 
-    def _remat(self, block: Any) -> Callable:
+    def _remat(self, block: Any, looped: bool) -> Callable:
         """The block, which saves for the backward pass what `model.remat` says.
 
         On a mesh its weights are gathered inside, so that full rematerialisation saves only the shards.
@@ -229,10 +278,5 @@ class Transformer(nnx.Module):
         if self.shape.remat != "none":
             # XLA cannot merge a loop's body with the backward pass, so nothing has to prevent it there.
             policy = POLICIES[self.shape.remat]
-            call = jax.checkpoint(call, policy=policy, prevent_cse=not self._looped)
+            call = jax.checkpoint(call, policy=policy, prevent_cse=not looped)
         return partial(call, nnx.to_pure_dict(state))
-
-
-def _normed(norm: nnx.RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The norm, computed in float32; the result has the dtype of x."""
-    return norm(x.astype(jnp.float32)).astype(x.dtype)

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from dynmask_jax import Plan, attention
 from dynmask_jax.array_typing import Array, Float
-from dynmask_jax.bias_algebra import Bias
 from dynmask_jax.context.parallel import ContextParallel, Travel, context_parallel
 from dynmask_jax.partitioning import Strategy
 from train.config import operation
@@ -60,9 +59,11 @@ class Placement:
         """The number of parts that the tokens of a row are divided in."""
         return parts_of(self.mesh, TOKENS)
 
-    def attention(self, backend: str | None, bias: Bias | None = None) -> Callable:
-        """Attention over the mesh, with the signature of `dynmask_jax.attention` and these options of it."""
-        options = {"backend": backend, "bias": bias}
+    def attention(self, **options: Any) -> Callable:
+        """Attention over the mesh, with the signature of `dynmask_jax.attention` and these options of it.
+
+        An option that is None has its default.
+        """
         given = {name: value for name, value in options.items() if value is not None}
         attend = partial(attention, **given) if given else attention
         return self._over_mesh(attend) if self.sharded else attend

@@ -112,7 +112,7 @@ def _pick(program: Program, example: Batch, mask: Mask) -> tuple[str, Order | No
         _tokens(run, example),
         run.mesh.context,
         block=run.block or default_blocks()[0],
-        heads=Heads(shape.heads, shape.kv_heads, shape.width // shape.heads, jnp.dtype(shape.dtype)),
+        heads=Heads(shape.heads, shape.kv_heads, shape.head_size, jnp.dtype(shape.dtype)),
         machine=machine_of(program.placement.devices[0]),
         strategies=(run.mesh.strategy,),
     ).pick

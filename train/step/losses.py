@@ -52,15 +52,13 @@ def batch_losses(
 
 
 def _logits(model: Transformer, placement: Placement) -> Callable:
-    """`model.logits`; on several devices each has its own copy of the weights."""
+    """`model.unembed`; on several devices each has its own copy of the weight."""
     if not placement.sharded:
-        return model.logits
-    graph, weights = nnx.split(model.logits)
-    kernels = per_device_copy(placement.mesh, "logits.kernel", nnx.to_pure_dict(weights)["kernel"])
+        return model.unembed
+    copies = per_device_copy(placement.mesh, *model.unembedding)
 
     def logits(hidden):
-        rows = hidden.reshape(len(kernels), -1, *hidden.shape[1:])
-        of_each = jax.vmap(lambda kernel, hidden: nnx.merge(graph, {"kernel": kernel})(hidden))
-        return of_each(kernels, rows).reshape(*hidden.shape[:2], -1)
+        rows = hidden.reshape(len(copies), -1, *hidden.shape[1:])
+        return jax.vmap(model.unembed)(rows, copies).reshape(*hidden.shape[:2], -1)
 
     return logits

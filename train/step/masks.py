@@ -85,11 +85,9 @@ class Masks:
 
     def travel(self, plans: Plans, rows: int) -> Travel:
         """The hops of the layers whose keys go farthest, and the bytes that a device sends for all layers."""
-        shape, groups = self.run.model, self.run.model.layers // len(self.run.model.pattern)
+        shape = self.run.model
         queries, keys = (
-            jax.ShapeDtypeStruct(
-                (rows, self.run.data.length, heads, shape.width // shape.heads), jnp.dtype(shape.dtype)
-            )
+            jax.ShapeDtypeStruct((rows, self.run.data.length, heads, shape.head_size), jnp.dtype(shape.dtype))
             for heads in (shape.heads, shape.kv_heads)
         )
         travels: dict[Reach, Travel] = {
@@ -97,12 +95,12 @@ class Masks:
         }
         return Travel(
             hops=jnp.stack([travel.hops for travel in travels.values()]).max(),
-            bytes=groups * self.over_layers({reach: travels[reach].bytes for reach in plans}),
+            bytes=self.over_layers({reach: travels[reach].bytes for reach in plans}),
         )
 
     def over_layers(self, values: OfReach) -> Float[Array, ""]:
-        """The sum of one layer's numbers over the layers of a group."""
-        return jnp.stack([values[reach] for reach in self.run.model.pattern]).sum()
+        """The sum over all layers of one layer's numbers."""
+        return jnp.stack([values[reach] for reach in self.run.model.reaches]).sum()
 
     @property
     def bucket_starts(self) -> tuple[int, ...]:

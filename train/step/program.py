@@ -175,7 +175,7 @@ def state_like(program: Program, vocabulary: int) -> State:
 
 
 def _model(run: Run, vocabulary: int, placement: Placement) -> Transformer:
-    return Transformer(run.model, vocabulary, placement, rngs=nnx.Rngs(run.seed))
+    return Transformer(run.model, run.model.vocabulary(vocabulary), placement, rngs=nnx.Rngs(run.seed))
 
 
 def _first(program: Program, vocabulary: int) -> State:

@@ -81,7 +81,7 @@ class WithoutCache:
             place = jnp.arange(len(text), dtype=jnp.int32)
             tokens = Tokens(start + place, (place < length).astype(jnp.int32))
             seen = mask & SameSegment() & (Causal() | Prefix(start + prompt))
-            return model.logits(model(text[None, :], plans(seen, tokens)))[0, length - 1][None, :]
+            return model.unembed(model(text[None, :], plans(seen, tokens)))[0, length - 1][None, :]
 
         self.logits = jax.jit(logits)
 

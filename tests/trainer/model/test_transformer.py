@@ -67,7 +67,7 @@ def test_shapes_and_grouped_heads():
     model = transformer(pattern=PATTERN, layers=6)
     hidden = features(model, TOKENS, plans(Causal()))
     assert hidden.shape == (1, LENGTH, 16)
-    assert model.logits(hidden).shape == (1, LENGTH, 256)
+    assert model.unembed(hidden).shape == (1, LENGTH, 256)
     for block in model.groups.layers:
         assert block.attention.query.kernel.shape == (3, 16, 2, 8)
         assert block.attention.key.kernel.shape == (3, 16, 1, 8)
@@ -177,7 +177,7 @@ def test_bfloat16_computes_in_it_and_keeps_weights_and_logits_in_float32(remat):
     model = transformer(dtype="bfloat16", remat=remat)
     hidden = features(model, TOKENS, plans(Causal()))
     assert hidden.dtype == jnp.bfloat16
-    assert model.logits(hidden).dtype == jnp.float32
+    assert model.unembed(hidden).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient(model))} == {jnp.dtype("float32")}
     exact = features(transformer(), TOKENS, plans(Causal()))

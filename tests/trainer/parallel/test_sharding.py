@@ -275,7 +275,7 @@ def test_a_mesh_of_one_device_leaves_everything_as_it_is():
     placement, batch = Placement.of(Mesh()), batch_of(run_of())
     assert placement == Placement()
     assert place_batch(placement.mesh, batch) is batch
-    assert placement.attention(None) is attention
+    assert placement.attention() is attention
     assert placement.devices == jax.devices()[:1]
 
 

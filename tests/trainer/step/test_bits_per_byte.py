@@ -87,7 +87,7 @@ def test_it_is_the_nats_of_targets_over_the_bytes_of_the_same_targets(name, tmp_
     model = nnx.merge(program.graph, state.params)
     for batch in corpus.held_out:
         seen = plan(Causal() & SameSegment(), Tokens(batch.positions, batch.segments))
-        logits = model.logits(model(jnp.asarray(batch.inputs), {"global": seen}))
+        logits = model.unembed(model(jnp.asarray(batch.inputs), {"global": seen}))
         logits = np.asarray(logits, np.float64)
         logits -= logits.max(axis=-1, keepdims=True)
         log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -182,7 +182,7 @@ def losses_of(program, params, batch, mask):
     model = nnx.merge(program.graph, params)
     plans = program.masks.plans(mask, Tokens(batch.positions, batch.segments))
     hidden = model(batch.inputs, plans)
-    return token_losses(hidden, model.logits, batch.targets, batch.weights, Loss(chunk=16)).nats
+    return token_losses(hidden, model.unembed, batch.targets, batch.weights, Loss(chunk=16)).nats
 
 
 @pytest.mark.parametrize("when", ["full mask", "in the middle of a curriculum"])
