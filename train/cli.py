@@ -14,9 +14,11 @@ from train.config.command_line import PROGRAM
 from train.config.presets import PRESETS
 from train.config.run import Run, option_values, to_json
 from train.loop.prepare import prepare
+from train.loop.source import source_run
 from train.loop.training import NotFinite, train
 from train.parallel.initialize import join
 from train.parallel.processes import Processes
+from train.pretrained.run import check_agreement, with_source
 from train.report.outcome import Outcome
 
 PRINT_ONLY = {"-h", "--help", "--print-config", "--print_config"}
@@ -71,7 +73,8 @@ def parse(arguments: Sequence[str]) -> Training:
 
     Raises:
       ValueError: a preset or option does not exist, and the message lists those that do; or the config
-        contradicts itself.
+        contradicts itself, or the folder that it begins from.
+      OSError: the folder that it begins from cannot be read.
       SystemExit: after `--help`, or after tyro printed which value has the wrong type.
     """
     preset, *words = arguments if not arguments[0].startswith("-") else ["run", *arguments]
@@ -80,16 +83,20 @@ def parse(arguments: Sequence[str]) -> Training:
             f"unknown preset or command {preset!r}; the presets are {', '.join(PRESETS)}; the commands are "
             f"{', '.join(COMMANDS)}"
         )
+    run = PRESETS[preset]()
+    source = source_run(run, words)
     command, unknown = tyro.cli(
         Training,
         prog=f"{PROGRAM} {preset}",
         description=cleandoc(PRESETS[preset].__doc__ or ""),
-        default=Training(PRESETS[preset]()),
+        default=Training(run if source is None else with_source(run, source)),
         args=words,
         return_unknown_args=True,
     )
     if unknown:
         raise ValueError(_unknown(unknown))
+    if source is not None:
+        check_agreement(command.run.model, source.model, str(command.run.init_from))
     return command
 
 

@@ -74,7 +74,7 @@ ROOMS = [
     {"data"},
     {"parallel"},
     {"model"},
-    {"step"},
+    {"step", "pretrained"},
     {"metrics", "checkpoint", "evaluate"},
     {"report", "aot"},
     {"loop", "commands"},

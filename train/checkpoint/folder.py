@@ -13,7 +13,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from train.config.run import Run, differences, is_extended, to_json
+from train.config.run import Run, differences, from_json, is_extended, to_json
+from train.data.tokenizers import Tokenizer, load_tokenizer
 from train.disk import write_atomically
 
 BUCKET = "://"
@@ -93,6 +94,23 @@ class RunFolder:
         return self.path / "summaries.jsonl"
 
     @property
+    def pretrained(self) -> Path:
+        """A folder with config and tokenizer of the Hugging Face folder that the run began from."""
+        return self.path / "pretrained"
+
+    def load_tokenizer(self, run: Run, name: str | None = None) -> Tokenizer:
+        """The tokenizer of the folder's run: the copy of `pretrained`, where there is one, or by its path.
+
+        Args:
+          run: the config in the folder.
+          name: the path of the tokenizer; None: the path in the config.
+        """
+        named = name or run.data.tokenizer
+        copy = self.pretrained / Path(named).name
+        path = str(copy) if name is None and run.init_from is not None and copy.is_file() else named
+        return load_tokenizer(path, run.data.end_token, run.data.begin_token)
+
+    @property
     def _discarded(self) -> Path:
         return self.checkpoints.with_name(self.checkpoints.name + "-discarded")
 
@@ -105,8 +123,23 @@ class RunFolder:
             self.profile,
             self.report,
             self.summaries,
+            self.pretrained,
             *(self.path / name for name in names),
         )
+
+    def read_config(self) -> Run:
+        """The config of the run in the folder.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: it cannot be read.
+        """
+        if not self.config.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run: {self.config} does not exist")
+        try:
+            return from_json(self.config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.config} is corrupted: {error}") from error
 
     def holds(self, run: Run) -> bool:
         """Whether the folder has this run, to be resumed; the run may be without a checkpoint yet.

@@ -7,24 +7,26 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from train.checkpoint.export import Weights, load_weights
+from train.checkpoint.export import Weights, load_weights, params_like
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.restore import restore_newest
-from train.config.run import Run, from_json
+from train.config.run import Run
 from train.data.tokenizers import Tokenizer, load_tokenizer
-from train.step.program import program_of, state_like
+from train.pretrained.folder import PretrainedFolder
+from train.pretrained.read import open_tensors
+from train.pretrained.run import pretrained_run
 
 SAFETENSORS = ".safetensors"
 
 
 def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tokenizer]:
-    """A trained model and its tokenizer, on this process's first device.
+    """A model and its tokenizer, on this process's first device.
 
     Writes nothing, so that the run may be in training meanwhile.
 
     Args:
-      source: a run's folder, whose newest intact checkpoint is loaded, or a file of
-        `python -m train export`. With `optimizer.ema` the weights are the moving average.
+      source: a run's folder, whose newest intact checkpoint is loaded; a file of `python -m train export`;
+        or a folder that transformers saved. With `optimizer.ema` the weights are the moving average.
       tokenizer: path of the tokenizer; None: the path in the run's config.
 
     Raises:
@@ -37,21 +39,30 @@ def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tok
         return weights, _load_same_tokenizer(weights, tokenizer)
     if source.is_file():
         raise ValueError(f"{source} is neither a run's folder nor a {SAFETENSORS} file")
+    if (pretrained := PretrainedFolder.at(source)) is not None:
+        return _load_pretrained(pretrained, tokenizer)
     folder = RunFolder(source)
-    if not folder.config.is_file():
-        raise FileNotFoundError(f"{source} holds no run: {folder.config} does not exist")
-    try:
-        run = from_json(folder.config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder.config} is corrupted: {error}") from error
-    loaded = load_tokenizer(tokenizer or run.data.tokenizer, run.data.end_token)
+    run = folder.read_config()
+    loaded = folder.load_tokenizer(run, tokenizer)
     params = _restore_params(RunFolder.of(run, source), run, loaded.vocabulary)
+    return Weights(run, params, loaded.vocabulary, loaded.fingerprint), loaded
+
+
+def _load_pretrained(folder: PretrainedFolder, tokenizer: str | None) -> tuple[Weights, Tokenizer]:
+    run = pretrained_run(folder, tokenizer)
+    loaded = load_tokenizer(run.data.tokenizer, run.data.end_token, run.data.begin_token)
+    loaded.check_fits(run.model.vocabulary(loaded.vocabulary))
+    like = _on_first_device(params_like(run, loaded.vocabulary))
+    with open_tensors(folder, run.model) as tensors:
+        tensors.check(like)
+        params = jax.tree.map_with_path(tensors.array, like)
     return Weights(run, params, loaded.vocabulary, loaded.fingerprint), loaded
 
 
 def _load_same_tokenizer(weights: Weights, name: str | None) -> Tokenizer:
     name = name or weights.run.data.tokenizer
-    tokenizer = load_tokenizer(name, weights.run.data.end_token)
+    data = weights.run.data
+    tokenizer = load_tokenizer(name, data.end_token, data.begin_token)
     if tokenizer.fingerprint != weights.fingerprint:
         raise ValueError(f"data.tokenizer: {name} is not the tokenizer that the model was trained with")
     return tokenizer
@@ -60,11 +71,7 @@ def _load_same_tokenizer(weights: Weights, name: str | None) -> Tokenizer:
 def _restore_params(folder: RunFolder, run: Run, vocabulary: int) -> Any:
     """The weights of the newest intact checkpoint, with a warning for each damaged one that is skipped."""
     field = "params" if run.optimizer.ema is None else "ema"
-    device = SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        {field: getattr(state_like(program_of(run, vocabulary), vocabulary), field)},
-    )
+    like = _on_first_device({field: params_like(run, vocabulary)})
     restored = restore_newest(folder.checkpoints, like, partial=True)
     if restored is None:
         raise FileNotFoundError(f"{folder.path} holds no checkpoint yet")
@@ -72,3 +79,9 @@ def _restore_params(folder: RunFolder, run: Run, vocabulary: int) -> Any:
         path = folder.checkpoints / str(step)
         warnings.warn(f"the checkpoint {path} is damaged ({damage}); an older one is taken", stacklevel=3)
     return restored.tree[field]
+
+
+def _on_first_device(tree: Any) -> Any:
+    """The shapes of a tree, to be filled on this process's first device."""
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)

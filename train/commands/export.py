@@ -1,12 +1,14 @@
-"""The command `export`: writes a model's weights to a safetensors file."""
+"""The command `export`: writes a model's weights to a safetensors file, or as a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import tyro
 
 from train.checkpoint.export import export_weights
+from train.checkpoint.export_folder import Origin, StoredDtype, export_folder
 from train.checkpoint.load import load_model
 
 
@@ -15,25 +17,36 @@ class Export:
     """Writes a model's weights to a safetensors file, which `generate` and `summarize` read too."""
 
     model: tyro.conf.Positional[Path]
-    """A run's folder, whose newest checkpoint is used."""
+    """A run's folder, whose newest checkpoint is used, or a Hugging Face folder."""
     to: Path
-    """The file to write."""
+    """The file or folder to write."""
+    format: Literal["safetensors", "huggingface"] = "safetensors"
+    """safetensors: a file for this trainer; huggingface: a folder that transformers loads."""
+    dtype: StoredDtype | None = None
+    """Type of the weights in a Hugging Face folder. None: that of the folder that the run began from, or
+    float32."""
     overwrite: bool = False
-    """Replace the file if it exists."""
+    """Replace the file or folder if it exists."""
     tokenizer: str | None = None
     """Path of the tokenizer. None: the path in the run's config."""
 
 
 def export(command: Export):
-    """Writes the file, and prints what it has.
+    """Writes the file or folder, and prints what it has.
 
     Raises:
       ValueError, OSError: with the reason why it cannot.
     """
-    weights, _ = load_model(command.model, command.tokenizer)
-    export_weights(weights, command.to, overwrite=command.overwrite)
+    if command.dtype is not None and command.format != "huggingface":
+        raise ValueError("--dtype needs --format huggingface")
+    weights, tokenizer = load_model(command.model, command.tokenizer)
+    if command.format == "huggingface":
+        origin = Origin.of(command.model, weights)
+        export_folder(
+            weights, tokenizer, origin, command.to, dtype=command.dtype, overwrite=command.overwrite
+        )
+    else:
+        export_weights(weights, command.to, overwrite=command.overwrite)
     count = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
-    print(
-        f"{command.to}: {count:,} weights, the config, and the name of the tokenizer "
-        f"({weights.run.data.tokenizer})"
-    )
+    what = "the tokenizer" if command.format == "huggingface" else "the name of the tokenizer"
+    print(f"{command.to}: {count:,} weights, the config, and {what} ({weights.run.data.tokenizer})")

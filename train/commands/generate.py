@@ -48,7 +48,7 @@ def generate(command: Generate):
     weights, tokenizer = load_model(command.model, command.tokenizer)
     check_task(weights.run, "generate", command.model)
     options, generator = command.sampling.override(weights.run.generation), make_generator(weights, tokenizer)
-    tokens = tokenizer.encode(prompts)
+    tokens = list(map(tokenizer.begun, tokenizer.encode(prompts)))
     with Stopwatch() as stopwatch:
         texts = generator.generate(tokens, options, jax.random.key(command.sampling.seed))
     for prompt, before, text in zip(prompts, tokens, texts, strict=True):

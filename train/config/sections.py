@@ -43,6 +43,8 @@ class Data:
     """bytes, or the path of a tokenizer.json or a sentencepiece model."""
     end_token: str | None = None
     """The token between documents. None: found in the tokenizer by its usual names."""
+    begin_token: str | None = None
+    """The token before each document, as Llama and Gemma have it. None: there is none."""
     unknown: float = 0.05
     """Share of the texts' bytes, white space aside, that the tokenizer may leave out or turn into its unknown
     token; above it the run is refused."""

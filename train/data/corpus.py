@@ -115,11 +115,12 @@ class Corpus:
         return iter(self.rows)
 
 
-def read_corpus(run: Run) -> Corpus:
+def read_corpus(run: Run, tokenizer: Tokenizer | None = None) -> Corpus:
     """Reads the text, or its tokens from the cache, and cuts it into rows.
 
     Args:
       run: of which data, summarize.truncate, the task, the seed and evaluation.rows are read.
+      tokenizer: the one of the config; None: it is loaded.
 
     Raises:
       FileNotFoundError: a path, or a tokenizer, does not exist.
@@ -127,7 +128,7 @@ def read_corpus(run: Run) -> Corpus:
       ValueError: text is malformed or cannot be used, see `token_caches` and `fitting`; or there is too
         little.
     """
-    tokenizer = load_tokenizer(run.data.tokenizer, run.data.end_token)
+    tokenizer = tokenizer or load_tokenizer(run.data.tokenizer, run.data.end_token, run.data.begin_token)
     caches = token_caches(run, tokenizer)
     kept = [fitting(cache, run.data.length, run.summarize.truncate) for cache in caches if cache.pairs]
     train, held_out = _split(run, caches)

@@ -56,7 +56,7 @@ def encode_records(
             if item.line is not None and not all(map(len, parts)):
                 yield Malformed(item.path, item.line, "the tokenizer makes no token of it")
             else:
-                yield item, parts
+                yield item, [tokenizer.begun(parts[0]), *parts[1:]]
 
 
 def _batches(items: Iterable[TextRecord | Malformed]) -> Iterator[list[TextRecord | Malformed]]:

@@ -34,6 +34,7 @@ class Tokenizer(ABC):
     Attributes:
       vocabulary: the number of ids.
       end: the id that follows each text and is in none.
+      begin: the id before each document; None: there is none.
       fingerprint: equal only for tokenizers that give the same ids.
       pieces: the bytes of text that each id spells; none for special tokens, and for the unknown one, which
         stands for text that the tokenizer cannot spell.
@@ -41,6 +42,7 @@ class Tokenizer(ABC):
 
     vocabulary: int
     end: int
+    begin: int | None = None
     fingerprint: str
     pieces: Sequence[bytes]
 
@@ -60,18 +62,36 @@ class Tokenizer(ABC):
     def target_bytes(self, inputs: Any, targets: Any) -> np.ndarray:
         """The bytes of text that each target spells, of NumPy arrays of ids.
 
-        After an end token a text begins, and the space that some tokenizers put there is none of its bytes.
+        After an end or begin token a text begins, and the space that some tokenizers put there is none of its
+        bytes.
         """
-        return self.token_bytes[targets] - np.where(inputs == self.end, self._leading_spaces[targets], 0)
+        first = inputs == self.end if self.begin is None else np.isin(inputs, (self.end, self.begin))
+        return self.token_bytes[targets] - np.where(first, self._leading_spaces[targets], 0)
 
     @cached_property
     def token_letters(self) -> Int[np.ndarray, " ids"]:
         """The same without white space, which some tokenizers do not keep."""
         return np.array([len(b"".join(piece.split())) for piece in self.pieces], np.int32)
 
+    def begun(self, document: Ids) -> Ids:
+        """A document's tokens after the begin token, where there is one."""
+        return document if self.begin is None else np.append(np.int32(self.begin), document)
+
+    def check_fits(self, rows: int):
+        """Refuses an embedding of so few rows that tokens of text have none; special tokens may lack theirs.
+
+        Raises:
+          ValueError: such a token, by its id.
+        """
+        if beyond := [id for id in range(rows, self.vocabulary) if self.pieces[id]]:
+            raise ValueError(
+                f"data.tokenizer: the token {beyond[0]} is beyond the model's vocabulary (model.vocab_size), "
+                f"which has {rows} tokens"
+            )
+
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The tokens of each text, int32, without the end token."""
+        """The tokens of each text, int32, without the begin and end tokens."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -109,7 +129,7 @@ class Bytes(Tokenizer):
 class Subwords(Tokenizer):
     """A `tokenizer.json` of the library `tokenizers`. Text that spells a special token is encoded as text."""
 
-    def __init__(self, path: Path, end_token: str | None):
+    def __init__(self, path: Path, end_token: str | None, begin_token: str | None):
         from tokenizers import Tokenizer as Library
 
         content = path.read_bytes()
@@ -123,7 +143,8 @@ class Subwords(Tokenizer):
         ids = self._library.get_vocab(with_added_tokens=True)
         name = _end_token(ids, end_token, path)
         self.vocabulary, self.end = max(ids.values()) + 1, ids[name]
-        self.fingerprint = _fingerprint("tokenizer.json", name, content)
+        self.begin = _begin_token(ids, begin_token, path)
+        self.fingerprint = _fingerprint("tokenizer.json", name, content, begin_token)
         self.pieces = pieces_of_library(self._library, self.vocabulary, self.end)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -131,13 +152,14 @@ class Subwords(Tokenizer):
         return [np.array(text.ids, np.int32) for text in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._library.decode([id for id in map(int, ids) if id != self.end], skip_special_tokens=True)
+        kept = [id for id in map(int, ids) if id not in (self.end, self.begin)]
+        return self._library.decode(kept, skip_special_tokens=True)
 
 
 class SentencePiece(Tokenizer):
     """A sentencepiece model. It may normalise white space and characters."""
 
-    def __init__(self, path: Path, end_token: str | None):
+    def __init__(self, path: Path, end_token: str | None, begin_token: str | None):
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
@@ -156,33 +178,37 @@ class SentencePiece(Tokenizer):
         name = end_token or (self._library.IdToPiece(eos) if eos >= 0 else None)
         name = _end_token(ids, name, path)
         self.end = ids[name]
-        self.fingerprint = _fingerprint("sentencepiece", name, content)
+        self.begin = _begin_token(ids, begin_token, path)
+        self.fingerprint = _fingerprint("sentencepiece", name, content, begin_token)
         self.pieces = pieces_of_sentencepiece(self._library)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         return [np.array(ids, np.int32) for ids in self._library.EncodeAsIds(list(texts))]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._library.DecodeIds([id for id in map(int, ids) if id != self.end])
+        return self._library.DecodeIds([id for id in map(int, ids) if id not in (self.end, self.begin)])
 
 
-def load_tokenizer(name: str, end_token: str | None = None) -> Tokenizer:
+def load_tokenizer(name: str, end_token: str | None = None, begin_token: str | None = None) -> Tokenizer:
     """The tokenizer of data.tokenizer: bytes, or one from a file.
 
     Args:
       name: "bytes", the path of a sentencepiece model (`….model`), or of a `tokenizer.json`.
       end_token: data.end_token; None: the one with a usual name.
+      begin_token: data.begin_token; None: there is none.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is not a tokenizer; it has no such end token, or none with a usual name; or its library
-        is not installed.
+      ValueError: it is not a tokenizer; it has no such begin or end token, or no end token with a usual name;
+        or its library is not installed.
     """
     if name == "bytes":
         if end_token is not None:
             raise ValueError(
                 f"data.end_token: the tokenizer bytes has none but the null byte, got {end_token!r}"
             )
+        if begin_token is not None:
+            raise ValueError(f"data.begin_token: the tokenizer bytes has none, got {begin_token!r}")
         return Bytes()
     path = Path(name)
     if not path.is_file():
@@ -190,7 +216,8 @@ def load_tokenizer(name: str, end_token: str | None = None) -> Tokenizer:
             f"data.tokenizer: {name} does not exist: bytes, or the path of a tokenizer.json or of a "
             "sentencepiece model (….model)"
         )
-    return SentencePiece(path, end_token) if path.suffix == ".model" else Subwords(path, end_token)
+    kind = SentencePiece if path.suffix == ".model" else Subwords
+    return kind(path, end_token, begin_token)
 
 
 def train_bpe(
@@ -282,5 +309,13 @@ def _end_token(ids: Mapping[str, int], asked: str | None, path: Path) -> str:
     )
 
 
-def _fingerprint(kind: str, end: str, content: bytes) -> str:
-    return f"{kind} {hashlib.sha256(content).hexdigest()} {end}"
+def _begin_token(ids: Mapping[str, int], name: str | None, path: Path) -> int | None:
+    """The id of the begin token."""
+    if name is not None and name not in ids:
+        raise ValueError(f"data.begin_token: {path} has no token {name!r}")
+    return None if name is None else ids[name]
+
+
+def _fingerprint(kind: str, end: str, content: bytes, begin: str | None) -> str:
+    names = end if begin is None else f"{end} {begin}"
+    return f"{kind} {hashlib.sha256(content).hexdigest()} {names}"

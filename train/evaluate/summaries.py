@@ -61,6 +61,7 @@ class Summarizer:
         assert length is not None
         if not len(document):
             raise ValueError(f"{name} is empty: there is nothing to summarise")
+        document = self.tokenizer.begun(document)
         if len(document) >= length:
             if not self.truncate:
                 raise ValueError(

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -21,6 +22,10 @@ from train.disk import check_space, check_writable
 from train.metrics import log, writers
 from train.parallel.processes import Processes, check_shared
 from train.parallel.sharding import Placement
+from train.pretrained.config import model_of
+from train.pretrained.folder import PretrainedFolder
+from train.pretrained.read import open_tensors
+from train.pretrained.run import check_agreement
 from train.step.program import Program, begin
 from train.step.state import State
 
@@ -83,7 +88,9 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
     processes.call_on_first(lambda: _check_folder(folder, run, overwrite))
     check_shared((folder.elsewhere or folder.path).parent, processes)
     placement = Placement.of(run.mesh)
-    texts = read_corpus(run)
+    tokenizer = None if overwrite else folder.load_tokenizer(run)
+    texts = read_corpus(run, tokenizer)
+    texts.tokenizer.check_fits(run.model.vocabulary(texts.tokenizer.vocabulary))
     processes.check_equal(texts.fingerprint, "data.paths: the texts")
     program, state = begin(run, texts.tokenizer.vocabulary, placement)
     batches = texts.batches()
@@ -124,9 +131,16 @@ def _begin(folder: RunFolder, run: Run, done: int | None):
     its first checkpoint."""
     if done is None:
         folder.begin(run)
+        if run.init_from is not None and (source := _pretrained_of(Path(run.init_from))) is not None:
+            source.copy_companions(folder.pretrained)
     else:
         folder.resume(run)
         log.rewind(folder.metrics, done)
+
+
+def _pretrained_of(source: Path) -> PretrainedFolder | None:
+    """The Hugging Face folder at a path, or the files of the one that a run there began from."""
+    return PretrainedFolder.at(source) or PretrainedFolder.at(RunFolder(source).pretrained)
 
 
 def _restored(
@@ -148,7 +162,9 @@ def _restored(
 
 
 def _initialized(source: str, state: State, tokenizer: Tokenizer, run: Run) -> State:
-    """The state with the weights of another run, or of a file of `export`, in place of random ones."""
+    """The state with the weights of a folder or a file in place of random ones, which are deleted."""
+    if (folder := PretrainedFolder.at(Path(source))) is not None:
+        return _with_params(state, _pretrained(folder, state, run))
     weights, theirs = load_model(Path(source))
     if theirs.fingerprint != tokenizer.fingerprint:
         raise ValueError(
@@ -167,7 +183,28 @@ def _initialized(source: str, state: State, tokenizer: Tokenizer, run: Run) -> S
         whole = np.asarray(new)
         return jax.make_array_from_callback(old.shape, old.sharding, lambda index: whole[index])
 
-    params = jax.tree.map(placed, weights.params, state.params)
+    return _with_params(state, jax.tree.map(placed, weights.params, state.params))
+
+
+def _pretrained(folder: PretrainedFolder, state: State, run: Run) -> Any:
+    """The weights of a Hugging Face folder, each in the place of a random one, which is deleted."""
+    check_agreement(run.model, model_of(folder.config()), str(folder.path))
+    theirs = folder.find_tokenizer()
+    if theirs is not None and theirs.read_bytes() != Path(run.data.tokenizer).read_bytes():
+        raise ValueError(
+            f"init_from: {folder.path} has another tokenizer than data.tokenizer, {run.data.tokenizer}"
+        )
+
+    def read(path, old):
+        old.delete()  # there may not be room for two
+        return tensors.array(path, old)
+
+    with open_tensors(folder, run.model) as tensors:
+        tensors.check(state.params)
+        return jax.tree.map_with_path(read, state.params)
+
+
+def _with_params(state: State, params: Any) -> State:
     return replace(state, params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
 

@@ -3,8 +3,8 @@
     python -m venv v && v/bin/pip install torch==2.13.0 transformers==5.24.0
     v/bin/python tests/trainer/pretrained/make_golden.py
 
-Every option that an architecture uses is on in some model, and texts are longer than the window and the original
-context. Weights are random everywhere, norms and biases too, so that none of them is without effect.
+Every option that an architecture uses is on in some model, and texts are longer than the window and the
+original context. Weights are random everywhere, norms and biases too, so that none of them is without effect.
 """
 
 import shutil
@@ -131,10 +131,14 @@ def make(name: str, seed: int):
     shards = {"max_shard_size": "12KB"} if name == SHARDED else {}
     model.to(dtype).save_pretrained(folder, **shards)
     tokens = torch.randint(0, config.vocab_size, (2, LENGTH))
+    # Loaded anew: the model above has its rotary frequencies in the dtype too.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        logits = model.float()(tokens).logits
+        logits = model(tokens).logits
     save_file({"tokens": tokens.int(), "logits": logits.contiguous()}, folder / "logits.safetensors")
-    print(f"{name}: {sum(w.numel() for w in model.parameters()):,} weights, logits to {logits.abs().max():.2f}")
+    print(
+        f"{name}: {sum(w.numel() for w in model.parameters()):,} weights, logits to {logits.abs().max():.2f}"
+    )
 
 
 if __name__ == "__main__":

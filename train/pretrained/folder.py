@@ -1,0 +1,122 @@
+"""The files of a folder that transformers saved: config, weights, tokenizer. No pickle is ever opened."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""The tokenizer's file, the first that is there."""
+COMPANIONS = (
+    CONFIG,
+    GENERATION,
+    *TOKENIZERS,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt"),
+)
+"""The files beside the weights that transformers reads."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class PretrainedFolder:
+    """A folder in the layout of Hugging Face.
+
+    Attributes:
+      path: of the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: Path) -> "PretrainedFolder | None":
+        """The folder at a path, if there is one whose config.json names a model of transformers."""
+        config = path / CONFIG
+        try:
+            values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+        except ValueError:
+            return None
+        return cls(path) if isinstance(values, dict) and "model_type" in values else None
+
+    def config(self) -> dict[str, Any]:
+        """The object in config.json."""
+        return _object(self.path / CONFIG)
+
+    def generation(self) -> dict[str, Any]:
+        """The object in generation_config.json; an empty one where there is no such file."""
+        path = self.path / GENERATION
+        return _object(path) if path.is_file() else {}
+
+    def weight_files(self) -> dict[Path, tuple[str, ...] | None]:
+        """The files of the weights, and the names of the tensors that the index says are in each.
+
+        Raises:
+          FileNotFoundError: there are none, or one that the index names is missing.
+          ValueError: there are only pickles; or the index cannot be read.
+        """
+        whole, index = self.path / WEIGHTS, self.path / INDEX
+        if whole.is_file():
+            return {whole: None}
+        if not index.is_file():
+            pickles = sorted(found.name for kind in PICKLES for found in self.path.glob(kind))
+            if pickles:
+                raise ValueError(
+                    f"{self.path} holds its weights as pickles ({pickles[0]}), which can run any code and "
+                    "are never opened: save them with transformers' save_pretrained, which writes safetensors"
+                )
+            raise FileNotFoundError(f"{self.path} has neither {WEIGHTS} nor {INDEX}")
+        listed = _object(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError(f"{index} has no weight_map from tensors to files")
+        if unsafe := [name for name in listed.values() if Path(name).name != name]:
+            raise ValueError(f"{index} names {unsafe[0]!r}, which is not in the folder")
+        return {self.path / file: _names(listed, file) for file in sorted(set(listed.values()))}
+
+    def tokenizer(self) -> Path:
+        """The file of the tokenizer.
+
+        Raises:
+          FileNotFoundError: there is none.
+        """
+        if (found := self.find_tokenizer()) is None:
+            raise FileNotFoundError(
+                f"{self.path} has no tokenizer ({' or '.join(TOKENIZERS)}): name one with --data.tokenizer"
+            )
+        return found
+
+    def find_tokenizer(self) -> Path | None:
+        """The file of the tokenizer; None: there is none."""
+        paths = (self.path / name for name in TOKENIZERS)
+        return next((path for path in paths if path.is_file()), None)
+
+    def end_token(self) -> str | None:
+        """The token that ends a text, as tokenizer_config.json names it; None: it does not."""
+        path = self.path / "tokenizer_config.json"
+        token = _object(path).get("eos_token") if path.is_file() else None
+        return token.get("content") if isinstance(token, dict) else token
+
+    def copy_companions(self, to: Path):
+        """Copies the files beside the weights to a folder, which is created."""
+        to.mkdir(parents=True, exist_ok=True)
+        for name in COMPANIONS:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, to / name)
+
+
+def _names(listed: Mapping[str, str], file: str) -> tuple[str, ...]:
+    return tuple(name for name, place in listed.items() if place == file)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} cannot be read: it holds {type(values).__name__}, not an object")
+    return values

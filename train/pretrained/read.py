@@ -1,0 +1,132 @@
+"""Weights of a Hugging Face folder, read straight into the shards of our arrays, one array at a time."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from train.config.model import Model
+from train.pretrained.folder import PretrainedFolder
+from train.pretrained.names import layout_of
+
+TYPES = ("F32", "BF16", "F16")
+"""The types of tensors that are read."""
+BUFFERS = ".rotary_emb.inv_freq"
+"""The end of the names of tensors that old checkpoints hold though they are not weights."""
+SHOWN = 4
+"""Faults that a refusal names; it counts the rest."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The open files of a folder's weights. Made by `open_tensors`.
+
+    Attributes:
+      path: of the folder.
+      model: its options.
+      files: the open file of each tensor, by the tensor's name.
+    """
+
+    path: Path
+    model: Model
+    files: Mapping[str, Any]
+
+    def check(self, like: Any):
+        """Refuses tensors that are not the weights `like`, a tree of arrays or their shapes.
+
+        Raises:
+          ValueError: tensors are missing, left over, of another shape, or of a type that is not read. The
+            message names them.
+        """
+        expected = {
+            name: layout.shape(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+            for layout in [layout_of(_name(path), self.model)]
+            for name in layout.names
+        }
+        spare = {name for name in self.files.keys() - expected.keys() if not name.endswith(BUFFERS)}
+        faults = [f"{name} is missing" for name in sorted(expected.keys() - self.files.keys())]
+        if self.model.tied_embeddings and "lm_head.weight" in spare and self._is_tied():
+            spare.remove("lm_head.weight")
+        faults += [f"{name} is left over" for name in sorted(spare)]
+        for name in sorted(expected.keys() & self.files.keys()):
+            tensor = self.files[name].get_slice(name)
+            if (shape := tuple(tensor.get_shape())) != expected[name]:
+                faults.append(f"{name} has shape {shape}, needed {expected[name]}")
+            elif tensor.get_dtype() not in TYPES:
+                faults.append(f"{name} has type {tensor.get_dtype()}, needed one of {', '.join(TYPES)}")
+        if faults:
+            more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+            raise ValueError(
+                f"{self.path} does not hold the weights of its config.json: {'; '.join(faults[:SHOWN])}{more}"
+            )
+
+    def array(self, path: Any, leaf: Any) -> jax.Array:
+        """The array of a weight, each process reading the shards of its devices and no more.
+
+        Args:
+          path: of the weight in its tree, as JAX gives it.
+          leaf: an array, or its shape, with the dtype and the sharding that are wanted. Host memory holds one
+            shard in that dtype, and one tensor's part of it in the dtype of the file.
+        """
+        layout, shape = layout_of(_name(path), self.model), leaf.shape
+
+        def read(index) -> np.ndarray:
+            parts = [
+                self.files[name].get_slice(name)[theirs].astype(leaf.dtype)
+                for name, theirs in layout.index(index, shape)
+            ]
+            sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
+            return layout.to_ours(parts, sizes)
+
+        return jax.make_array_from_callback(shape, leaf.sharding, read)
+
+    def _is_tied(self) -> bool:
+        """Whether lm_head.weight is the embedding, as some checkpoints of tied embeddings hold it."""
+        names = "model.embed_tokens.weight", "lm_head.weight"
+        if names[0] not in self.files:
+            return False
+        one, other = (self.files[name].get_tensor(name) for name in names)
+        return one.dtype == other.dtype and np.array_equal(one, other)
+
+
+@contextmanager
+def open_tensors(folder: PretrainedFolder, model: Model) -> Iterator[Tensors]:
+    """Opens the files of a folder's weights, and closes them again.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is no whole safetensors file, holds other tensors than the index says; or the weights
+        are pickles.
+    """
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for path, listed in folder.weight_files().items():
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, which the index of the weights names")
+            try:
+                file = stack.enter_context(safe_open(path, "numpy"))
+            except SafetensorError as error:
+                raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+            names = set(file.keys())
+            if listed is not None and (lacking := sorted(set(listed) - names)):
+                raise ValueError(f"{path} lacks {lacking[0]}, which the index of the weights says it holds")
+            files |= dict.fromkeys(names, file)
+        yield Tensors(folder.path, model, files)
+
+
+def stored_dtype(tensors: Tensors) -> str:
+    """The type of the file's tensors as config.json names it; of several types the widest."""
+    found = {file.get_slice(name).get_dtype() for name, file in tensors.files.items()}
+    if len(found) == 1:
+        return {"BF16": "bfloat16", "F16": "float16"}.get(found.pop(), "float32")
+    return "float32"
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,77 @@
+"""The options of a run that a Hugging Face folder decides: the model's, and those of its tokenizer."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from train.config.model import Model
+from train.config.run import Run, option_values
+from train.config.sections import Data
+from train.pretrained.config import model_of
+from train.pretrained.folder import CONFIG, PretrainedFolder
+
+COMPUTING = ("dtype", "remat", "backend", "attention_dropout")
+"""Options of the model that say how a run computes: they are the run's."""
+EXTENDING = ("rope_theta", "rope_scaling.")
+"""Options of the model that a run may change, to read longer texts than the model was trained at."""
+
+
+def pretrained_run(folder: PretrainedFolder, tokenizer: str | None = None) -> Run:
+    """A config with the model and the tokenizer of a folder.
+
+    Args:
+      folder: that transformers saved.
+      tokenizer: the path of the tokenizer; None: the folder's.
+
+    Raises:
+      FileNotFoundError: the folder has no tokenizer, and none is named.
+      ValueError: its config.json describes a model that the Transformer cannot compute.
+    """
+    try:
+        model = model_of(folder.config())
+    except ValueError as error:
+        raise ValueError(f"{folder.path / CONFIG}: {error}") from error
+    name = tokenizer or str(folder.tokenizer())
+    begin = begin_token(Path(name))
+    return Run(model=model, data=Data(tokenizer=name, end_token=folder.end_token(), begin_token=begin))
+
+
+def with_source(run: Run, source: Run) -> Run:
+    """The run with the model and the tokenizer of another; how it computes stays its own."""
+    kept = {name: getattr(run.model, name) for name in COMPUTING}
+    taken = {name: getattr(source.data, name) for name in ("tokenizer", "end_token", "begin_token")}
+    return replace(run, model=replace(source.model, **kept), data=replace(run.data, **taken))
+
+
+def check_agreement(model: Model, source: Model, name: str):
+    """Refuses options of a model that are not those of the weights that it begins with.
+
+    Raises:
+      ValueError: with each such option, its value and that of the source.
+    """
+    ours, theirs = option_values(model), option_values(source)
+    if different := [
+        f"model.{option} is {theirs[option]!r} there, {ours[option]!r} asked for"
+        for option in ours
+        if ours[option] != theirs[option] and not option.startswith((*COMPUTING, *EXTENDING))
+    ]:
+        raise ValueError(f"init_from: {name} is of another model than this run's: {'; '.join(different)}")
+
+
+def begin_token(tokenizer: Path) -> str | None:
+    """The special token that a tokenizer.json puts before each text; None: there is none.
+
+    Raises:
+      ValueError: it puts several.
+    """
+    if tokenizer.suffix != ".json":
+        return None
+    from tokenizers import Tokenizer as Library
+
+    encoding = Library.from_file(str(tokenizer)).encode("a")
+    count = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
+    if count > 1:
+        raise ValueError(
+            f"{tokenizer} puts several tokens before a text, {', '.join(encoding.tokens[:count])}: one is "
+            "supported"
+        )
+    return encoding.tokens[0] if count else None
