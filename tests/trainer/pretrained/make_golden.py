@@ -10,10 +10,6 @@ original context. Weights are random everywhere, norms and biases too, so that n
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
-
 GOLDEN = Path(__file__).parent / "golden"
 LENGTH, WINDOW, ORIGINAL = 48, 6, 16
 SIZES = {
@@ -118,6 +114,10 @@ SHARDED = "gemma2"
 
 def make(name: str, seed: int):
     """Writes one model: its folder as transformers saves it, and `logits.safetensors`."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     options = dict(MODELS[name])
     dtype = getattr(torch, options.pop("dtype", "float32"))
     config = AutoConfig.for_model(options.pop("model_type"), **{**SIZES, **options})

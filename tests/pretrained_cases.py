@@ -1,0 +1,58 @@
+"""A Hugging Face folder small enough for a test: a tokenizer with a begin token, and random weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from train_cases import MODEL, small_run, write_text
+
+from train.config.model import Model
+from train.data.tokenizers import train_bpe
+from train.pretrained.export_config import config_of
+from train.pretrained.write import Contents, write_folder
+from train.step.program import program_of, state_like
+
+BEGIN, END = "<s>", "<|endoftext|>"
+
+
+def tiny_pretrained(folder: Path, **options) -> Path:
+    """The folder, a `gemma3_text` in bfloat16 with the vocabulary of a tokenizer of `train_bpe`."""
+    from tokenizers import Tokenizer, processors
+
+    train_bpe([str(write_text(folder))], 270, {}, folder / "bpe.json")
+    library = Tokenizer.from_file(str(folder / "bpe.json"))
+    library.add_special_tokens([BEGIN])
+    begin = library.token_to_id(BEGIN)
+    library.post_processor = processors.TemplateProcessing(f"{BEGIN} $A", special_tokens=[(BEGIN, begin)])
+    model = replace(gemma(begin + 1), **options)
+    program = program_of(small_run(folder, model=model), begin + 1)
+    shapes = state_like(program, begin + 1).params
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype("bfloat16"), shapes)
+    tokenizer = f'{{"eos_token": "{END}", "bos_token": {{"content": "{BEGIN}"}}}}'
+    files = {"tokenizer.json": library.to_str(), "tokenizer_config.json": tokenizer}
+    config = config_of(model, "bfloat16") | {"eos_token_id": 0, "bos_token_id": begin}
+    write_folder(Contents(model, params, config, "bfloat16", files), folder / "hub")
+    return folder / "hub"
+
+
+def gemma(vocabulary: int) -> Model:
+    """The options of a small Gemma 3 with a local and a global layer."""
+    return replace(
+        MODEL,
+        layers=2,
+        head_dim=8,
+        vocab_size=vocabulary,
+        max_position_embeddings=32,
+        activation="gelu_tanh",
+        tied_embeddings=True,
+        embedding_scale=4.0,
+        qk_norm=True,
+        post_norms=True,
+        norm_unit_offset=True,
+        query_scale=0.5,
+        pattern=("local", "global"),
+        local_window=8,
+        rope_local_theta=100.0,
+    )

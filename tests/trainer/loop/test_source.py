@@ -1,0 +1,177 @@
+"""Runs that begin from a Hugging Face folder: options, weights, tokenizer, and that the folder may go."""
+
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from pretrained_cases import BEGIN, END, tiny_pretrained
+from safetensors import safe_open
+from train_cases import write_text
+
+from train.checkpoint.folder import RunFolder
+from train.checkpoint.load import load_model
+from train.cli import main, parse
+from train.loop.prepare import prepare
+from train.loop.training import train
+from train.pretrained.config import model_of
+from train.pretrained.folder import PretrainedFolder
+
+WORDS = (
+    "--steps 4 --block 8 --data.length 32 --data.batch 2 --evaluation.rows 2 --checkpoints.every 2 "
+    "--model.remat dots"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    tiny_pretrained(folder)
+    return folder
+
+
+def words(place: Path, name: str, *more: str) -> list[str]:
+    """The words of a run from the folder `hub` of a place."""
+    paths = ["--name", name, "--folder", str(place / "runs"), "--data.paths", str(write_text(place))]
+    return ["demo", "--init-from", str(place / "hub"), *WORDS.split(), *paths, *more]
+
+
+def params(run) -> dict:
+    return load_model(Path(run.folder) / run.name)[0].params
+
+
+def test_the_folder_decides_the_options_of_model_and_tokenizer(place):
+    run = parse(words(place, "options", "--model.attention-dropout", "0.1", "--model.layers=2")).run
+    model = model_of(PretrainedFolder(place / "hub").config())
+    assert (run.model.remat, run.model.attention_dropout) == ("dots", 0.1)
+    assert run.model.pattern == model.pattern == ("local", "global")
+    assert run.model.norm_unit_offset
+    assert (run.data.tokenizer, run.data.begin_token) == (str(place / "hub" / "tokenizer.json"), BEGIN)
+    assert run.data.end_token == END
+    scaled = parse(
+        words(place, "scaled", "--model.rope-scaling.kind", "linear", "--model.rope-scaling.factor", "4")
+    )
+    assert scaled.run.model.rope_scaling.factor == 4.0
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (
+            "--model.width 32",
+            "hub is of another model than this run's: model.width is 16 there, 32 asked for",
+        ),
+        ("--model.no-qk-norm", "model.qk_norm is True there, False asked for"),
+        ("--model.norm-eps 1e-5", "model.norm_eps is 1e-06 there, 1e-05 asked for"),
+    ],
+)
+def test_options_that_disagree_are_refused_by_name(place, given, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse(words(place, "other", *given.split()))
+
+
+def test_a_folder_without_a_tokenizer(place, tmp_path):
+    bare = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"has no tokenizer \(tokenizer.json or tokenizer.model\): name one"
+    ):
+        parse(words(tmp_path, "bare"))
+    named = str(place / "hub" / "tokenizer.json")
+    run = parse(words(tmp_path, "bare", "--data.tokenizer", named)).run
+    assert (run.data.tokenizer, run.data.begin_token) == (named, BEGIN)
+    with pytest.raises(ValueError, match=r"hub has another tokenizer than data\.tokenizer"):
+        prepare(parse(words(place, "bare", "--data.tokenizer", str(place / "bpe.json"))).run)
+
+
+def test_documents_begin_with_the_begin_token(place):
+    session = prepare(parse(words(place, "begin", "--data.rows", "packed")).run)
+    batch = session.corpus.held_out[0]
+    starts = batch.inputs[(batch.context == 0) & (batch.segments > 0)]
+    assert session.corpus.tokenizer.begin in starts
+    assert session.corpus.first.startswith(("mask", "key", "query", "step"))
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(place, tmp_path):
+    shutil.copytree(place / "hub", tmp_path / "hub")
+    first = prepare(parse(words(tmp_path, "tuned")).run)
+    expected = load_model(place / "hub")[0].params
+    chex.assert_trees_all_equal(first.state.params, expected)
+    train(first)
+    uninterrupted = params(first.run)
+    folder = RunFolder.of(first.run)
+    (tmp_path / "hub").rename(tmp_path / "gone")
+    shutil.rmtree(folder.checkpoints / "4")
+    again = prepare(parse(words(tmp_path, "tuned")).run)
+    assert int(again.state.step) == 2
+    train(again)
+    chex.assert_trees_all_equal(params(again.run), uninterrupted)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(uninterrupted, expected, atol=1e-4)
+    # What is served is in the layout that it came in, though the folder is gone.
+    main(["export", str(folder.path), "--to", str(tmp_path / "served"), "--format", "huggingface"])
+    served, gone = PretrainedFolder(tmp_path / "served"), PretrainedFolder(tmp_path / "gone")
+    assert served.config() == gone.config()
+    assert (served.path / "tokenizer.json").read_bytes() == (gone.path / "tokenizer.json").read_bytes()
+    with safe_open(served.path / "model.safetensors", "numpy") as file:
+        embedding = file.get_tensor("model.embed_tokens.weight")
+    np.testing.assert_array_equal(embedding, uninterrupted["embed"]["embedding"].astype("bfloat16"))
+
+
+def test_a_run_begins_from_a_run_that_began_from_a_folder(place):
+    run = parse(words(place, "parent")).run
+    train(prepare(run))
+    child = ["demo", "--init-from", f"{run.folder}/{run.name}", *words(place, "child")[3:]]
+    session = prepare(parse(child).run)
+    assert session.run.model == run.model
+    chex.assert_trees_all_equal(session.state.params, params(run))
+    assert (RunFolder.of(session.run).pretrained / "tokenizer.json").is_file()
+
+
+def test_export_of_a_folder_is_the_folder_bit_for_bit(place, tmp_path):
+    main(["export", str(place / "hub"), "--to", str(tmp_path / "out"), "--format", "huggingface"])
+    for file in (place / "hub").iterdir():
+        if file.suffix != ".safetensors":
+            assert (tmp_path / "out" / file.name).read_text() == file.read_text(), file.name
+    tensors = []
+    for folder in (place / "hub", tmp_path / "out"):
+        with safe_open(folder / "model.safetensors", "numpy") as opened:
+            tensors.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(tensors[1][name].tobytes() == tensor.tobytes() for name, tensor in tensors[0].items())
+
+
+def test_a_folder_generates(place, capsys):
+    main(["generate", str(place / "hub"), "--prompt", "mask key", "--tokens", "3"])
+    assert capsys.readouterr().out.startswith("> mask key\n")
+
+
+def test_our_own_run_becomes_a_folder(place, tmp_path):
+    options = (
+        "--steps 1 --model.layers 1 --model.width 16 --model.heads 2 --model.kv-heads 1 --model.hidden 16"
+    )
+    paths = ["--folder", str(tmp_path / "runs"), "--data.paths", str(write_text(tmp_path))]
+    common = [*WORDS.split()[2:], *options.split(), *paths]
+    bpe = ["--data.tokenizer", str(place / "bpe.json")]
+    for name, tokenizer in (("own", bpe), ("bytes", [])):
+        train(prepare(parse(["demo", "--name", name, *common, *tokenizer]).run))
+    main(["export", str(tmp_path / "runs" / "own"), "--to", str(tmp_path / "out"), "--format", "huggingface"])
+    weights, tokenizer = load_model(tmp_path / "out")
+    assert PretrainedFolder(tmp_path / "out").config()["model_type"] == "llama"
+    assert tokenizer.end == 0
+    chex.assert_trees_all_equal(weights.params, load_model(tmp_path / "runs" / "own")[0].params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(weights.params)) > 0
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "export",
+                str(tmp_path / "runs" / "bytes"),
+                "--to",
+                str(tmp_path / "b"),
+                "--format",
+                "huggingface",
+            ]
+        )
+    assert not (tmp_path / "b").exists()
