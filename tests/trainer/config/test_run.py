@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from dynmask_jax import Tokens, plan
+from train.config.model import RopeScaling
 from train.config.operation import Checkpoints, Evaluation, Generation, Watch
 from train.config.presets import PRESETS
 from train.config.run import Run, differences, from_json, option_values, to_json
@@ -41,6 +42,21 @@ from train.step.curriculum import growth
         (Model, "attention_dropout", math.nan, r"model\.attention_dropout must lie in 0…1 .*, got nan"),
         (Model, "pattern", ("near",), r"model\.pattern must be of 'global' and 'local', got \('near',\)"),
         (Model, "pattern", (), r"model\.pattern must be of 'global' and 'local', got \(\)"),
+        (Model, "head_dim", 7, r"model\.head_dim must be even, got 7"),
+        (Model, "vocab_size", 0, r"model\.vocab_size must be at least 1, got 0"),
+        (Model, "activation", "relu", r"model\.activation must be one of 'silu', 'gelu_tanh', got 'relu'"),
+        (Model, "norm_eps", 0.0, r"model\.norm_eps must be positive, got 0\.0"),
+        (Model, "logits_soft_cap", -1.0, r"model\.logits_soft_cap must be positive, got -1\.0"),
+        (Model, "rope_local_theta", 0.0, r"model\.rope_local_theta must be positive, got 0\.0"),
+        (RopeScaling, "kind", "dynamic", r"model\.rope_scaling\.kind must be one of .*got 'dynamic'"),
+        (RopeScaling, "factor", 0.5, r"model\.rope_scaling\.factor must be at least 1, got 0\.5"),
+        (RopeScaling, "kind", "yarn", r"original_max_position_embeddings must be given for the kind yarn"),
+        (
+            RopeScaling,
+            "beta_slow",
+            40.0,
+            r"scaling\.beta_fast must be above beta_slow \(40\.0\), got 32",
+        ),
         (Model, "layers", 0, r"model\.layers must be at least 1, got 0"),
         (Model, "local_window", 0, r"model\.local_window must be at least 1, got 0"),
         (Data, "length", 1, r"data\.length must be at least 2, got 1"),

@@ -1,5 +1,6 @@
 """The Transformer: what one token may change, what layers share, and decoding with a cache."""
 
+import zlib
 from dataclasses import replace
 
 import flax.nnx as nnx
@@ -12,11 +13,29 @@ from slow import mostly
 from train_cases import MODEL
 
 from dynmask_jax import ALiBi, Causal, Chunks, SameSegment, Tokens, Window, plan
+from train.config.model import RopeScaling
 from train.model.transformer import Transformer
 
 LENGTH = 16
 TOKENS = jax.random.randint(jax.random.key(0), (1, LENGTH), 0, 256)
 PATTERN = ("local", "global")
+EVERY_OPTION = {
+    "head_dim": 4,
+    "activation": "gelu_tanh",
+    "embedding_scale": 2.0,
+    "qkv_bias": True,
+    "out_bias": True,
+    "qk_norm": True,
+    "post_norms": True,
+    "norm_unit_offset": True,
+    "norm_eps": 1e-1,
+    "query_scale": 0.7,
+    "attention_soft_cap": 2.0,
+    "logits_soft_cap": 3.0,
+    "rope_local_theta": 100.0,
+    "rope_scaling": RopeScaling("yarn", 4.0, 8),
+}
+"""Options of checkpoints of other families, away from their defaults, but for tied embeddings."""
 
 
 def transformer(**options) -> Transformer:
@@ -73,16 +92,42 @@ def test_shapes_and_grouped_heads():
         assert block.attention.key.kernel.shape == (3, 16, 1, 8)
 
 
-@pytest.mark.parametrize("key", [None, jax.random.key(7)], ids=["plain", "dropout"])
-def test_many_layers_in_a_loop_are_the_same_layers_one_after_the_other(key):
-    model = transformer(layers=6, pattern=PATTERN, attention_dropout=0.3)
-    x, seen = model.embed(TOKENS), plans(Causal())
+@pytest.mark.parametrize(
+    ("key", "layers", "options"),
+    [(None, 6, {}), (jax.random.key(7), 7, {}), (None, 7, EVERY_OPTION)],
+    ids=["plain", "dropout and a rest", "every option"],
+)
+def test_many_layers_in_a_loop_are_the_same_layers_one_after_the_other(key, layers, options):
+    model = transformer(layers=layers, pattern=PATTERN, attention_dropout=0.3, **options)
+    x, seen = model.embed(TOKENS) * options.get("embedding_scale", 1.0), plans(Causal())
     for group in range(3):
         for i, (reach, block) in enumerate(zip(PATTERN, model.groups.layers, strict=True)):
             graph, stacked = nnx.split(block)
             one = nnx.merge(graph, jax.tree.map(lambda w, n=group: w[n], stacked))
             x, _ = one(x, seen[reach], None, 2 * group + i, 0, key)
+    if layers == 7:
+        x, _ = model.rest.layers[0](x, seen["local"], None, 6, 0, key)
     np.testing.assert_allclose(features(model, TOKENS, seen, key), model.norm(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", EVERY_OPTION)
+def test_every_option_has_an_effect(option):
+    """With all of them on, each alone put back to its default changes the logits."""
+    outs = []
+    for left_out in (None, option):
+        options = {name: value for name, value in EVERY_OPTION.items() if name != left_out}
+        model = transformer(layers=3, pattern=PATTERN, **options)
+        graph, state = nnx.split(model)
+        drawn = jax.tree.map_with_path(drawn_by_name, nnx.to_pure_dict(state))
+        model = nnx.merge(graph, drawn)
+        outs.append(model.unembed(features(model, TOKENS, plans(Causal()))))
+    assert jnp.abs(outs[0] - outs[1]).max() > 1e-3
+
+
+def drawn_by_name(path, leaf):
+    """Random weights, the same for the same name and shape, with no norm or bias at its first value."""
+    name = jax.tree_util.keystr(path)
+    return 0.5 * jax.random.normal(jax.random.key(zlib.crc32(name.encode())), leaf.shape)
 
 
 def first_block(model):
@@ -210,6 +255,7 @@ def decoded(model, tokens, mask, at: Tokens, cuts):
         ("sinks", 6, {}),
         ("strided", 2, {}),
         ("sinks", 2, {"bias": "alibi", "attention_dropout": 0.5}),
+        ("window", 5, EVERY_OPTION),
     ],
 )
 def test_decoding_in_steps_is_one_pass(name, layers, options):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from slow import mostly
 
-from dynmask_jax import Causal, Tokens, Window, plan
+from dynmask_jax import Causal, SameSegment, Tokens, Window, plan
 from train.config.model import Model, RopeScaling
 from train.model.transformer import Transformer
 from train.pretrained.config import model_of
@@ -46,8 +47,8 @@ def golden(name: str) -> tuple[Model, nnx.GraphDef, dict, dict[str, np.ndarray]]
 
 
 def plans(model: Model, q: Tokens, k: Tokens | None = None):
-    window = Window(model.local_window)
-    masks = {"global": Causal(), "local": Causal() & window}
+    seen = Causal() & SameSegment()
+    masks = {"global": seen, "local": seen & Window(model.local_window)}
     return {
         reach: plan(mask, q, k, block_q=16, block_k=16)
         for reach, mask in masks.items()
@@ -66,3 +67,37 @@ def test_logits_are_those_of_transformers(name):
 
     actual = logits(params, jnp.asarray(expected["tokens"]))
     np.testing.assert_allclose(actual, expected["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", mostly(["gemma2", "gemma3_text", "qwen2", "qwen3"], ["gemma3_text"]))
+def test_logits_with_a_cache_are_the_same(name):
+    model, graph, params, expected = golden(name)
+    tokens, places = jnp.asarray(expected["tokens"]), jnp.arange(expected["tokens"].shape[1])[None]
+
+    @jax.jit
+    def step(params, piece, cache, slot):
+        whole, count = nnx.merge(graph, params), piece.shape[1]
+        slots = Tokens(places, (places < slot + count).astype(jnp.int32))
+        queries = jax.tree.map(lambda field: jax.lax.dynamic_slice_in_dim(field, slot, count, 1), slots)
+        hidden, cache = whole.decode(piece, plans(model, queries, slots), cache, slot)
+        return whole.unembed(hidden), cache
+
+    cache = nnx.merge(graph, params).begin_cache(len(tokens), places.size)
+    begin, pieces = 0, []
+    for end in (40, *range(41, places.size + 1)):
+        logits, cache = step(params, tokens[:, begin:end], cache, jnp.int32(begin))
+        pieces.append(logits)
+        begin = end
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir()))
+def test_transformers_still_gives_these_logits(name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    expected = load_file(GOLDEN / name / "logits.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        GOLDEN / name, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = model(torch.from_numpy(expected["tokens"]).long()).logits
+    np.testing.assert_allclose(logits.numpy(), expected["logits"], atol=1e-4)
