@@ -68,8 +68,9 @@ def batch_of(run: Run, seed=0) -> Batch:
 def first_state(run: Run, vocabulary: int = VOCABULARY):
     """The program and state of one device, with a last projection that is not zero."""
     program, state = begin(replace(run, mesh=Mesh()), vocabulary)
-    kernel = state.params["logits"]["kernel"]
-    state.params["logits"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(5), kernel.shape)
+    if not run.model.tied_embeddings:
+        kernel = state.params["logits"]["kernel"]
+        state.params["logits"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(5), kernel.shape)
     return program, state
 
 
@@ -84,6 +85,21 @@ class Case:
 
 ONE_LAYER = replace(GROUPED, layers=1, pattern=("global",), backend="dense")
 ALIKE = replace(ONE_LAYER, kv_heads=4)
+TIED = replace(
+    GROUPED,
+    layers=3,
+    head_dim=6,
+    tied_embeddings=True,
+    embedding_scale=32**0.5,
+    qkv_bias=True,
+    out_bias=True,
+    qk_norm=True,
+    post_norms=True,
+    norm_unit_offset=True,
+    attention_soft_cap=2.0,
+    logits_soft_cap=3.0,
+    rope_local_theta=100.0,
+)
 DROPPING = replace(ONE_LAYER, attention_dropout=0.3, bias="alibi")
 CASES = {
     "data 8": Case(Mesh(data=8), options={"batch": 8, "model": ONE_LAYER}),
@@ -94,6 +110,9 @@ CASES = {
     "fsdp 2, context 2, tensor 2": Case(Mesh(fsdp=2, context=2, tensor=2), "zigzag", {"model": ONE_LAYER}),
     "data 2, context 2, tensor 2, in parts, dropout": Case(
         Mesh(data=2, context=2, tensor=2), "striped", {"model": DROPPING, "accumulate": 2}
+    ),
+    "fsdp 2, context 2, tied embeddings, tensor 2": Case(
+        Mesh(fsdp=2, context=2, tensor=2), "contiguous", {"model": TIED}
     ),
     "context 2, tensor 2, ulysses": Case(
         Mesh(context=2, tensor=2, strategy="ulysses"), "contiguous", {"model": ALIKE, "rows": "chunked"}
