@@ -8,7 +8,7 @@ import numpy as np
 from train_cases import MODEL, small_run, write_text
 
 from train.config.model import Model
-from train.data.tokenizers import train_bpe
+from train.data.bpe import train_bpe
 from train.pretrained.export_config import config_of
 from train.pretrained.write import Contents, write_folder
 from train.step.program import program_of, state_like

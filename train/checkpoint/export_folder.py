@@ -10,6 +10,7 @@ from train.checkpoint.folder import RunFolder
 from train.data.tokenizers import Tokenizer
 from train.pretrained.export_config import config_of
 from train.pretrained.folder import COMPANIONS, CONFIG, TOKENIZERS, PretrainedFolder
+from train.pretrained.read import stored_config
 from train.pretrained.write import Contents, write_folder
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -22,18 +23,21 @@ class Origin:
     Attributes:
       folder: the Hugging Face folder that it was, or the files of it that its run keeps; None: there was
         none.
+      config: the object of its config.json, with the dtype that its weights had; None without a folder.
       length: tokens of the rows that it was trained at since; 0: it was not.
     """
 
     folder: PretrainedFolder | None
+    config: dict[str, Any] | None
     length: int
 
     @classmethod
     def of(cls, source: Path, weights: Weights) -> "Origin":
         """The origin of the weights that `load_model` gave for a path."""
         if (folder := PretrainedFolder.at(source)) is not None:
-            return cls(folder, 0)
-        return cls(PretrainedFolder.at(RunFolder(source).pretrained), weights.run.data.length)
+            return cls(folder, stored_config(folder), 0)
+        folder = PretrainedFolder.at(RunFolder(source).pretrained)
+        return cls(folder, folder and folder.config(), weights.run.data.length)
 
 
 def export_folder(
@@ -64,7 +68,7 @@ def export_folder(
       OSError: it cannot be written.
       ValueError: no architecture of transformers computes this model; or its tokenizer is no tokenizer.json.
     """
-    model, source = weights.run.model, origin.folder and origin.folder.config()
+    model, source = weights.run.model, origin.config
     model = replace(
         model,
         vocab_size=model.vocabulary(weights.vocabulary),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from train.data.tokenizers import train_bpe
+from train.data.bpe import train_bpe
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from train.parallel.processes import Processes, check_shared
 from train.parallel.sharding import Placement
 from train.pretrained.config import model_of
 from train.pretrained.folder import PretrainedFolder
-from train.pretrained.read import open_tensors
+from train.pretrained.read import open_tensors, stored_config
 from train.pretrained.run import check_agreement
 from train.step.program import Program, begin
 from train.step.state import State
@@ -131,16 +131,19 @@ def _begin(folder: RunFolder, run: Run, done: int | None):
     its first checkpoint."""
     if done is None:
         folder.begin(run)
-        if run.init_from is not None and (source := _pretrained_of(Path(run.init_from))) is not None:
-            source.copy_companions(folder.pretrained)
+        if run.init_from is not None:
+            _keep_companions(Path(run.init_from), folder)
     else:
         folder.resume(run)
         log.rewind(folder.metrics, done)
 
 
-def _pretrained_of(source: Path) -> PretrainedFolder | None:
-    """The Hugging Face folder at a path, or the files of the one that a run there began from."""
-    return PretrainedFolder.at(source) or PretrainedFolder.at(RunFolder(source).pretrained)
+def _keep_companions(source: Path, folder: RunFolder):
+    """Copies config and tokenizer of a Hugging Face folder, or of the one that the run there began from."""
+    if (whole := PretrainedFolder.at(source)) is not None:
+        whole.copy_companions(folder.pretrained, stored_config(whole))
+    elif (kept := PretrainedFolder.at(RunFolder(source).pretrained)) is not None:
+        kept.copy_companions(folder.pretrained, kept.config())
 
 
 def _restored(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.disk import write_atomically
+
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -99,12 +101,14 @@ class PretrainedFolder:
         token = _object(path).get("eos_token") if path.is_file() else None
         return token.get("content") if isinstance(token, dict) else token
 
-    def copy_companions(self, to: Path):
-        """Copies the files beside the weights to a folder, which is created."""
+    def copy_companions(self, to: Path, config: Mapping[str, Any]):
+        """Copies the files beside the weights to a folder, which is created, with this object in config.json."""
         to.mkdir(parents=True, exist_ok=True)
         for name in COMPANIONS:
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, to / name)
+        if config != self.config():
+            write_atomically(to / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _names(listed: Mapping[str, str], file: str) -> tuple[str, ...]:

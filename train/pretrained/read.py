@@ -120,12 +120,14 @@ def open_tensors(folder: PretrainedFolder, model: Model) -> Iterator[Tensors]:
         yield Tensors(folder.path, model, files)
 
 
-def stored_dtype(tensors: Tensors) -> str:
-    """The type of the file's tensors as config.json names it; of several types the widest."""
-    found = {file.get_slice(name).get_dtype() for name, file in tensors.files.items()}
-    if len(found) == 1:
-        return {"BF16": "bfloat16", "F16": "float16"}.get(found.pop(), "float32")
-    return "float32"
+def stored_config(folder: PretrainedFolder) -> dict[str, Any]:
+    """The object of config.json, its dtype that of the weights in the files; of several types float32."""
+    with open_tensors(folder, Model()) as tensors:
+        found = {file.get_slice(name).get_dtype() for name, file in tensors.files.items()}
+    config, names = folder.config(), {"BF16": "bfloat16", "F16": "float16"}
+    dtype = names.get(found.pop(), "float32") if len(found) == 1 else "float32"
+    field = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return {**config, field: dtype}
 
 
 def _name(path) -> str:

@@ -11,8 +11,8 @@ from tests.train_texts import real_text, write_lines
 from train.config.operation import Evaluation
 from train.config.run import Run
 from train.config.sections import Curriculum, Data, Summarize
+from train.data.bpe import train_bpe
 from train.data.corpus import Corpus, read_corpus
-from train.data.tokenizers import train_bpe
 
 
 def run(folder: Path, *paths, task="lm", **options) -> Run:

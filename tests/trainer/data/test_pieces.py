@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from train.data.tokenizers import SentencePiece, load_tokenizer, train_bpe
+from train.data.bpe import train_bpe
+from train.data.tokenizers import SentencePiece, load_tokenizer
 
 TEXT = "the cat sat on the mat, and the dog ran after the cat 12 times\n"
 

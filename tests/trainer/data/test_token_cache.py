@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from tests.train_texts import write_lines
 from train.data import records, token_cache, token_writer
+from train.data.bpe import train_bpe
 from train.data.sources import sources
 from train.data.token_cache import TokenCache
-from train.data.tokenizers import END, load_tokenizer, train_bpe
+from train.data.tokenizers import END, load_tokenizer
 from train.data.words import word_count
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12).filter(

@@ -11,9 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.train_texts import real_text, write_lines
+from train.data.bpe import train_bpe
 from train.data.records import TextRecord, records
 from train.data.sources import sources
-from train.data.tokenizers import END, Bytes, Tokenizer, load_tokenizer, train_bpe
+from train.data.tokenizers import END, Bytes, Tokenizer, load_tokenizer
 
 TEXT = "the mask grows, and the query sees the keys that the mask shows; it's 1234 tokens\n\n" * 20
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=80)

@@ -15,8 +15,8 @@ from train_cases import small_run
 from dynmask_jax import Causal, SameSegment, Tokens, plan
 from train.config.operation import Evaluation
 from train.config.sections import Data
+from train.data.bpe import train_bpe
 from train.data.corpus import read_corpus
-from train.data.tokenizers import train_bpe
 from train.evaluate.validation import Validator
 from train.step.program import begin
 
