@@ -102,7 +102,7 @@ class PretrainedFolder:
         return token.get("content") if isinstance(token, dict) else token
 
     def copy_companions(self, to: Path, config: Mapping[str, Any]):
-        """Copies the files beside the weights to a folder, which is created, with this object in config.json."""
+        """Copies the files beside the weights to a folder, which is created, with this config.json."""
         to.mkdir(parents=True, exist_ok=True)
         for name in COMPANIONS:
             if (self.path / name).is_file():

@@ -123,10 +123,10 @@ def test_rotary_bases_of_gemma_3_as_transformers_4_and_5_write_them():
 
 
 def test_windows_where_the_architecture_has_them():
-    mistral = {**LLAMA, "model_type": "mistral", "sliding_window": 7}
+    mistral = {**LLAMA, "model_type": "mistral", "sliding_window": 7, "num_key_value_heads": 4}
     assert (model_of(mistral).pattern, model_of(mistral).local_window) == (("local",), 7)
     assert model_of({**mistral, "sliding_window": None}).pattern == ("global",)
-    qwen = {**LLAMA, "model_type": "qwen2", "sliding_window": 7, "max_window_layers": 1}
+    qwen = {**mistral, "model_type": "qwen2", "max_window_layers": 1}
     assert model_of(qwen).pattern == ("global",)
     assert model_of({**qwen, "use_sliding_window": True}).pattern == ("global", "local")
 
@@ -174,7 +174,7 @@ def test_what_is_refused(change, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"bias": "alibi"}, r"no architecture .* llama: model\.bias; mistral: "),
+        ({"bias": "alibi"}, r"no architecture .*\(llama: model\.bias; mistral: "),
         ({"post_norms": True}, "llama: model.post_norms"),
     ],
 )
