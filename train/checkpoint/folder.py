@@ -98,17 +98,19 @@ class RunFolder:
         """A folder with config and tokenizer of the Hugging Face folder that the run began from."""
         return self.path / "pretrained"
 
+    def tokenizer_path(self, run: Run) -> str:
+        """`data.tokenizer` of the folder's run, or the copy of it in `pretrained` where there is one."""
+        copy = self.pretrained / Path(run.data.tokenizer).name
+        return str(copy) if run.init_from is not None and copy.is_file() else run.data.tokenizer
+
     def load_tokenizer(self, run: Run, name: str | None = None) -> Tokenizer:
-        """The tokenizer of the folder's run: the copy of `pretrained`, where there is one, or by its path.
+        """The tokenizer of the folder's run.
 
         Args:
           run: the config in the folder.
-          name: the path of the tokenizer; None: the path in the config.
+          name: the path of the tokenizer; None: `tokenizer_path`.
         """
-        named = name or run.data.tokenizer
-        copy = self.pretrained / Path(named).name
-        path = str(copy) if name is None and run.init_from is not None and copy.is_file() else named
-        return load_tokenizer(path, run.data.end_token, run.data.begin_token)
+        return load_tokenizer(name or self.tokenizer_path(run), run.data.end_token, run.data.begin_token)
 
     @property
     def _discarded(self) -> Path:

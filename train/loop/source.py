@@ -38,7 +38,9 @@ def source_run(preset: Run, words: Sequence[str]) -> Run | None:
         return None
     if (pretrained := PretrainedFolder.at(source)) is not None:
         return pretrained_run(pretrained, _value(words, "data.tokenizer"))
-    return RunFolder(source).read_config()
+    other = RunFolder(source)
+    theirs = other.read_config()
+    return replace(theirs, data=replace(theirs.data, tokenizer=other.tokenizer_path(theirs)))
 
 
 def _value(words: Sequence[str], name: str) -> str | None:

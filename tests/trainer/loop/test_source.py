@@ -1,6 +1,8 @@
 """Runs that begin from a Hugging Face folder: options, weights, tokenizer, and that the folder may go."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import chex
@@ -87,11 +89,14 @@ def test_a_folder_without_a_tokenizer(place, tmp_path):
 
 
 def test_documents_begin_with_the_begin_token(place):
-    session = prepare(parse(words(place, "begin", "--data.rows", "packed")).run)
-    batch = session.corpus.held_out[0]
+    lines = place / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"mask {n} key"}) + "\n" for n in range(40)))
+    asked = parse(words(place, "begin")).run
+    data = replace(asked.data, paths=(str(lines),), rows="packed", held_out=0.5)
+    corpus = prepare(replace(asked, data=data)).corpus
+    batch = corpus.held_out[0]
     starts = batch.inputs[(batch.context == 0) & (batch.segments > 0)]
-    assert session.corpus.tokenizer.begin in starts
-    assert session.corpus.first.startswith(("mask", "key", "query", "step"))
+    assert (starts == corpus.tokenizer.begin).sum() >= len(starts) - 1 > 2  # the first may be half a document
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(place, tmp_path):
@@ -126,6 +131,7 @@ def test_a_run_begins_from_a_run_that_began_from_a_folder(place):
     child = ["demo", "--init-from", f"{run.folder}/{run.name}", *words(place, "child")[3:]]
     session = prepare(parse(child).run)
     assert session.run.model == run.model
+    assert session.run.data.tokenizer == f"{run.folder}/{run.name}/pretrained/tokenizer.json"
     chex.assert_trees_all_equal(session.state.params, params(run))
     assert (RunFolder.of(session.run).pretrained / "tokenizer.json").is_file()
 
