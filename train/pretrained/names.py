@@ -82,11 +82,9 @@ class Layout:
         for name in names:
             yield name, theirs
 
-    def to_ours(self, parts: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-        """The part of the array, of this shape, that these parts of tensors hold."""
-        turned = [part.T if self.inputs else part for part in parts]
-        whole = np.stack(turned) if self.stacked else turned[0]
-        return whole.reshape(shape)
+    def to_ours(self, part: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """A part of a tensor as the part of the array, of this shape, that it is."""
+        return (part.T if self.inputs else part).reshape(shape)
 
     def to_theirs(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Each tensor of the whole array."""

@@ -77,12 +77,12 @@ class Tensors:
         layout, shape = layout_of(_name(path), self.model), leaf.shape
 
         def read(index) -> np.ndarray:
-            parts = [
-                self.files[name].get_slice(name)[theirs].astype(leaf.dtype)
-                for name, theirs in layout.index(index, shape)
-            ]
             sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
-            return layout.to_ours(parts, sizes)
+            shard = np.empty(sizes, leaf.dtype)
+            parts = shard if layout.stacked else shard[None]
+            for part, (name, theirs) in zip(parts, layout.index(index, shape), strict=True):
+                part[...] = layout.to_ours(self.files[name].get_slice(name)[theirs], part.shape)
+            return shard
 
         return jax.make_array_from_callback(shape, leaf.sharding, read)
 
