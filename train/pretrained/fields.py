@@ -5,8 +5,9 @@ from typing import Any
 
 INFORMATION = frozenset(
     [
-        *("architectures", "dtype", "torch_dtype", "transformers_version", "model_type", "_name_or_path"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class"),
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "model_type"),
+        *("_name_or_path", "_model_name_or_path", "tokenizer_class"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
         *("use_cache", "cache_implementation", "_attn_implementation", "attn_implementation"),
         *("initializer_range", "_from_model_config", "pretraining_tp"),
     ]
