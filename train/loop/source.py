@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from train.checkpoint.folder import RunFolder
@@ -46,8 +47,8 @@ def source_run(preset: Run, words: Sequence[str]) -> Run | None:
 def _value(words: Sequence[str], name: str) -> str | None:
     """The last value that the words give an option."""
     value = None
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in pairwise([*words, ""]):
         option, equals, rest = word.partition("=")
         if option.replace("_", "-") == f"--{name.replace('_', '-')}":
-            value = rest if equals else after
+            value = rest if equals else after or None
     return value
