@@ -14,7 +14,10 @@ from train.checkpoint.load import load_model
 
 @dataclass(frozen=True)
 class Export:
-    """Writes a model's weights to a safetensors file, which `generate` and `summarize` read too."""
+    """Writes a model's weights to a safetensors file, or with its tokenizer as a Hugging Face folder.
+
+    `generate` and `summarize` read both.
+    """
 
     model: tyro.conf.Positional[Path]
     """A run's folder, whose newest checkpoint is used, or a Hugging Face folder."""
