@@ -59,9 +59,9 @@ def evaluate(command: Evaluate):
     weights, tokenizer = load_model(command.model, command.tokenizer)
     check_task(weights.run, "generate", command.model)
     texts = _tokens(command, tokenizer)
-    length = command.length or weights.run.data.length
+    run, length = weights.run, command.length or weights.run.data.length
     shown = Shown(command.window, command.chunk)
-    found = text_loss(weights, tokenizer, texts, length, batch=command.batch, shown=shown)
+    found = text_loss(run, weights.params, tokenizer, texts, length, batch=command.batch, shown=shown)
     print(describe(found))
     if command.json:
         write_atomically(command.json, json.dumps(asdict(found), indent=2) + "\n")

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
+import optax
 
 from dynmask_jax import Chunks, Mask, Window
-from train.checkpoint.export import Weights
 from train.config.operation import Mesh
 from train.config.run import Run
 from train.config.sections import Curriculum
@@ -59,12 +59,19 @@ class Shown:
 
 
 def text_loss(
-    weights: Weights, tokenizer: Tokenizer, texts: Sequence[Ids], length: int, *, batch: int, shown: Shown
+    run: Run,
+    params: optax.Params,
+    tokenizer: Tokenizer,
+    texts: Sequence[Ids],
+    length: int,
+    *,
+    batch: int,
+    shown: Shown,
 ) -> TextLoss:
     """The loss of the texts' tokens, each text cut into rows.
 
     Args:
-      weights: of a language model.
+      run, params: of a language model, its config and its weights.
       tokenizer: that of the model.
       texts: the tokens of each.
       length: T, tokens of context in a row. Consecutive rows of a text share no context.
@@ -78,10 +85,10 @@ def text_loss(
     if not texts:
         raise ValueError("there is nothing to predict: no text has two tokens")
     length = min(length, max(map(len, texts)) - 1)
-    program = program_of(_evaluated(weights.run, length, batch), weights.vocabulary)
+    program = program_of(_evaluated(run, length, batch), tokenizer.vocabulary)
     evaluate = jax.jit(program.evaluate)
     mask = shown.narrow(program.masks.full)
-    sums = total(lambda rows: evaluate(weights.params, rows, mask), _rows(texts, tokenizer, length, batch))
+    sums = total(lambda rows: evaluate(params, rows, mask), _rows(texts, tokenizer, length, batch))
     nats, tokens, spelt = (float(np.sum(x)) for x in (sums.loss_sum, sums.weight, sums.text_bytes))
     return TextLoss(
         tokens=round(tokens),
