@@ -14,9 +14,11 @@ MOST_FINE = 2**22
 """Readings of a mask over small blocks: beyond it they are made larger."""
 FINE_COST = 1.4
 """What a pair costs in a small block, where one in a block of 512 by 512 costs 1. From 1.0 to 1.9 was
-measured, the more, the more of both cores were free (AMD, AVX2; docs/benchmarks.md)."""
-STEP = 1_000
-"""How many pairs cost as much as what a block costs beside its pairs."""
+measured, the more, the more of both cores were free (AMD, AVX2): docs/benchmarks.md has full masks in
+blocks of 64 and of 512 side by side."""
+OVERHEAD = 1_000
+"""How many pairs cost as much as what a tile costs beside its pairs, its slices and the loop's turn: an
+estimate, which weighs in tiles of 64 by 64 and less alone."""
 
 
 @pytree
@@ -44,24 +46,25 @@ class Fine:
         """Of queries and keys in a block."""
         return self.block_q * self.block_k
 
-    def active(self, lines: int, *, by_keys: bool = False) -> Float[Array, "R lines"]:
-        """How many small blocks are not skipped in each of so many lines of the plan's blocks."""
+    def active(self, blocks: tuple[int, int], *, by_keys: bool = False) -> Float[Array, "R lines"]:
+        """How many small blocks are not skipped in each line of the plan's `blocks`."""
         counts = active_in_lines(self.codes, by_keys=by_keys)
-        by = -(-counts.shape[1] // lines)
-        return jnp.pad(counts, ((0, 0), (0, lines * by - counts.shape[1]))).reshape(-1, lines, by).sum(axis=2)
+        by = blocks[by_keys] // self.blocks[by_keys]
+        counts = jnp.pad(counts, ((0, 0), (0, -counts.shape[1] % by)))
+        return counts.reshape(counts.shape[0], -1, by).sum(axis=2)
 
     def cheaper(
-        self, whole: Float[Array, "R lines"], pairs: int, *, by_keys: bool = False
+        self, whole: Float[Array, "R lines"], blocks: tuple[int, int], *, by_keys: bool = False
     ) -> Bool[Array, "R lines"]:
         """Which lines cost less in small blocks.
 
         Args:
           whole: how many of the plan's blocks are computed in each line.
-          pairs: of queries and keys in one of those.
+          blocks: queries and keys in one of those.
           by_keys: lines are of keys, not of queries.
         """
-        in_small = self.active(whole.shape[1], by_keys=by_keys) * (self.cost * (self.pairs + STEP))
-        return in_small < whole * (pairs + STEP)
+        in_small = self.active(blocks, by_keys=by_keys) * (self.cost * (self.pairs + OVERHEAD))
+        return in_small < whole * (blocks[0] * blocks[1] + OVERHEAD)
 
 
 def active_in_lines(codes: Int[Array, "*R Tb Sb"], *, by_keys: bool = False) -> Float[Array, "*R lines"]:
@@ -89,8 +92,8 @@ def fine_blocks(
 
     As `sizes` say, or doubled until a mask, read over each `readings` times (for rows and heads), is read at
     most `MOST_FINE` times. A side whose blocks are not made of whole small ones has one grain, as has a plan
-    of a single block, and one whose small blocks would hold fewer pairs than a step of the loop costs: of
-    one query, say.
+    of a single block, and one whose small blocks would hold fewer pairs than a tile's overhead: of one query,
+    say.
     """
     if lengths[0] <= blocks[0] and lengths[1] <= blocks[1]:
         return None
@@ -98,7 +101,7 @@ def fine_blocks(
     while readings * lengths[0] * lengths[1] > MOST_FINE * fine_q * fine_k:
         fine_q, fine_k = 2 * fine_q, 2 * fine_k
     fine = _dividing(fine_q, blocks[0]), _dividing(fine_k, blocks[1])
-    return None if fine == blocks or fine[0] * fine[1] < STEP else fine
+    return None if fine == blocks or fine[0] * fine[1] < OVERHEAD else fine
 
 
 def _dividing(size: int, block: int) -> int:

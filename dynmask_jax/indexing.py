@@ -16,12 +16,6 @@ def at(array: Array, *place) -> Array:
     return lax.dynamic_slice(array, _start(place, len(rest)), (*[1] * len(place), *rest)).reshape(rest)
 
 
-def add_at(array: Array, value: Array, *place) -> Array:
-    """`array.at[place].add(value)`, of traced whole numbers that are in range."""
-    total = (at(array, *place) + value).reshape(*[1] * len(place), *value.shape)
-    return lax.dynamic_update_slice(array, total, _start(place, value.ndim))
-
-
 def row_and_block(number, blocks: int):
     """`divmod` of a number that is not negative: which row, and which of its blocks; less to compile."""
     divisor = jnp.asarray(blocks, number.dtype)

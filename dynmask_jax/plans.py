@@ -51,7 +51,8 @@ class Plan:
         where every head skips it, and full where it is full for every head; attention finds the codes of
         each key head anew, and skips by them.
       block_q, block_k: tokens in a block of queries and of keys; the last block may be ragged.
-      fine: codes of small blocks too, for lines that show little; None where block sizes were given.
+      fine: codes of small blocks too, for lines that show little; None where block sizes were given. Both
+        are of one mask: who replaces the one replaces the other.
 
     `print(plan)` draws the blocks; `visible_pairs()` counts what the mask shows, `computed_pairs()` what
     attention computes for it.
@@ -77,7 +78,7 @@ class Plan:
         if self.fine is None:
             return jnp.zeros((self.rows, self.codes.shape[2 if by_keys else 1]), bool)
         whole = active_in_lines(self.codes, by_keys=by_keys)
-        return self.fine.cheaper(whole, self.block_q * self.block_k, by_keys=by_keys)
+        return self.fine.cheaper(whole, (self.block_q, self.block_k), by_keys=by_keys)
 
     @property
     def rows(self) -> int:
@@ -95,15 +96,16 @@ class Plan:
         return (self.codes != SKIP).sum()
 
     def computed_pairs(self) -> Float[Array, ""]:
-        """How many pairs attention computes forward, over all rows: those of blocks that it does not skip.
+        """How many pairs backend "xla" computes forward, over all rows: of blocks that it does not skip, each
+        line in its grain, with what fills the last blocks up.
 
-        Backend "xla" computes these, each line in its grain; the others compute the plan's blocks, "tpu" the
-        strips of them that show anything.
+        The other backends compute the plan's blocks, "tpu" the strips of them that show anything. With
+        per-head leaves it is what a head would compute that shows what any head does.
         """
-        in_blocks = active_in_lines(self.codes) * (self.block_q * self.block_k)
+        in_blocks = active_in_lines(self.codes) * float(self.block_q * self.block_k)
         if self.fine is None:
             return in_blocks.sum()
-        in_small = self.fine.active(in_blocks.shape[1]) * self.fine.pairs
+        in_small = self.fine.active((self.block_q, self.block_k)) * float(self.fine.pairs)
         return jnp.where(self.takes_fine(), in_small, in_blocks).sum()
 
     def visible_pairs(self) -> Float[Array, ""]:
@@ -157,11 +159,14 @@ def plan(
       q_tokens: the queries, `[T]` for all sequences of a batch alike, or `[B, T]`.
       kv_tokens: the keys, `[S]` or `[B, S]`; left out, the queries are the keys too.
       block_q, block_k: tokens in a block; by default `default_blocks()`, or T and S where those are less.
-        Without either, on CPU and TPU, lines that show little are worked in smaller blocks: how much is
-        shown is data, and so is the grain.
+        Without either the plan has codes of smaller blocks too: on a CPU lines that show little are worked
+        in these, and on a TPU large blocks without their empty strips. How much is shown is data, and so
+        is the grain.
       fine_cost: what a pair costs in a small block, where one in a large block costs 1, by which each line's
-        grain is chosen on a CPU: 0 always takes small blocks, inf never. By default what was measured
-        (docs/benchmarks.md).
+        grain is chosen on a CPU: 0 always takes small blocks, inf never. By default 1.4, between what was
+        measured of several masks (docs/benchmarks.md, "The chosen grain beside fixed ones"). It changes
+        nothing where there are no small blocks, on a GPU and in sequences of one block, nor on a TPU, whose
+        kernels leave out strips of large blocks instead.
 
     Returns:
       the `Plan`, to be given to every layer's `attention` in place of the mask.
@@ -230,11 +235,16 @@ def plan_in(
     )
 
 
+def plan_as(whole: Plan, mask: Mask) -> Plan:
+    """The plan of another mask on the same tokens, in the same blocks of either grain."""
+    fine, cost = (None, FINE_COST) if whole.fine is None else (whole.fine.blocks, whole.fine.cost)
+    blocks = whole.block_q, whole.block_k
+    return plan_in(mask, whole.q_tokens, whole.kv_tokens, blocks=blocks, fine=fine, cost=cost)
+
+
 @jax.jit
 def _narrowed(plan: Plan, mask: Mask) -> Plan:
-    fine, cost = (None, FINE_COST) if plan.fine is None else (plan.fine.blocks, plan.fine.cost)
-    blocks = plan.block_q, plan.block_k
-    other = plan_in(mask, plan.q_tokens, plan.kv_tokens, blocks=blocks, fine=fine, cost=cost)
+    other = plan_as(plan, mask)
     # Of two codes the lesser: skip where either skips, full where both are.
     codes, fine = jax.tree.map(jnp.minimum, (plan.codes, plan.fine), (other.codes, other.fine))
     return dataclasses.replace(plan, mask=plan.mask & mask, codes=codes, fine=fine)
@@ -279,7 +289,7 @@ def _count_in_rows(plan: Plan) -> Float[Array, " R"]:
             return count + tiles.visible(row, i, j).sum().astype(jnp.float32)
 
         line = at(plan.codes, row, i)
-        full = (line == FULL).sum().astype(jnp.float32) * (plan.block_q * plan.block_k)
+        full = (line == FULL).sum().astype(jnp.float32) * float(plan.block_q * plan.block_k)
         nothing = vary_like(jnp.float32(0.0), tiles)
         return full + over_blocks(line, (TEST,), add, nothing) / heads
 
@@ -300,5 +310,6 @@ def _text(plan: Plan) -> str:
     if plan.fine is not None:
         share = float(plan.computed_pairs()) / (plan.rows * t * s)
         small, of = f"{plan.fine.block_q} x {plan.fine.block_k}", plan.takes_fine()
-        header += f"\n{int(of.sum())} of {of.size} lines in blocks of {small}: {share:.1%} of pairs computed"
+        lines = f"{int(of.sum())} of {of.size} lines in blocks of {small}"
+        header += f"\nbackend xla works {lines}, and computes {share:.1%} of pairs"
     return "\n".join([header, *picture(codes[0])])

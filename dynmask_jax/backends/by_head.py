@@ -2,8 +2,7 @@
 
 A plan's codes are merged over heads, so one head that sees all would make every head pay. Key heads are
 computed one after the other instead, each with its G query heads, under a plan with the codes of these alone.
-The passes get smaller calls of the same kind, and know nothing of it. (Not so those of `xla`, whose tiles are
-of single heads anyway: see `grains`.)
+The passes get smaller calls of the same kind, and know nothing of it.
 
 The plan does not keep the codes of each head, which would be N times as large. They are found in each pass:
 that costs O(Tb·Sb), as much as to merge kept codes over G heads.
@@ -22,7 +21,7 @@ from dynmask_jax.backends.backend import Backend
 from dynmask_jax.bias_algebra import learnable
 from dynmask_jax.block_codes import TEST
 from dynmask_jax.mask_algebra import head_count
-from dynmask_jax.plans import Plan, plan_like
+from dynmask_jax.plans import Plan, plan_as
 from dynmask_jax.scores import Scores
 
 
@@ -98,7 +97,7 @@ class _Group(NamedTuple):
     def plan(self, whole: Plan) -> Plan:
         """The group's plan: it skips the blocks that no head of the group sees."""
         mask = self.leaves(whole.mask)
-        own = plan_like(whole, mask, whole.q_tokens, whole.kv_tokens)
+        own = plan_as(whole, mask)
 
         def known(of_all, of_own):
             # What is known of all heads holds for these. It may be more than the mask says of the tokens now.

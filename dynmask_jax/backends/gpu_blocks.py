@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dynmask_jax.array_typing import Array
-from dynmask_jax.plans import blocks_of
+from dynmask_jax.find_codes import blocks_of
 from dynmask_jax.tokens import Tokens
 
 LEAST = 16

@@ -5,6 +5,7 @@ whole blocks where much is shown, small ones where little is.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -15,10 +16,7 @@ from dynmask_jax.array_typing import Array, Bool, Int, pytree, static
 from dynmask_jax.backends.blocks import Cut, Heads
 from dynmask_jax.backends.score_tiles import ScoreTiles, score_tiles
 from dynmask_jax.block_codes import SKIP
-from dynmask_jax.find_codes import find_codes
-from dynmask_jax.grain_choice import active_in_lines
 from dynmask_jax.indexing import at, row_and_block
-from dynmask_jax.mask_algebra import head_count
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
@@ -32,8 +30,8 @@ class Grain:
     """One size of tile. Made by `grains_of`.
 
     Attributes:
-      codes: of the lines, `[R, 1, lines, columns]`; or, of a mask with per-head leaves, one for each part of
-        the heads: it skips what other heads show.
+      codes: of the lines, `[R, lines, columns]`, and SKIP in lines that another grain takes: where a call is
+        mapped over plans by `vmap`, both grains run, and the other makes no turns.
       on_tiles: the scores of a call for these tiles.
       lines: how many lines of this grain make one of the plan's.
       blocks_q, blocks_k: blocks of `Cut` in a tile.
@@ -41,17 +39,13 @@ class Grain:
       parts: tiles over all key heads.
     """
 
-    codes: Int[Array, "R *parts lines columns"]
+    codes: Int[Array, "R lines columns"]
     on_tiles: ScoreTiles
     lines: int = static()
     blocks_q: int = static()
     blocks_k: int = static()
     heads: int = static()
     parts: int = static()
-
-    def codes_of(self, row, line, heads: Heads) -> Int[Array, " columns"]:
-        """The codes of a line, for some of the heads."""
-        return at(self.codes, row, heads.part if self.codes.shape[1] > 1 else 0, line)
 
     def over_line(self, function: Callable, carry, number):
         """`function(carry, line, heads)` for every line and part of the heads of the plan's line `number`.
@@ -104,39 +98,28 @@ def grains_of(
       by_keys: lines are of keys, columns of queries.
       all_heads: tiles have all heads, whatever their size, and the plan's blocks are the only grain.
     """
-    group, by_head = heads[0] // heads[1], head_count(plan.mask) is not None and not all_heads
+    group, key_heads = heads[0] // heads[1], heads[1]
+    fine, (cut_q, cut_k) = plan.at_fine(), cuts_of(plan)
 
-    def grain(of_grain: Plan, codes, own: int, lines: int, blocks: tuple[int, int]) -> Grain:
-        codes = codes.swapaxes(2, 3) if by_keys else codes
-        codes = jnp.pad(codes, ((0, 0), (0, 0), (0, -codes.shape[2] % lines), (0, 0)))
-        return Grain(codes, score_tiles(scores, of_grain, group), lines, *blocks, own, heads[1] // own)
-
-    def in_tile(of_grain: Plan) -> int:
+    def grain(of_grain: Plan, lines: int, blocks: tuple[int, int]) -> Grain:
+        codes = of_grain.codes.swapaxes(1, 2) if by_keys else of_grain.codes
+        codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % lines), (0, 0)), constant_values=SKIP)
         pairs = group * of_grain.block_q * of_grain.block_k
-        return heads[1] if all_heads else _heads_in_tile(heads[1], pairs)
+        own = key_heads if all_heads else _heads_in_tile(key_heads, pairs)
+        return Grain(codes, score_tiles(scores, of_grain, group), lines, *blocks, own, key_heads // own)
 
-    fine, cuts = plan.at_fine(), cuts_of(plan)
-    codes = _codes_by_head(plan, heads[1]) if by_head else plan.codes[:, None]
-    blocks = cuts[0].tile, cuts[1].tile
-    coarse = grain(plan, codes, 1 if by_head else in_tile(plan), 1, blocks)
-    if fine is None or plan.fine is None or all_heads:
+    coarse = grain(plan, 1, (cut_q.tile, cut_k.tile))
+    if fine is None or all_heads:
         return Grains(coarse, None, None)
-    # Small blocks are of many heads, which see about the same few of them.
-    small = grain(fine, fine.codes[:, None], in_tile(fine), cuts[by_keys].tile, (1, 1))
-    whole = active_in_lines(codes, by_keys=by_keys).mean(axis=1)
-    return Grains(coarse, small, plan.fine.cheaper(whole, plan.block_q * plan.block_k, by_keys=by_keys))
-
-
-def _codes_by_head(plan: Plan, key_heads: int) -> Int[Array, "R K Tb Sb"]:
-    """The plan's codes for each key head: of what its query heads show."""
-    queries, keys = plan.q_tokens, plan.kv_tokens
-
-    def of_head(part):
-        mask = Heads(part, 1).of(plan.mask, (head_count(plan.mask) or key_heads) // key_heads)
-        found = find_codes(mask, queries, keys, (plan.block_q, plan.block_k))
-        return jnp.where(plan.codes == SKIP, plan.codes, found)
-
-    return jax.vmap(of_head, out_axes=1)(jnp.arange(key_heads, dtype=jnp.int32))
+    small = grain(fine, (cut_q, cut_k)[by_keys].tile, (1, 1))
+    takes_fine = plan.takes_fine(by_keys=by_keys)
+    return Grains(
+        replace(coarse, codes=jnp.where(takes_fine[:, :, None], SKIP, coarse.codes)),
+        replace(
+            small, codes=jnp.where(jnp.repeat(takes_fine, small.lines, axis=1)[:, :, None], small.codes, SKIP)
+        ),
+        takes_fine,
+    )
 
 
 def cuts_of(plan: Plan) -> tuple[Cut, Cut]:

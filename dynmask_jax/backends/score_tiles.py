@@ -1,6 +1,5 @@
 """Bias and dropout on one tile, for the loops of the XLA backends."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -49,14 +48,11 @@ class ScoreTiles:
 
     def visible(self, tested, place: Place) -> Bool[Array, "*k rows bk"]:
         """The mask of a tile: evaluated where it is tested, else true; always where `tested` is None."""
-        return visible_rows(self._tiles_of(place.heads), tested, place, self.group)
+        return visible_rows(self.tiles, tested, place, self.group)
 
     def visible_keys_first(self, tested, place: Place) -> Bool[Array, "*k bk rows"]:
         """`visible` with the tile's keys first."""
-        return visible_columns(self._tiles_of(place.heads), tested, place, self.group)
-
-    def _tiles_of(self, heads: Heads) -> Tiles:
-        return replace(self.tiles, mask=heads.of(self.tiles.mask, self.group))
+        return visible_columns(self.tiles, tested, place, self.group)
 
     def biased(self, capped: Float[Array, "K a b"], place: Place, *, keys_first: bool = False):
         """A tile's logits with the bias, from those without."""

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from dynmask_jax.array_typing import Array, Float, Int, pytree
 from dynmask_jax.dropout import Draws
-from dynmask_jax.plans import Plan, blocks_of
+from dynmask_jax.find_codes import blocks_of
+from dynmask_jax.plans import Plan
 from dynmask_jax.tokens import Tokens
 
 LANES = 128

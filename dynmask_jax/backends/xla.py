@@ -14,10 +14,11 @@ from jax import lax
 from dynmask_jax.array_typing import sum_dtype
 from dynmask_jax.backends.backend import Backend, as_they_are
 from dynmask_jax.backends.blocks import Blocks, over_active
+from dynmask_jax.backends.by_head import by_key_head
 from dynmask_jax.backends.grains import cuts_of, grains_of
 from dynmask_jax.backends.score_tiles import Place
 from dynmask_jax.backends.xla_backward import gradients
-from dynmask_jax.indexing import row_and_block
+from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.online_softmax import Partial, extend, normalize
 from dynmask_jax.vma import vary_like
 
@@ -58,7 +59,7 @@ def forward(scores, q, k, v, plan, over_lines=_in_turn, *, test_all: bool = Fals
 
             shape = (*queries.shape[:2], v.shape[3])
             empty = vary_like(Partial.empty(shape, wide), queries, on_tiles)
-            out, lse = normalize(over_active(grain.codes_of(row, i, heads), add, empty))
+            out, lse = normalize(over_active(at(grain.codes, row, i), add, empty))
             out = on_tiles.rescaled(out).astype(q.dtype)
             return carry, tuple(q_blocks.tokens(x, grain.blocks_q) for x in (out, lse))
 
@@ -78,4 +79,4 @@ def _joined(x):
     return x.reshape(-1, *x.shape[2:])
 
 
-XLA = Backend(forward, gradients, prepared=as_they_are, marks_bad=True)
+XLA = by_key_head(Backend(forward, gradients, prepared=as_they_are, marks_bad=True))

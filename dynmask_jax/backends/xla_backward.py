@@ -15,7 +15,7 @@ from dynmask_jax.array_typing import Array, Bool, Float, pytree
 from dynmask_jax.backends.blocks import Blocks, Heads, over_active
 from dynmask_jax.backends.grains import Grain, cuts_of, grains_of
 from dynmask_jax.backends.score_tiles import Place, ScoreTiles
-from dynmask_jax.indexing import row_and_block
+from dynmask_jax.indexing import at, row_and_block
 from dynmask_jax.vma import vary_like
 
 
@@ -86,7 +86,7 @@ def _key_block(scores, grain: Grain, blocks: tuple, place: tuple, totals: tuple,
         return d_q, d_bias, d_k, d_v
 
     start = (*totals, *vary_like((jnp.zeros_like(keys), jnp.zeros_like(values)), keys, on_tiles))
-    *sums, d_k, d_v = over_active(grain.codes_of(row, j, heads), add, start)
+    *sums, d_k, d_v = over_active(at(grain.codes, row, j), add, start)
     of = zip(of_keys, (d_k, d_v), strict=True)
     return tuple(sums), tuple(x.tokens(rows, grain.blocks_k).astype(x.x.dtype) for x, rows in of)
 

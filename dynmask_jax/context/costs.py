@@ -126,7 +126,8 @@ def _ring(a: Attended) -> Cost:
         behind=behind,
         forward_bytes=(ahead + behind) * a.shard,
         backward_bytes=int(bytes_home.sum()),
-        held=2 * (a.shard + a.gradients),  # those at work and those on their way
+        # Those at work and those on their way, and of a second arc those that wait for their turn.
+        held=(2 + (ahead > 0 < behind)) * (a.shard + a.gradients),
         seconds=seconds,
     )
 

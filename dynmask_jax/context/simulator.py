@@ -148,10 +148,10 @@ def balance(
     >>> print(balance(Causal() & Window(8192), 65536, 8, layouts=["contiguous", "zigzag"]))
     8 devices, TPU v5p: one layer, forward and backward
     layout               strategy   max/mean critical  hops       sent   estimate
-    contiguous           ring           1.07     1.07  1+0     128 MiB   17.82 ms <
+    contiguous           ring           1.07     1.07  1+0      96 MiB   18.49 ms <
     contiguous           all_gather     1.07     1.07  0+0     896 MiB   22.51 ms
     contiguous           ulysses        1.00     1.00  0+0     282 MiB   19.66 ms
-    zigzag               ring           1.07     1.32  2+2     512 MiB   22.04 ms
+    zigzag               ring           1.07     1.32  2+2     512 MiB   26.04 ms
     zigzag               all_gather     1.07     1.07  0+0     896 MiB   22.51 ms
     zigzag               ulysses        1.00     1.00  0+0     282 MiB   19.66 ms
     """

@@ -35,7 +35,7 @@ from dynmask_jax import (
 )
 from dynmask_jax.backends.grains import TILE_PAIRS, grains_of
 from dynmask_jax.block_codes import FULL, SKIP, TEST
-from dynmask_jax.grain_choice import FINE_COST, MOST_FINE, STEP, fine_blocks, joined
+from dynmask_jax.grain_choice import FINE_COST, MOST_FINE, OVERHEAD, fine_blocks, joined
 from dynmask_jax.plans import plan_in
 from dynmask_jax.scores import Scores
 from tests.library.context.test_parallel import mesh_of
@@ -140,19 +140,6 @@ def test_heads_in_a_tile():
     assert heads(256, kv_heads=8, group=4) == 1
 
 
-@pytest.mark.parametrize("by_keys", [False, True])
-def test_heads_skip_what_other_heads_show(by_keys):
-    """Each key head has the codes of its own query heads; one that sees all costs the others nothing."""
-    tokens, lengths = Tokens.sequence(256), [256, 20, 40, 10]
-    the_plan = plan_in(Causal() & Window(jnp.array(lengths)), tokens, tokens, blocks=(32, 32))
-    codes = grains_of(Scores(None, None, 1.0, None), the_plan, (4, 2), by_keys=by_keys).coarse.codes
-    assert codes.shape == (1, 2, 8, 8)
-    for head, longest in enumerate((256, 40)):
-        alone = plan_in(Causal() & Window(longest), tokens, tokens, blocks=(32, 32)).codes[0]
-        own = codes[0, head].T if by_keys else codes[0, head]
-        np.testing.assert_array_equal(own != SKIP, alone != SKIP)
-
-
 @given(mask=masks())
 @settings(max_examples=examples(8, thorough=200), deadline=None)
 def test_codes_of_both_grains_are_sound(mask):
@@ -206,8 +193,8 @@ def test_every_line_takes_the_cheaper_grain(name, length, by_keys):
     takes = np.asarray(the_plan.takes_fine(by_keys=by_keys))[0]
     assert takes.shape == (len(coarse),)
     for line, (blocks, small) in enumerate(zip(coarse, fine.reshape(len(coarse), -1), strict=True)):
-        cost_whole = blocks.sum() * (512 * 512 + STEP)
-        cost_small = small.sum() * FINE_COST * (64 * 64 + STEP)
+        cost_whole = blocks.sum() * (512 * 512 + OVERHEAD)
+        cost_small = small.sum() * FINE_COST * (64 * 64 + OVERHEAD)
         assert takes[line] == (cost_small < cost_whole)
 
 
@@ -217,6 +204,20 @@ def test_windows_choose_small_blocks_at_first_and_whole_ones_at_last():
     assert share == [1, 1, 1 / 16, 1 / 16]  # The first line is half of one block.
 
 
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize("length", [513, 576, 600, 1_100, 1_700])
+def test_small_blocks_count_for_the_line_they_lie_in(length, by_keys):
+    """Also where the last line has few of them."""
+    seen = plan(Causal() & Window(32), Tokens.sequence(length))
+    assert seen.fine is not None
+    codes = np.asarray(seen.fine.codes[0])
+    expected = np.zeros(-(-length // 512))
+    for i, j in np.argwhere(codes != SKIP):
+        expected[(j if by_keys else i) // 8] += 1
+    found = seen.fine.active((seen.block_q, seen.block_k), by_keys=by_keys)
+    np.testing.assert_array_equal(found, expected[None])
+
+
 def test_pairs_that_are_computed():
     tokens = Tokens.sequence(4096)
     narrow, full = (plan(mask, tokens) for mask in (Causal() & Window(32), Causal()))
@@ -224,7 +225,7 @@ def test_pairs_that_are_computed():
     # The first line, half of one block, is in small ones.
     assert int(full.computed_pairs()) == 35 * 512 * 512 + 36 * 64 * 64
     assert int(plan(Causal(), tokens, block_q=1024, block_k=512).computed_pairs()) == 20 * 1024 * 512
-    assert "8 of 8 lines in blocks of 64 x 64: 3.1% of pairs computed" in str(narrow)
+    assert "backend xla works 8 of 8 lines in blocks of 64 x 64, and computes 3.1% of pairs" in str(narrow)
     assert "computed" not in str(plan(Causal(), tokens, block_q=512))
 
 

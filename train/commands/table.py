@@ -7,6 +7,7 @@ from typing import Any
 import tyro
 
 from train.commands.compile import Compile, compile_for, with_preset
+from train.commands.evaluate import Evaluate, evaluate
 from train.commands.export import Export, export
 from train.commands.generate import Generate, generate
 from train.commands.summarize import SummarizeFiles, summarize
@@ -38,6 +39,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "generate": Command(Generate, generate),
     "summarize": Command(SummarizeFiles, summarize),
+    "evaluate": Command(Evaluate, evaluate),
     "export": Command(Export, export),
     "tokenizer": Command(TrainTokenizer, train_tokenizer),
     "compile": Command(Compile, compile_for, with_preset),

@@ -43,7 +43,8 @@ class Run:
     """Seed of the initial weights and of the order of documents and rows."""
     block: int | None = None
     """Tokens in a block of attention; a block of keys that no query of a block sees is skipped. None: the
-    platform's blocks, and small ones where little is shown: chosen while it runs."""
+    platform's blocks, and small ones where little is shown: chosen while it runs. On a mesh whose devices
+    hold no multiple of the platform's block, the largest that divides what they hold."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     summarize: Summarize = field(default_factory=Summarize)

@@ -60,7 +60,7 @@ class Validator:
         return Validation(
             loss=_mean(full),
             bits_per_byte=bits_per_byte(np.sum(full.loss_sum), np.sum(full.text_bytes)),
-            positions=_by_position(self._program.masks.bucket_starts, full),
+            positions=by_position(self._program.masks.bucket_starts, full),
             pace_loss=None if now is None else _mean(now),
             evaluators={name: evaluator(params) for name, evaluator in self._evaluators.items()},
         )
@@ -85,7 +85,8 @@ def _mean(sums: Evaluated) -> float:
     return float(np.sum(sums.loss_sum) / np.sum(sums.weight))
 
 
-def _by_position(starts: tuple[int, ...], sums: Evaluated) -> dict[str, float]:
+def by_position(starts: tuple[int, ...], sums: Evaluated) -> dict[str, float]:
+    """The mean loss of each bucket of `Masks.bucket_starts` that has targets, by its start."""
     return {
         str(start): float(loss / weight)
         for start, loss, weight in zip(starts, sums.loss_sum, sums.weight, strict=True)

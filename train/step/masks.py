@@ -1,5 +1,6 @@
 """The masks of a run as its layers and devices see them."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +19,8 @@ from train.step.curriculum import Growth, full_pairs
 from train.step.pace import clock
 from train.step.state import State
 
+LEAST_BLOCK = 128
+"""Tokens in the least block that is chosen to divide a device's; smaller ones cost more than they save."""
 SECOND_BUCKET = 64  # tokens of context at which the second bucket of validation losses begins
 
 OfReach = dict[Reach, Float[Array, ""]]
@@ -60,13 +63,22 @@ class Masks:
 
     def plans(self, mask: Mask, tokens: Tokens, kv_tokens: Tokens | None = None) -> Plans:
         """The plan of each reach in the model's pattern; by default the keys' tokens are the queries'."""
-        block, part = self.run.block, self.run.data.length // self.placement.token_parts
-        if block is not None or part < max(default_blocks()):
-            block = min(part, *default_blocks() if block is None else (block,))  # within a device
+        block = self._block()
         return {
             reach: self.placement.place_plan(plan(shown, tokens, kv_tokens, block_q=block, block_k=block))
             for reach, shown in self.by_reach(mask).items()
         }
+
+    def _block(self) -> int | None:
+        """Tokens in a block: as the config says, within a device's; None: as `plan` chooses."""
+        part, largest = self.run.data.length // self.placement.token_parts, max(default_blocks())
+        if self.run.block is not None:
+            return min(part, self.run.block)
+        if part % largest == 0 or self.placement.token_parts == 1:
+            return None
+        # Blocks that divide a device's tokens, so that devices take their codes from one plan of all.
+        divisor = math.gcd(part, largest)
+        return divisor if divisor >= LEAST_BLOCK else min(part, largest)
 
     def tokens(self, batch: Batch) -> Tokens:
         """What masks read of the rows; chunked rows have all the same."""

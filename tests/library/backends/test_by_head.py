@@ -208,6 +208,29 @@ def test_plans_of_two_grains(backend):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("backend", ["xla", "xla_wide"])
+def test_a_ring_whose_shards_are_single_blocks_has_both_grains(backend):
+    seen = plan(Causal() & Window(jnp.array([4, 1024])), Tokens.sequence(1024))
+    assert seen.fine is not None
+    q, k, v = Shape(1, 1024, 1024, 2, 2, 4).qkv()
+    mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def gradients(attend):
+        return jax.jit(jax.grad(lambda q: jnp.sin(attend(q, k, v, seen)).sum()))(q)
+
+    on_ring = context_parallel(functools.partial(attention, backend=backend), mesh=mesh)
+    expected = gradients(functools.partial(attention, backend="dense"))
+    np.testing.assert_allclose(gradients(on_ring), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_long_plans_that_are_narrowed_by_heads_keep_their_small_blocks():
+    """Those of the plan are sized for one reading of the mask, and each head's reading takes the same."""
+    narrowed = plan(Causal(), Tokens.sequence(131_072)) & Window(jnp.full(4, 100))
+    q, k = (jax.ShapeDtypeStruct((1, 131_072, heads, 8), jnp.float32) for heads in (4, 2))
+    out = jax.eval_shape(lambda q, k, v: attention(q, k, v, narrowed, backend="xla_wide"), q, k, k)
+    assert out.shape == q.shape
+
+
 def test_a_mask_that_all_heads_share_is_computed_at_once():
     calls = []
 

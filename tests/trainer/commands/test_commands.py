@@ -4,14 +4,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import flax.nnx as nnx
 import jax
 import numpy as np
+import optax
 import pytest
 from train_cases import small_run, write_text
 
+from dynmask_jax import Causal, Tokens, plan
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.export import load_weights
 from train.checkpoint.folder import RunFolder
+from train.checkpoint.load import load_model
 from train.cli import main
 from train.commands.inference import SamplingOptions
 from train.commands.table import COMMANDS, run_command
@@ -20,7 +24,7 @@ from train.config.run import Run, to_json
 from train.config.sections import Data, Optimizer
 from train.data.corpus import read_corpus
 from train.data.tokenizers import load_tokenizer
-from train.step.program import begin
+from train.step.program import begin, program_of
 
 
 def saved_run(run: Run, steps=(0,)) -> Path:
@@ -102,6 +106,70 @@ def test_what_only_drawing_heeds_is_refused_without_it_and_falls_with_the_runs_o
     drawn = Generation(temperature=0.8, top_p=0.9)
     assert SamplingOptions(temperature=0.0).override(drawn) == Generation()
     assert SamplingOptions(temperature=0.5).override(drawn) == replace(drawn, temperature=0.5)
+
+
+def test_evaluate_gives_the_loss_of_every_token_but_a_texts_first(lm, tmp_path, capsys):
+    """Against logits of the whole rows, by hand."""
+    (tmp_path / "a.txt").write_text("mask key query step mask")  # 24 tokens
+    (tmp_path / "b.txt").write_text("é" * 5)
+    to = tmp_path / "found.json"
+    options = ["--length", "10", "--limit-bytes", "15", "--batch", "2", "--json", str(to)]
+    run_command("evaluate", [str(lm), str(tmp_path), *options])
+    found, said = json.loads(to.read_text()), capsys.readouterr().out
+    weights, tokenizer = load_model(lm)
+    nats = []
+    for text in ("mask key query ", "é" * 5):
+        tokens = tokenizer.encode([text])[0]
+        for start in range(0, len(tokens) - 1, 10):
+            nats.append(by_hand(weights, tokens[start : start + 11]))
+    assert found["tokens"] == 14 + 9 == sum(map(len, nats))
+    assert found["bytes"] == 14 + 9
+    mean = np.concatenate(nats).mean()
+    np.testing.assert_allclose(found["nats_per_token"], mean, rtol=1e-5)
+    np.testing.assert_allclose(found["bits_per_byte"], mean / np.log(2), rtol=1e-5)
+    assert found["by_position"] == {"0": pytest.approx(mean, rel=1e-5)}
+    assert said.startswith(
+        f"23 tokens: {mean:.4f} nats a token, {mean / np.log(2):.4f} bits per byte of 23\n"
+    )
+
+
+def by_hand(weights, tokens):
+    """The loss of each token of a row but the first, from the model's logits."""
+    graph = program_of(weights.run, weights.vocabulary).graph
+    model = nnx.merge(graph, weights.params)
+    seen = plan(Causal(), Tokens.sequence(len(tokens) - 1))
+    logits = model.logits(model(tokens[None, :-1], {"global": seen}))[0]
+    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]))
+
+
+def test_evaluate_under_a_narrower_mask(lm, tmp_path, capsys):
+    """What a token does not see changes nothing: a window of 1 shows no order of the tokens before."""
+    losses = {}
+    for text in ("abcd", "bacd"):
+        (tmp_path / f"{text}.txt").write_text(text)
+        for name in ("window", "chunk"):
+            to = tmp_path / f"{text}.{name}.json"
+            options = [f"--{name}", "1", "--json", str(to), "--limit-tokens", "4"]
+            run_command("evaluate", [str(lm), str(tmp_path / f"{text}.txt"), *options])
+            losses[text, name] = json.loads(to.read_text())["nats_per_token"]
+    assert losses["abcd", "window"] == losses["abcd", "chunk"]
+    assert losses["abcd", "window"] != losses["bacd", "window"], "the tokens themselves differ"
+    capsys.readouterr()
+
+
+def test_evaluate_refuses(lm, summaries, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("a")
+    (tmp_path / "is.json").write_text("{}")
+    (tmp_path / "two.txt").write_text("ab")
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    assert "no text has two tokens" in refused(capsys, "evaluate", lm, one)
+    assert "was trained to summarise" in refused(capsys, "evaluate", summaries, two)
+    assert "--overwrite replaces it" in refused(capsys, "evaluate", lm, two, "--json", tmp_path / "is.json")
+    assert "limit_tokens must be at least 2, got 1" in refused(
+        capsys, "evaluate", lm, two, "--limit-tokens", 1
+    )
+    assert "no.txt does not exist" in refused(capsys, "evaluate", lm, tmp_path / "no.txt")
+    assert "needs a text" in refused(capsys, "evaluate", lm)
 
 
 def test_the_newest_whole_checkpoint_is_taken(lm, tmp_path, capsys):

@@ -1,0 +1,109 @@
+"""The command `evaluate`: the loss of a model on texts, by how much context a token has."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import tyro
+
+from train.checkpoint.load import load_model
+from train.commands.inference import check_task
+from train.config.checks import at_least
+from train.data.records import Malformed, records
+from train.data.sources import sources
+from train.data.tokenizers import Ids, Tokenizer
+from train.disk import check_writable, write_atomically
+from train.evaluate.texts import Shown, TextLoss, text_loss
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measures a model on texts: nats a token, bits per byte, and the loss by how much context there is."""
+
+    model: tyro.conf.Positional[Path]
+    """A run's folder, whose newest checkpoint is used, or a file of `export`."""
+    texts: tyro.conf.Positional[tuple[str, ...]]
+    """What data.paths takes: text files, JSON lines, CSV, folders of them, globs, saved datasets."""
+    length: int | None = None
+    """Tokens of context in a row; longer texts are cut into rows that share none. None: as in the run."""
+    window: int | None = None
+    """Let a token see so many tokens at most, itself among them: what distant context is worth."""
+    chunk: int | None = None
+    """Let a token see those of its own chunk of so many tokens alone."""
+    limit_bytes: int | None = None
+    """Read so many bytes of UTF-8 of each text, and no part of a character."""
+    limit_tokens: int | None = None
+    """Read so many tokens of each text."""
+    batch: int = 1
+    """Rows at once."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The columns of records, as data.columns."""
+    json: Path | None = None
+    """File to write the results to, as JSON."""
+    overwrite: bool = False
+    """Replace that file if it exists."""
+    tokenizer: str | None = None
+    """Path of the tokenizer. None: the path in the run's config."""
+
+
+def evaluate(command: Evaluate):
+    """Prints the results, and writes them where asked.
+
+    Raises:
+      ValueError, OSError: with the reason why it cannot.
+    """
+    if not command.texts:
+        raise ValueError("evaluate needs a text: evaluate FOLDER TEXT")
+    at_least("", command, length=1, window=1, chunk=1, limit_bytes=1, limit_tokens=2, batch=1)
+    _check_target(command)
+    weights, tokenizer = load_model(command.model, command.tokenizer)
+    check_task(weights.run, "generate", command.model)
+    texts = _tokens(command, tokenizer)
+    run, length = weights.run, command.length or weights.run.data.length
+    shown = Shown(command.window, command.chunk)
+    found = text_loss(run, weights.params, tokenizer, texts, length, batch=command.batch, shown=shown)
+    print(describe(found))
+    if command.json:
+        write_atomically(command.json, json.dumps(asdict(found), indent=2) + "\n")
+
+
+def describe(found: TextLoss) -> str:
+    """The results as text."""
+    of_bytes = f"{found.bits_per_byte:.4f} bits per byte of {found.bytes:,}"
+    lines = [f"{found.tokens:,} tokens: {found.nats_per_token:.4f} nats a token, {of_bytes}", ""]
+    lines += [f"{'tokens before':>13}  nats a token"]
+    lines += [f"{start:>13}  {nats:12.4f}" for start, nats in found.by_position.items()]
+    return "\n".join(lines)
+
+
+def _check_target(command: Evaluate):
+    """Refuses a file that could not be written, before anything is computed."""
+    if command.json is None:
+        return
+    if command.json.exists() and not command.overwrite:
+        raise FileExistsError(f"{command.json} is there already: --overwrite replaces it")
+    check_writable(command.json.parent, "json")
+
+
+def _tokens(command: Evaluate, tokenizer: Tokenizer) -> list[Ids]:
+    """The tokens of each text, up to the limits."""
+    encoded = tokenizer.encode([_cut(text, command.limit_bytes) for text in _texts(command)])
+    return [ids[: command.limit_tokens] for ids in encoded]
+
+
+def _texts(command: Evaluate) -> list[str]:
+    """Every text, those of large files whole again."""
+    texts: list[str] = []
+    for record in records(sources(command.texts, "texts"), "lm", command.columns):
+        if isinstance(record, Malformed):
+            if record.asked_for:
+                raise ValueError(f"texts: {record}")
+        elif record.part:
+            texts[-1] += record.texts[0]
+        else:
+            texts.append(record.texts[0])
+    return texts
+
+
+def _cut(text: str, limit: int | None) -> str:
+    return text if limit is None else text.encode()[:limit].decode(errors="ignore")

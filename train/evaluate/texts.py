@@ -1,0 +1,129 @@
+"""The loss of a language model on any texts, under the full mask or a narrower one, by context."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import optax
+
+from dynmask_jax import Chunks, Mask, Window
+from train.config.operation import Mesh
+from train.config.run import Run
+from train.config.sections import Curriculum
+from train.data.batch import Batch
+from train.data.rows import CONTEXT, SEGMENTS, TOKENS, DocumentPieces, Spans, as_batch
+from train.data.tokenizers import Ids, Tokenizer
+from train.evaluate.validation import by_position, total
+from train.step.program import program_of
+from train.step.state import bits_per_byte
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """What a model makes of texts.
+
+    Attributes:
+      tokens: that were predicted: all but the first of each text.
+      bytes: of text that these spell.
+      nats_per_token: their mean loss.
+      bits_per_byte: their loss in bits, over those bytes; NaN where they spell none.
+      by_position: the mean loss of tokens with so many of their text before them in the row, by the least of
+        them: "64" for 64 … 127. Where there are none, the key is missing.
+    """
+
+    tokens: int
+    bytes: int
+    nats_per_token: float
+    bits_per_byte: float
+    by_position: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a token sees of those before it in its row.
+
+    Attributes:
+      window: so many tokens at most, itself among them; None for all.
+      chunk: those of its own chunk of so many tokens alone; None for all.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def narrow(self, mask: Mask) -> Mask:
+        """The part of a mask that is left."""
+        if self.window is not None:
+            mask = mask & Window(self.window)
+        return mask if self.chunk is None else mask & Chunks(self.chunk)
+
+
+def text_loss(
+    run: Run,
+    params: optax.Params,
+    tokenizer: Tokenizer,
+    texts: Sequence[Ids],
+    length: int,
+    *,
+    batch: int,
+    shown: Shown,
+) -> TextLoss:
+    """The loss of the texts' tokens, each text cut into rows.
+
+    Args:
+      run, params: of a language model, its config and its weights.
+      tokenizer: that of the model.
+      texts: the tokens of each.
+      length: T, tokens of context in a row. Consecutive rows of a text share no context.
+      batch: rows at once.
+      shown: what is left of the full mask.
+
+    Raises:
+      ValueError: no text has two tokens.
+    """
+    texts = [text for text in texts if len(text) > 1]
+    if not texts:
+        raise ValueError("there is nothing to predict: no text has two tokens")
+    length = min(length, max(map(len, texts)) - 1)
+    program = program_of(_evaluated(run, length, batch), tokenizer.vocabulary)
+    evaluate = jax.jit(program.evaluate)
+    mask = shown.narrow(program.masks.full)
+    sums = total(lambda rows: evaluate(params, rows, mask), _rows(texts, tokenizer, length, batch))
+    nats, tokens, spelt = (float(np.sum(x)) for x in (sums.loss_sum, sums.weight, sums.text_bytes))
+    return TextLoss(
+        tokens=round(tokens),
+        bytes=round(spelt),
+        nats_per_token=nats / tokens,
+        bits_per_byte=bits_per_byte(nats, spelt),
+        by_position=by_position(program.masks.bucket_starts, sums),
+    )
+
+
+def _evaluated(run: Run, length: int, batch: int) -> Run:
+    """The run, for rows of this length on one device."""
+    return replace(
+        run,
+        data=replace(run.data, length=length, batch=batch, rows="packed"),
+        optimizer=replace(run.optimizer, accumulate=1),
+        curriculum=Curriculum(kind="full", start=1),
+        mesh=Mesh(),
+    )
+
+
+def _rows(texts: Sequence[Ids], tokenizer: Tokenizer, length: int, batch: int) -> Iterator[Batch]:
+    """Batches of one piece of a text a row, filled up with padding."""
+    stops = np.cumsum([len(text) for text in texts])
+    spans = Spans(stops - [len(text) for text in texts], stops)
+    pieces = DocumentPieces(np.concatenate(texts), spans, length)
+    for first in range(0, len(pieces), batch):
+        rows = {
+            TOKENS: np.full((batch, length, 3), 0, np.int32),
+            SEGMENTS: np.zeros((batch, length), np.int32),
+            CONTEXT: np.zeros((batch, length), np.int32),
+        }
+        for row, number in enumerate(range(first, min(first + batch, len(pieces)))):
+            piece = pieces[number][TOKENS]
+            rows[TOKENS][row, : len(piece)] = piece
+            rows[SEGMENTS][row, : len(piece)] = 1
+            rows[CONTEXT][row, : len(piece)] = np.arange(len(piece))
+        yield as_batch(rows, 0, tokenizer.target_bytes)
