@@ -21,11 +21,12 @@ class Evaluate:
     """Measures a model on texts: nats a token, bits per byte, and the loss by how much context there is."""
 
     model: tyro.conf.Positional[Path]
-    """A run's folder, whose newest checkpoint is used, or a file of `export`."""
+    """A run's folder, whose newest checkpoint is used, a file of `export`, or a Hugging Face folder."""
     texts: tyro.conf.Positional[tuple[str, ...]]
     """What data.paths takes: text files, JSON lines, CSV, folders of them, globs, saved datasets."""
     length: int | None = None
-    """Tokens of context in a row; longer texts are cut into rows that share none. None: as in the run."""
+    """Tokens of context in a row; longer texts are cut into rows that share none. None: as in the run, and
+    4,096 of a Hugging Face folder."""
     window: int | None = None
     """Let a token see so many tokens at most, itself among them: what distant context is worth."""
     chunk: int | None = None
@@ -33,7 +34,7 @@ class Evaluate:
     limit_bytes: int | None = None
     """Read so many bytes of UTF-8 of each text, and no part of a character."""
     limit_tokens: int | None = None
-    """Read so many tokens of each text."""
+    """Read so many tokens of each text, the begin token among them, where the tokenizer has one."""
     batch: int = 1
     """Rows at once."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -86,9 +87,9 @@ def _check_target(command: Evaluate):
 
 
 def _tokens(command: Evaluate, tokenizer: Tokenizer) -> list[Ids]:
-    """The tokens of each text, up to the limits."""
+    """The tokens of each text after the begin token, up to the limits."""
     encoded = tokenizer.encode([_cut(text, command.limit_bytes) for text in _texts(command)])
-    return [ids[: command.limit_tokens] for ids in encoded]
+    return [tokenizer.begun(ids)[: command.limit_tokens] for ids in encoded]
 
 
 def _texts(command: Evaluate) -> list[str]:

@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import chex
+import flax.nnx as nnx
 import jax
 import numpy as np
+import optax
 import pytest
 from pretrained_cases import BEGIN, END, tiny_pretrained
 from safetensors import safe_open
 from train_cases import write_text
 
+from dynmask_jax import Causal, Tokens, plan
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import load_model
 from train.cli import main, parse
@@ -20,6 +23,7 @@ from train.loop.prepare import prepare
 from train.loop.training import train
 from train.pretrained.config import model_of
 from train.pretrained.folder import PretrainedFolder
+from train.step.program import program_of
 
 WORDS = (
     "--steps 4 --block 8 --data.length 32 --data.batch 2 --evaluation.rows 2 --checkpoints.every 2 "
@@ -152,6 +156,23 @@ def test_export_of_a_folder_is_the_folder_bit_for_bit(place, tmp_path):
 def test_a_folder_generates(place, capsys):
     main(["generate", str(place / "hub"), "--prompt", "mask key", "--tokens", "3"])
     assert capsys.readouterr().out.startswith("> mask key\n")
+
+
+def test_a_folder_is_evaluated_with_its_begin_token(place, tmp_path):
+    (tmp_path / "a.txt").write_text("mask key query", encoding="utf-8")
+    options = ["--limit-tokens", "4", "--json", str(tmp_path / "found.json")]
+    main(["evaluate", str(place / "hub"), str(tmp_path / "a.txt"), *options])
+    found = json.loads((tmp_path / "found.json").read_text())
+    weights, tokenizer = load_model(place / "hub")
+    tokens = tokenizer.begun(tokenizer.encode(["mask key query"])[0])[:4]
+    assert tokens[0] == tokenizer.begin
+    model = nnx.merge(program_of(weights.run, weights.vocabulary).graph, weights.params)
+    causal = {reach: plan(Causal(), Tokens.sequence(3)) for reach in ("local", "global")}  # of 8 tokens
+    logits = model.unembed(model(tokens[None, :-1], causal))[0]
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
+    assert found["tokens"] == 3
+    assert found["bytes"] == len(tokenizer.decode(tokens[1:]).encode())
+    np.testing.assert_allclose(found["nats_per_token"], nats.mean(), rtol=1e-5)
 
 
 def test_our_own_run_becomes_a_folder(place, tmp_path):
