@@ -1,6 +1,7 @@
 """The layers under jax.pmap: a batch over devices, gradients averaged, is the batch on one device."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -85,10 +86,11 @@ def test_a_train_step_on_devices_is_one_on_all_rows(kind):
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
-def test_the_example_in_the_docs_runs_as_printed():
+def test_the_example_in_the_docs_runs_as_printed(compiles_as_here):
     """In a process of its own, as a user's would be: warnings are errors there too."""
     (example,) = re.findall(r"```python\n(.*?jax\.pmap.*?)```", EXAMPLE.read_text(), re.DOTALL)
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", example], capture_output=True, text=True)
+    command, environment = [sys.executable, "-W", "error", "-c", example], os.environ | compiles_as_here
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     (before, after) = (float(loss) for loss in re.findall(r"loss (\d\.\d+)", ran.stdout))
     assert after < before / 2

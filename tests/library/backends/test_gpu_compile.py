@@ -140,12 +140,14 @@ def test_lists_are_one_launch_a_pass_and_few_bytes(tokens):
     assert program.temporary_bytes < 2 * blocks**2 + 2**20
 
 
+@pytest.mark.slow  # tests/trainer/aot/test_compile.py compiles one of two, in a whole train step
 def test_a_ring_of_eight_cards():
     program = compiled("h100", f"{FILE}:over_cards")
     assert program.kernels.keys() >= KERNELS
 
 
-@pytest.mark.parametrize("card", mostly(CARDS, ["l4"]))
+@pytest.mark.slow  # likewise
+@pytest.mark.parametrize("card", CARDS)
 def test_the_whole_train_step(card):
     program = compiled(card, f"{FILE}:train_step")
     assert program.kernels.keys() == KERNELS
