@@ -35,7 +35,7 @@ from train.step.state import State
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train.cli"])  # imports take longer than the runs
-AIMS = ("starting", "training", "saving", "just saved")
+AIMS = ("saving", "training", "starting", "just saved")
 TIMED = ("seconds", "input_seconds", "tokens_per_second", "mfu")
 
 
@@ -48,12 +48,14 @@ class Case:
       name: of the run.
       steps: of the run.
       rows: packed or chunked.
+      optimized: whether XLA optimizes its programs, which takes longer than to run them.
     """
 
     folder: Path
     name: str
     steps: int
     rows: str
+    optimized: bool = True
 
     @property
     def arguments(self) -> list[str]:
@@ -123,6 +125,7 @@ def _command(case: Case, coordinator: str | None):
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_disable_most_optimizations", not case.optimized)
     jax.config.update("jax_compilation_cache_dir", str(case.folder / "jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if coordinator is not None:

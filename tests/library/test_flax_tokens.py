@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import mostly
 
 from dynmask_jax import (
     Causal,
@@ -135,7 +136,10 @@ def loss(model, x):
     return jnp.square(model(x)).mean()
 
 
-@pytest.mark.parametrize("make", [Stack, Scanned, functools.partial(Scanned, remat=True)])
+SCANNED_AND_REMAT = functools.partial(Scanned, remat=True)
+
+
+@pytest.mark.parametrize("make", mostly([Stack, Scanned, SCANNED_AND_REMAT], [Stack, SCANNED_AND_REMAT]))
 def test_gradients_by_nnx_and_by_a_functional_loop(make):
     """The functional loop splits, merges inside `jax.grad`, and nothing of the tokens comes out."""
     model = make()

@@ -60,15 +60,13 @@ def assert_grains_are_dense(the_plan, shape: Shape, dtype=jnp.float32, **options
     assert_same(actual, expected, dtype)
 
 
-@pytest.mark.parametrize(
-    "mask_name", mostly(MASKS, ["same_segment", "per_head_window", "nothing", "unreadable"])
-)
+@pytest.mark.parametrize("mask_name", mostly(MASKS, ["same_segment", "per_head_window"]))
 @pytest.mark.filterwarnings(f"ignore:.*{UNREADABLE}")
 def test_every_mask_in_small_blocks(mask_name):
     assert_grains_are_dense(in_grains(MASKS[mask_name], SHAPES["ragged"]), SHAPES["ragged"])
 
 
-@pytest.mark.parametrize("shape_name", mostly(SHAPES, ["even", "one_query", "heads_alike", "one_kv_head"]))
+@pytest.mark.parametrize("shape_name", mostly(SHAPES, ["one_query", "one_kv_head"]))
 def test_every_shape_in_small_blocks(shape_name):
     mask = (Causal() & Window(9) | Prefix(5)) & SameSegment()
     assert_grains_are_dense(in_grains(mask, SHAPES[shape_name]), SHAPES[shape_name])
@@ -81,7 +79,7 @@ def test_lines_of_one_plan_in_both_grains():
     assert_grains_are_dense(the_plan, SHAPES["ragged"])
 
 
-@pytest.mark.parametrize("cost", [ALWAYS, MIXED])
+@pytest.mark.parametrize("cost", mostly([ALWAYS, MIXED], [MIXED]))
 def test_options_of_a_call(cost):
     """Leaves and draws of heads, of which a tile may have some alone."""
     shape = dataclasses.replace(SHAPES["ragged"], kv_heads=2)
@@ -94,8 +92,11 @@ def test_options_of_a_call(cost):
     assert_grains_are_dense(in_grains(mask, shape, cost), shape, **options)
 
 
-@pytest.mark.parametrize("most", [1, 2 * 2 * 16 * 8])
-@pytest.mark.parametrize("kv_heads", [1, 4])
+SOME_HEADS = 2 * 2 * 16 * 8
+TILES = [(kv_heads, most) for kv_heads in (1, 4) for most in (1, SOME_HEADS)]
+
+
+@pytest.mark.parametrize(("kv_heads", "most"), mostly(TILES, [(4, SOME_HEADS)]))
 def test_tiles_of_some_heads(most, kv_heads, monkeypatch):
     """With and without a per-head mask, a bias and dropout: whose leaves go with the heads."""
     monkeypatch.setattr("dynmask_jax.backends.grains.TILE_PAIRS", most)
@@ -181,7 +182,7 @@ def documents(length: int) -> Tokens:
 
 
 @pytest.mark.parametrize("name", TWELVE)
-@pytest.mark.parametrize("length", [2048, 4096, 8192])
+@pytest.mark.parametrize("length", mostly([2048, 4096, 8192], [4096]))
 @pytest.mark.parametrize("by_keys", [False, True])
 def test_every_line_takes_the_cheaper_grain(name, length, by_keys):
     """Counted block by block in NumPy; so no line costs more than in the better of the two fixed grains."""
@@ -252,22 +253,28 @@ def test_results_are_the_same_bit_for_bit():
         chex.assert_trees_all_equal(first, again)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
-def test_over_devices(strategy):
-    """Parts of whole blocks, and of blocks that do not fit: whose plans are made on the devices."""
+FIT, BEYOND = ((16, 8), (4, 4)), ((32, 32), (8, 8))
+"""Parts of whole blocks, and of blocks that do not fit: whose plans are made on the devices."""
+SPREAD = [(strategy, *blocks) for strategy in ("ring", "all_gather", "ulysses") for blocks in (FIT, BEYOND)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "blocks", "small"), mostly(SPREAD, [("ring", *BEYOND), ("all_gather", *FIT)])
+)
+def test_over_devices(strategy, blocks, small):
     shape = Shape(queries=64, keys=64, kv_heads=4)
     attend = context_parallel(attention, mesh=mesh_of(context=4), axis="context", strategy=strategy)
-    for blocks, small in (((16, 8), (4, 4)), ((32, 32), (8, 8))):
-        the_plan = plan_in(MASKS["same_segment"], *shape.tokens(), blocks=blocks, fine=small, cost=MIXED)
+    the_plan = plan_in(MASKS["same_segment"], *shape.tokens(), blocks=blocks, fine=small, cost=MIXED)
 
-        def loss(q, k, v, attend=attend, the_plan=the_plan):
-            return jnp.sin(attend(q, k, v, the_plan)).sum()
+    def loss(attend, q, k, v):
+        return jnp.sin(attend(q, k, v, the_plan)).sum()
 
-        gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
-        alone = functools.partial(loss, attend=functools.partial(attention, backend="dense"))
-        expected = jax.jit(jax.grad(alone, (0, 1, 2)))(*shape.qkv())
-        for a, b in zip(gradient(*shape.qkv()), expected, strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5)
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))(*shape.qkv())
+        for f in (attend, functools.partial(attention, backend="dense"))
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_a_narrower_plan_narrows_both_grains():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import MASKS, SHAPES, UNREADABLE
 from hypothesis import given, settings
+from slow import examples
 from strategies import masks
 
 from dynmask_jax import (
@@ -51,7 +52,7 @@ def test_codes_are_sound(name):
     assert_sound(plan(MASKS[name], *SHAPE.tokens(), block_q=SHAPE.block_q, block_k=SHAPE.block_k))
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(8, thorough=100))
 @given(mask=masks())
 def test_codes_of_random_compositions_are_sound(mask):
     with jax.numpy_dtype_promotion("standard"):

@@ -75,28 +75,31 @@ def assert_same(actual, expected, dtype="float32"):
 
 
 CASES = [(mesh, backend, kv_heads) for mesh in MESHES for backend in BACKENDS for kv_heads in (4, 2, 1)]
-BY_DEFAULT = {
-    *((mesh, "xla", 2) for mesh in MESHES),
-    ("explicit", "tpu", 2),
-    ("explicit", "gpu", 2),
-    ("auto_by_name", "tpu", 1),
-}
+BY_DEFAULT = {*((mesh, "xla", 2) for mesh in MESHES), ("auto_by_name", "tpu", 1)}
+
+
+@functools.cache
+def on_one_device(backend: str, kv_heads: int):
+    return value_and_gradients(functools.partial(attention, backend=backend))(*ordinary(kv_heads), 7)
+
+
+def ordinary(kv_heads: int):
+    return arrays(kv_heads), jnp.linspace(-1.0, 1.0, HEADS), packed()
 
 
 @pytest.mark.parametrize(("mesh", "backend", "kv_heads"), mostly(CASES, BY_DEFAULT))
 def test_values_and_gradients_are_those_of_one_device_and_nothing_is_gathered(mesh, backend, kv_heads):
     mesh, sharding = MESHES[mesh]
-    alone = functools.partial(attention, backend=backend)
-    arguments = arrays(kv_heads), jnp.linspace(-1.0, 1.0, HEADS), packed()
-    expected = value_and_gradients(alone)(*arguments, 7)
+    expected = on_one_device(backend, kv_heads)
     with jax.set_mesh(mesh):
-        program = value_and_gradients(functools.partial(alone, sharding=sharding))
-        placed = on_mesh(mesh, *arguments)
+        placed = on_mesh(mesh, *ordinary(kv_heads))
+        attend = functools.partial(attention, backend=backend, sharding=sharding)
+        program = value_and_gradients(attend).lower(*placed, 7).compile()
         assert_same(program(*placed, 7), expected)
-        assert collectives(program.lower(*placed, 7).compile()) == set()
+    assert collectives(program) == set()
 
 
-@pytest.mark.parametrize("mesh", ["explicit", "auto_by_name"])
+@pytest.mark.parametrize("mesh", mostly(["explicit", "auto_by_name"], ["explicit"]))
 def test_bfloat16(mesh):
     mesh, _ = MESHES[mesh]
     arguments = arrays(1, jnp.bfloat16), jnp.linspace(-1.0, 1.0, HEADS), packed()
@@ -107,7 +110,7 @@ def test_bfloat16(mesh):
     assert_same(wide(actual), wide(expected), "bfloat16")
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), mostly([(4, 1), (6, 3), (12, 3), (8, 4)], [(4, 1), (12, 3)]))
+@pytest.mark.parametrize(("heads", "kv_heads"), mostly([(4, 1), (6, 3), (12, 3), (8, 4)], [(12, 3)]))
 def test_fewer_key_heads_than_devices_or_ones_that_straddle_them(heads, kv_heads):
     """3 key heads on 2 devices: the second of them is read on both."""
     mesh, _ = MESHES["explicit"]
@@ -173,7 +176,7 @@ EXPLICIT = [
 ]
 
 
-@pytest.mark.parametrize(("strategy", "shape", "names"), mostly(EXPLICIT, EXPLICIT[2:]))
+@pytest.mark.parametrize(("strategy", "shape", "names"), mostly(EXPLICIT, EXPLICIT[3:]))
 def test_context_parallel_on_explicit_meshes(strategy, shape, names):
     mesh = mesh_of(shape, names, AxisType.Explicit)
     kinds = {name: "heads" if name == "tp" else "tokens" if name == "context" else "rows" for name in names}
@@ -280,16 +283,17 @@ def test_a_sharding_needs_a_mesh_and_a_spec():
 
 def test_axes_without_a_usual_name_are_warned_of_and_one_row_is_not():
     mesh, _ = MESHES["auto_told"]
-    assert_same(attention(*arrays(), Causal(), sharding=P()), attention(*arrays(), Causal()))
+    attend = functools.partial(attention, backend="dense")
+    assert_same(attend(*arrays(), Causal(), sharding=P()), attend(*arrays(), Causal()))
     with jax.set_mesh(mesh), pytest.warns(UserWarning, match="the mesh axes 'x', 'y' compute the same"):
-        assert_same(attention(*arrays(), Causal()), attention(*arrays(), Causal(), sharding=P("x")))
+        assert_same(attend(*arrays(), Causal()), attend(*arrays(), Causal(), sharding=P("x")))
     with jax.set_mesh(MESHES["auto_by_name"][0]):
-        assert_same(attention(*(x[:1] for x in arrays()), Causal()), attention(*arrays(), Causal())[:1])
+        assert_same(attend(*(x[:1] for x in arrays()), Causal()), attend(*arrays(), Causal())[:1])
         with pytest.warns(UserWarning, match="the mesh axes 'data' compute the same: .*does not divide"):
-            attention(*(x[:6] for x in arrays()), Causal())
+            attend(*(x[:6] for x in arrays()), Causal())
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", mostly([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit]))
 def test_inside_shard_map_attention_is_one_devices(kind):
     """Over all axes of the mesh or some: JAX differentiates no shard_map inside another."""
     mesh = mesh_of((4, 2), ("data", "tensor"), kind)

@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, is paired with its text, and stores no outputs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ def outputs(notebook, key: str) -> list[str]:
     return rich + [output.text for output in shown if output.get("name") == key]
 
 
-def executed(path: Path):
+def executed(path: Path, environment: dict[str, str]):
     """The notebook as it is after a run in a fresh kernel of this Python."""
     client = nbclient.NotebookClient(read(path), timeout=180, kernel_name="python3")
-    return client.execute(cwd=str(path.parent))
+    return client.execute(cwd=str(path.parent), env=os.environ | environment)
 
 
 def test_there_are_notebooks():
@@ -62,8 +63,8 @@ def test_notebook_opens_in_colab(path):
     assert f"]({COLAB}{path.name})" in read(path).cells[0].source
 
 
-def test_the_notebook_of_masks_runs():
-    notebook = executed(Path(__file__).parents[2] / "notebooks" / "masks.ipynb")
+def test_the_notebook_of_masks_runs(compiles_as_here):
+    notebook = executed(Path(__file__).parents[2] / "notebooks" / "masks.ipynb", compiles_as_here)
     assert outputs(notebook, "stderr") == []
     # Two galleries, the staircase, two curricula and five orders, one's own mask, packed documents.
     assert len(outputs(notebook, "image/png")) == 12

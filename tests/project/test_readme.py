@@ -1,5 +1,6 @@
 """The README's examples run as printed, and its tables name what there is."""
 
+import os
 import re
 import subprocess
 import sys
@@ -30,11 +31,10 @@ PRINTED = [
 
 
 @pytest.mark.parametrize(("example", "expected"), list(zip(EXAMPLES, PRINTED, strict=True)))
-def test_an_example_runs_as_printed(example, expected, tmp_path):
+def test_an_example_runs_as_printed(example, expected, tmp_path, compiles_as_here):
     """In a process of its own, as a user's would be: warnings are errors there too."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, cwd=tmp_path
-    )
+    command, environment = [sys.executable, "-W", "error", "-c", example], os.environ | compiles_as_here
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     for words in expected:
         assert words in ran.stdout

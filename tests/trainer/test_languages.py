@@ -13,7 +13,7 @@ HINDI = "आज मौसम अच्छा है, हम साथ में 
 SMALL = [
     *("--steps", "2", "--block", "16", "--data.length", "64", "--data.batch", "1", "--evaluation.rows", "2"),
     *("--model.layers", "1", "--model.width", "16", "--model.heads", "2", "--model.kv-heads", "1"),
-    *("--curriculum.start", "8"),
+    *("--model.backend", "dense", "--curriculum.start", "8"),
 ]
 
 

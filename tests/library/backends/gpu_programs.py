@@ -37,8 +37,12 @@ def attention_and_gradient(
     value_dim: int | None = None,
     grains: list | None = None,
     busy: int = 256,
+    gradient: bool = True,
 ):
-    """Packed documents under a growing window; `grains` are the three kernels', `[line, column, …]` each."""
+    """Packed documents under a growing window; `grains` are the three kernels', `[line, column, …]` each.
+
+    Without `gradient` the forward pass alone.
+    """
     arrays, tokens, window = _shapes(dtype, head_dim, value_dim or head_dim)
     backend = gpu_backend(Grains(*(Grain(*each) for each in grains), busy=busy)) if grains else "gpu"
 
@@ -46,7 +50,7 @@ def attention_and_gradient(
         out, lse = attention(*arrays, _seen(position, segment, window), backend=backend, return_lse=True)
         return out.astype(jnp.float32).sum() + lse.sum()
 
-    return jax.value_and_grad(loss), (arrays, tokens, tokens, window)
+    return jax.value_and_grad(loss) if gradient else loss, (arrays, tokens, tokens, window)
 
 
 def scores_and_gradient():

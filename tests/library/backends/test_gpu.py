@@ -61,10 +61,10 @@ def test_lists_of_more_columns_than_one_step_takes():
         np.testing.assert_array_equal(backwards, np.flatnonzero(codes[0, line] == TEST))
 
 
-@pytest.mark.parametrize("busy", [1, 256])
-@pytest.mark.parametrize(
-    ("line", "column"), mostly([(16, 16), (16, 32), (32, 16), (128, 128)], [(16, 32), (128, 128)])
-)
+TILES = [(*tile, busy) for tile in ((16, 16), (16, 32), (32, 16), (128, 128)) for busy in (1, 256)]
+
+
+@pytest.mark.parametrize(("line", "column", "busy"), mostly(TILES, [(16, 32, 256), (128, 128, 1)]))
 def test_tiles_smaller_and_greater_than_blocks(line, column, busy):
     """Blocks of 64 and 50 in tiles: several to a block, or one that is a block's; lines cut, and whole."""
     shape = Shape(queries=150, keys=170, block_q=64, block_k=50)
@@ -83,7 +83,7 @@ def test_tiles_smaller_and_greater_than_blocks(line, column, busy):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("queries", mostly([1, 40], [1]))
 def test_few_queries_and_many_keys(queries):
     """And a query that sees nothing, a key that is not finite, and one that nobody may see."""
     shape = Shape(batch=1, queries=queries, keys=700, block_q=32, block_k=16)
@@ -102,6 +102,7 @@ def test_few_queries_and_many_keys(queries):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=4e-6)
 
 
+@pytest.mark.slow  # `test_attention` has it of every backend
 def test_results_are_the_same_bit_for_bit():
     q, k, v = SHAPES["ragged"].qkv()
     the_plan = plan(MASKS["same_segment"], *SHAPES["ragged"].tokens(), block_q=16, block_k=8)

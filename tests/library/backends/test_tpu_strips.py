@@ -25,15 +25,14 @@ def plan_of(mask, shape: Shape = SHAPE, fine: tuple[int, int] = (128, 128)):
 
 def of_strips(*places: int):
     """A mask that shows these strips of every four."""
-    shown = sum(1 << place for place in places)
+    return Predicate(_strips, jnp.int32(sum(1 << place for place in places)))
 
-    def seen(q, k, shown):
-        strip = k.position // STRIP % 4
-        # A comparison for each: blocks are read over spans, and shifts are not.
-        of = [((shown // (1 << place)) % 2 == 1) & (strip == place) for place in range(4)]
-        return of[0] | of[1] | of[2] | of[3]
 
-    return Predicate(seen, jnp.int32(shown))
+def _strips(q, k, shown):
+    strip = k.position // STRIP % 4
+    # A comparison for each: blocks are read over spans, and shifts are not.
+    of = [((shown // (1 << place)) % 2 == 1) & (strip == place) for place in range(4)]
+    return of[0] | of[1] | of[2] | of[3]
 
 
 def test_words():
@@ -88,10 +87,14 @@ def test_a_strip_that_is_left_out_shows_nothing(mask_name):
     assert not computed.all()
 
 
+PLAIN = jax.jit(results, static_argnames="backend")
+"""Masks that differ in their leaves alone are one program."""
+
+
 def assert_strips_are_dense(mask, dtype=jnp.float32, shape: Shape = SHAPE, **options):
     the_plan = plan_of(mask, shape)
     assert strips_of(the_plan) is not None
-    run = jax.jit(functools.partial(results, **options), static_argnames="backend")
+    run = jax.jit(functools.partial(results, **options), static_argnames="backend") if options else PLAIN
     actual, expected = (run(*shape.qkv(dtype), the_plan, backend=name) for name in ("tpu", "dense"))
     assert_same(actual, expected, dtype)
 
@@ -106,23 +109,28 @@ def test_these_strips_alone(places):
     assert_strips_are_dense(mask & Causal())
 
 
-@pytest.mark.parametrize("dtype", mostly([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))
-@pytest.mark.parametrize("mask_name", mostly(["causal", "same_segment", "per_head_window"], ["same_segment"]))
+@pytest.mark.slow  # all numbers of strips above, bfloat16 below
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("mask_name", ["causal", "same_segment", "per_head_window"])
 def test_masks_whose_tiles_have_all_numbers_of_strips(mask_name, dtype):
     assert_strips_are_dense(MASKS[mask_name], dtype)
 
 
+OPTIONS = {"bias": ALiBi.for_heads(HEADS), "dropout": Dropout(0.3, jax.random.key(5)), "soft_cap": 2.0}
+EACH_AND_ALL = [(name,) for name in OPTIONS] + [(*OPTIONS,)]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"bias": ALiBi.for_heads(HEADS)}, {"dropout": Dropout(0.3, jax.random.key(5))}, {"soft_cap": 2.0}],
-    ids=lambda options: "".join(options),
+    "names",
+    [pytest.param(x, marks=[] if len(x) > 1 else pytest.mark.slow, id="+".join(x)) for x in EACH_AND_ALL],
 )
-def test_every_option_on_strips(options):
-    assert_strips_are_dense(of_strips(1) | Chunks(200), **options)
+def test_every_option_on_strips(names):
+    assert_strips_are_dense(of_strips(1) | Chunks(200), **{name: OPTIONS[name] for name in names})
 
 
-def test_full_tiles_beside_strips():
+@pytest.mark.parametrize("dtype", mostly([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))
+def test_full_tiles_beside_strips(dtype):
     shape = Shape(batch=1, queries=512, keys=1024, block_q=256, block_k=512)
     mask = Predicate(lambda q, k: (q.position >= 256) | (k.position // STRIP == 6))
     assert FULL in np.asarray(plan_of(mask, shape).codes)
-    assert_strips_are_dense(mask, shape=shape)
+    assert_strips_are_dense(mask, dtype, shape)

@@ -46,7 +46,7 @@ def copies_that_take_their_time(monkeypatch):
     ("mask_name", "queries", "kv_heads"),
     mostly(
         [(*rest, kv) for kv in (2, 1) for rest in (("everything", 8), ("everything", 16), ("causal", 24))],
-        [("everything", 8, 2), ("everything", 16, 2), ("everything", 8, 1)],
+        [("everything", 16, 2), ("everything", 8, 1)],
     ),
 )
 def test_what_is_read_was_written(mask_name, queries, kv_heads):
@@ -57,20 +57,20 @@ def test_what_is_read_was_written(mask_name, queries, kv_heads):
     assert_backend_is_dense(MASKS[mask_name], shape, "tpu")
 
 
-def _gradients(mask, shape: Shape, weight=1.0):
+def _program(mask, shape: Shape):
     the_plan = plan(mask, *shape.tokens(), block_q=shape.block_q, block_k=shape.block_k)
 
     def loss(q, k, v):
-        return (attention(q, k, v, the_plan, backend="tpu") ** 2).sum() * weight
+        return (attention(q, k, v, the_plan, backend="tpu") ** 2).sum()
 
-    return jax.jit(jax.grad(loss, (0, 1, 2)))(*shape.qkv())
+    return jax.jit(jax.grad(loss, (0, 1, 2)))
 
 
 def test_queries_that_no_block_shows_anything():
     """Their gradients are 0 to the bit, whether their blocks are in the list or not."""
     shape = Shape(queries=48, keys=48, block_q=8)
     nothing = Predicate(lambda q, k: (q.position >= 16) & (q.position < 40))
-    dq, dk, dv = _gradients(nothing & Causal(), shape)
+    dq, dk, dv = _program(nothing & Causal(), shape)(*shape.qkv())
     assert not np.asarray(dq)[:, :16].any()
     assert not np.asarray(dq)[:, 40:].any()
     assert np.asarray(dq)[:, 16:40].all()
@@ -83,8 +83,9 @@ def test_groups_of_lines_change_no_bit(most, monkeypatch):
     """A sum is added up line by line, in the order of the lines, in however many calls."""
     shape = Shape(batch=1, queries=37, keys=29, heads=2, kv_heads=1, head_dim=4)
     mask = Causal() & Window(20) | Window(3, ahead=1)
-    whole = [_gradients(mask, shape) for _ in range(2)]
+    program = _program(mask, shape)
+    whole = [program(*shape.qkv()) for _ in range(2)]
     monkeypatch.setattr(tpu_grid, "MOST_BLOCKS", most)
     jax.clear_caches()  # a program made before would still hold the old number
-    for found in (whole[1], _gradients(mask, shape)):
+    for found in (whole[1], _program(mask, shape)(*shape.qkv())):
         jax.tree.map(np.testing.assert_array_equal, found, whole[0])

@@ -36,7 +36,9 @@ def attention_and_gradient(dtype: str = "bfloat16", head_dim: int = 128, kv_head
     return jax.value_and_grad(loss), ((q, k, k, sinks), tokens, tokens, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-def scores_and_gradient(bias: bool, learned: bool, rate: float, keys: int = 128, values: int = 128):
+def scores_and_gradient(
+    bias: bool, learned: bool, rate: float, keys: int = 128, values: int = 128, soft_cap: float | None = None
+):
     """ALiBi, its slopes learned or constants, dropout, and values of another width than keys."""
     q, v = (jax.ShapeDtypeStruct((2, 4096, 8, dim), jnp.bfloat16) for dim in (keys, values))
     slopes, seed = jax.ShapeDtypeStruct((8,), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -44,7 +46,7 @@ def scores_and_gradient(bias: bool, learned: bool, rate: float, keys: int = 128,
     def loss(arrays, slopes, seed):
         q, k, v = arrays
         slopes = slopes if learned else jax.lax.stop_gradient(slopes)
-        how = {"bias": ALiBi(slopes)} if bias else {}
+        how = {"soft_cap": soft_cap, **({"bias": ALiBi(slopes)} if bias else {})}
         if rate:
             how["dropout"] = Dropout(rate, seed)
         return attention(q, k, v, Causal(), backend="tpu", **how).astype(jnp.float32).sum()
@@ -139,6 +141,19 @@ def train_step():
     row = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     batch = Batch(row, row, jax.ShapeDtypeStruct((1, LENGTH), jnp.float32), row, row, row, row)
     return program.train_step, (jax.eval_shape(lambda: state), batch)
+
+
+def decoding():
+    """One query of each text over its keys so far, in blocks of another size than they fill."""
+    q, k = (
+        jax.ShapeDtypeStruct((2, length, heads, 64), jnp.bfloat16) for length, heads in ((1, 8), (1_536, 4))
+    )
+
+    def attend(q, k, v, place):
+        seen = plan(Causal(), Tokens(place[None]), Tokens.sequence(1_536))
+        return attention(q, k, v, seen, backend="tpu")
+
+    return attend, (q, k, k, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def generation():

@@ -255,9 +255,14 @@ def test_a_run_on_a_mesh(tmp_path):
     assert {each["loops"][-2]["times"] for each in by_data} == {6}
 
 
+PLAIN = "--mesh.context 1 --model.backend dense --data.length 256 --curriculum.start 128"
+"""No ring and no kernels: programs that compile sooner."""
+
+
 @needs_libtpu
 def test_a_run_that_does_not_fit(tmp_path):
-    width = "--model.width 32768 --model.heads 256 --model.kv-heads 256 --model.hidden 32768"
+    width = f"{PLAIN} --mesh.fsdp 4 --data.batch 4 --model.width 32768 --model.heads 256 --model.kv-heads 256"
+    width += " --model.hidden 32768"
     done = compiled("v5e:2x2", *shlex.split(width), "--json", str(tmp_path / "found.json"))
     assert done.returncode == 1, done.stderr[-2000:]
     assert "it does not fit" in done.stdout
@@ -283,6 +288,7 @@ def test_a_run_on_cards(tmp_path):
 @needs_compiler
 def test_a_run_that_does_not_fit_a_card():
     """XLA compiles for a card what is too large for it."""
-    done = compiled("l4:4", *shlex.split("--vocabulary 8388608 --model.width 1024 --model.heads 8"))
+    width = f"{PLAIN} --mesh.fsdp 1 --vocabulary 8388608 --model.width 1024 --model.heads 8"
+    done = compiled("l4:1", *shlex.split(width))
     assert done.returncode == 1, done.stderr[-2000:]
     assert "of 16.50 GiB: it does not fit" in done.stdout

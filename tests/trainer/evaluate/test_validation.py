@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import mostly
 from train_cases import small_run
 
 from train.config.operation import Evaluation
@@ -39,7 +40,8 @@ def validated(run):
 def test_the_loss_is_the_mean_of_all_held_out_tokens_and_of_its_buckets(run):
     program, state, text = validated(run)
     validation = Validator(program, text)(state)
-    parts = [program.evaluate(state.params, batch, program.masks.full) for batch in text.held_out]
+    evaluate = jax.jit(program.evaluate)
+    parts = [evaluate(state.params, batch, program.masks.full) for batch in text.held_out]
     losses, weights = (np.sum([getattr(p, name) for p in parts], axis=0) for name in ("loss_sum", "weight"))
     assert validation.loss == pytest.approx(losses.sum() / weights.sum(), rel=1e-6)
     assert list(validation.positions) == ["0", "64"]
@@ -48,7 +50,7 @@ def test_the_loss_is_the_mean_of_all_held_out_tokens_and_of_its_buckets(run):
     assert (validation.pace_loss, validation.evaluators) == (None, {})
 
 
-@pytest.mark.parametrize("kind", ["full", "static", "window", "reveal"])
+@pytest.mark.parametrize("kind", mostly(["full", "static", "window", "reveal"], ["static", "window"]))
 def test_the_mask_is_the_full_one_whatever_the_curriculum(run, kind):
     other = replace(run, curriculum=Curriculum(kind=kind, start=4, chunk=8))
     of_run, of_other = (Validator(p, t)(s) for r in (run, other) for p, s, t in [validated(r)])

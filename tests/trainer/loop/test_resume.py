@@ -7,9 +7,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import kill_run
 import pytest
-from slow import mostly
+from slow import examples, mostly
 from train_cases import MODEL, small_run, steps_of
 
 from train.checkpoint.folder import RunFolder
@@ -48,7 +49,7 @@ MODELS = {"packed": replace(MODEL, bias="alibi", attention_dropout=0.2), "chunke
 """Of the runs, by their rows."""
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=mostly(MODELS, ["packed"]))
 def alone(request, tmp_path_factory):
     """A run left alone, with all its checkpoints."""
     run = paced_run(tmp_path_factory.mktemp(request.param), request.param, MODELS[request.param])
@@ -82,13 +83,17 @@ def test_in_the_midst_of_an_epoch_and_of_the_curriculum(alone, tmp_path, stopped
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """The command of a run, which has ended once, left alone."""
-    case = kill_run.Case(tmp_path_factory.mktemp("case"), "alone", kill_run.long_enough(4), "packed")
+    folder, optimized = tmp_path_factory.mktemp("case"), not jax.config.jax_disable_most_optimizations
+    case = kill_run.Case(folder, "alone", kill_run.long_enough(KILLS), "packed", optimized)
     case.finish()
     return case
 
 
+KILLS = examples(2, thorough=4)
+
+
 def test_killed_at_random_moments_saves_included(case):
-    happened, different = kill_run.rehearse(case, kills=4, seed=1)
+    happened, different = kill_run.rehearse(case, kills=KILLS, seed=1)
     assert different == []
     assert sum(line.startswith("saving") for line in happened) == 1
 

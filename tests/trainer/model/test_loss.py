@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import mostly
 
 from train.config.sections import Loss
 from train.model.loss import token_losses
@@ -33,15 +34,17 @@ def plain(hidden, kernel, targets, weights, z):
     return jnp.where(weights != 0, nats, 0), jnp.where(weights != 0, z * normaliser**2, 0)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 6, 8, 26, None])
-@pytest.mark.parametrize("z", [0.0, 0.1])
+CHUNKS = [(chunk, z) for chunk in (1, 2, 6, 8, 26, None) for z in (0.0, 0.1)]
+
+
+@pytest.mark.parametrize(("chunk", "z"), mostly(CHUNKS, [(1, 0.0), (6, 0.1), (8, 0.1), (None, 0.1)]))
 def test_any_chunk_gives_each_tokens_loss(chunk, z):
     for a, b in zip(chunked(*case(), chunk=chunk, z=z), plain(*case(), z), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 6, 1024])
+@pytest.mark.parametrize("chunk", mostly([1, 6, 1024], [6]))
 def test_any_chunk_gives_the_gradient(chunk):
     hidden, kernel, targets, weights = case()
 
