@@ -16,6 +16,7 @@ from benchmarks.flashmask_masks import PATTERNS, Pattern
 from benchmarks.markdown import ratio, seconds, share, table
 from benchmarks.timing import medians
 from dynmask_jax import Causal, SameSegment, Tokens, attention, plan
+from dynmask_jax.grain_choice import FINE_COST
 
 CHOSEN = "chosen"
 SHORTEST, LONGEST = 300, 1_500
@@ -71,7 +72,12 @@ def measure(settings: Settings, repeats: int) -> dict:
                     "times": medians(calls, repeats),
                 }
             )
-    return {"settings": asdict(settings), "rows": rows, "programs": _programs(settings, repeats)}
+    return {
+        "settings": asdict(settings),
+        "fine_cost": FINE_COST,
+        "rows": rows,
+        "programs": _programs(settings, repeats),
+    }
 
 
 def _attention(block: int | None):
@@ -127,7 +133,9 @@ def section(results: dict) -> str:
     ]
     return (
         f"{settings['heads']} heads of {settings['head_dim']}, float32, forward and backward, the plan made "
-        f"in the call. Packed rows are documents of {SHORTEST} to {LONGEST:,} tokens.\n\n"
+        f"in the call. Packed rows are documents of {SHORTEST} to {LONGEST:,} tokens. The choice took a pair in "
+        f"a small block to cost {results['fine_cost']} times one in a large block; {FINE_COST} is the default "
+        "now. Columns of the same program, of full masks say, differ by the noise alone.\n\n"
         f"{table(columns, lines)}\n\n"
         "What the compiler has to do for the plain causal mask, attention forward and backward alone: CPU "
         "seconds to trace and compile, lines of the program before and after.\n\n"
