@@ -95,7 +95,8 @@ def section(results: dict) -> str:
         "length. Exposure is pairs visible over those of the full causal mask; the bound is 1.15·e + 0.10 at "
         "4,096 tokens, + 0.06 at 8,192, + 0.04 at 16,384. Lines of 512 queries that show little are worked "
         "in blocks of 64, in which a pair costs about twice as much, for XLA multiplies small blocks on "
-        f"one core; the choice took it for {results['fine_cost']} times, {FINE_COST} is the default now. Windows of more than "
+        f"one core; the choice took it for {results['fine_cost']} times, {FINE_COST} is the default now. "
+        "Windows of more than "
         f"{settings['most_pairs']:,} pairs are left out for the time they take.\n\n{table(columns, lines)}"
     )
 
