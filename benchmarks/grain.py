@@ -134,8 +134,8 @@ def section(results: dict) -> str:
     return (
         f"{settings['heads']} heads of {settings['head_dim']}, float32, forward and backward, the plan made "
         f"in the call. Packed rows are documents of {SHORTEST} to {LONGEST:,} tokens. The choice took a "
-        f"pair in a small block to cost {results['fine_cost']} times one in a large block; {FINE_COST} is the "
-        "default now. Columns of the same program, of full masks say, differ by the noise alone.\n\n"
+        f"pair in a small block to cost {results['fine_cost']} times one in a large block; {FINE_COST} is "
+        "the default now. Columns of the same program, of full masks say, differ by the noise alone.\n\n"
         f"{table(columns, lines)}\n\n"
         "What the compiler has to do for the plain causal mask, attention forward and backward alone: CPU "
         "seconds to trace and compile, lines of the program before and after.\n\n"
