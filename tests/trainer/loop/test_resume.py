@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import kill_run
 import pytest
 from slow import examples, mostly
@@ -81,9 +80,9 @@ def test_in_the_midst_of_an_epoch_and_of_the_curriculum(alone, tmp_path, stopped
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory):
+def case(request, tmp_path_factory):
     """The command of a run, which has ended once, left alone."""
-    folder, optimized = tmp_path_factory.mktemp("case"), not jax.config.jax_disable_most_optimizations
+    folder, optimized = tmp_path_factory.mktemp("case"), request.config.option.markexpr != "not slow"
     case = kill_run.Case(folder, "alone", kill_run.long_enough(KILLS), "packed", optimized)
     case.finish()
     return case
