@@ -12,11 +12,11 @@ from dynmask_jax.block_codes import FULL, SKIP, TEST
 
 MOST_FINE = 2**22
 """Readings of a mask over small blocks: beyond it they are made larger."""
-FINE_COST = 2.0
-"""What a pair costs in a small block, where one in a block of 512 by 512 costs 1: the median over twelve
-masks and packed rows at three lengths, all in blocks of 64 beside all in blocks of 512 (1.7 to 2.5, on two
-quiet cores with AVX2; docs/benchmarks.md). Small products run on one core: where the others are busy it is
-less, down to 1.0."""
+FINE_COST = 1.65
+"""What a pair costs in a small block, where one in a block of 512 by 512 costs 1. With the `OVERHEAD` of a
+block of 64 by 64 it is 2.05: the median over twelve masks and packed rows at three lengths, all in blocks of
+64 beside all in blocks of 512 (1.7 to 2.5, on two quiet cores with AVX2; docs/benchmarks.md). Small products
+run on one core: where the others are busy it is less, down to 1.0."""
 OVERHEAD = 1_000
 """How many pairs cost as much as what a tile costs beside its pairs, its slices and the loop's turn: an
 estimate, which weighs in tiles of 64 by 64 and less alone."""

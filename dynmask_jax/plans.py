@@ -163,10 +163,10 @@ def plan(
         in these, and on a TPU large blocks without their empty strips. How much is shown is data, and so
         is the grain.
       fine_cost: what a pair costs in a small block, where one in a large block costs 1, by which each line's
-        grain is chosen on a CPU: 0 always takes small blocks, inf never. By default 2.0, the median of
-        several masks (1.7 to 2.5; docs/benchmarks.md, "The chosen grain beside fixed ones"). It changes
-        nothing where there are no small blocks, on a GPU and in sequences of one block, nor on a TPU, whose
-        kernels leave out strips of large blocks instead.
+        grain is chosen on a CPU: 0 always takes small blocks, inf never. By default 1.65, which with
+        what a block costs beside its pairs is the median of what was measured (docs/benchmarks.md, "The
+        chosen grain beside fixed ones"). It changes nothing where there are no small blocks, on a GPU and in
+        sequences of one block, nor on a TPU, whose kernels leave out strips of large blocks instead.
 
     Returns:
       the `Plan`, to be given to every layer's `attention` in place of the mask.

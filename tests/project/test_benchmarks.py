@@ -177,7 +177,7 @@ def test_the_exposure_table_gives_shares_of_the_full_masks_time():
     full = {**row, "window": 64, "exposure": 1.0, "times": {FORWARD: 2.0, BOTH: 8.0}}
     half = {**row, "window": 32, "exposure": 0.5, "times": {FORWARD: 1.0, BOTH: 5.0}}
     settings = TOYS["exposure"].__dict__
-    text = exposure.section({"settings": settings, "rows": [full, half]})
+    text = exposure.section({"settings": settings, "fine_cost": 1.5, "rows": [full, half]})
     assert "| 64 tokens, window 32 | 50.0% | 67.5% | 1 s | 50.0% | 5 s | 62.5% | 5,000 s |" in text
 
 

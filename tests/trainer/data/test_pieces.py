@@ -160,4 +160,4 @@ def test_sentencepieces_bytes_and_unknown_ones(folder):
             minloglevel=2,
         )
         (folder / "x.model").write_bytes(model.getvalue())
-        assert spelled(SentencePiece(folder / "x.model", None), "cat жé") == expected
+        assert spelled(SentencePiece(folder / "x.model", None, None), "cat жé") == expected

@@ -110,7 +110,7 @@ class Finder(nnx.Module):
         tokens = jnp.concatenate([inputs[:, 6:], number], axis=1)
         return 9.0 * jax.nn.one_hot(tokens, 256)
 
-    def logits(self, hidden):
+    def unembed(self, hidden):
         return hidden
 
 
