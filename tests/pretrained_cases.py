@@ -3,10 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import flax.nnx as nnx
 import jax
 import numpy as np
+import optax
 from train_cases import MODEL, small_run, write_text
 
+from dynmask_jax import Causal, Tokens, plan
+from train.checkpoint.export import Weights
 from train.config.model import Model
 from train.data.bpe import train_bpe
 from train.pretrained.export_config import config_of
@@ -35,6 +39,14 @@ def tiny_pretrained(folder: Path, **options) -> Path:
     config = config_of(model, "bfloat16") | {"eos_token_id": 0, "bos_token_id": begin}
     write_folder(Contents(model, params, config, "bfloat16", files), folder / "hub")
     return folder / "hub"
+
+
+def losses_by_hand(weights: Weights, tokens: np.ndarray) -> np.ndarray:
+    """The loss of each token of a row but the first, from the logits of a model whose windows are longer."""
+    model = nnx.merge(program_of(weights.run, weights.vocabulary).graph, weights.params)
+    causal = plan(Causal(), Tokens.sequence(len(tokens) - 1))
+    logits = model.unembed(model(tokens[None, :-1], {"local": causal, "global": causal}))[0]
+    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]))
 
 
 def gemma(vocabulary: int) -> Model:

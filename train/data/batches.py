@@ -1,5 +1,6 @@
 """Pieces of documents in, batches of rows out: `grain` pipelines."""
 
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import grain
@@ -7,7 +8,17 @@ import numpy as np
 
 from train.config.run import Run
 from train.data.batch import Batch
-from train.data.rows import CONTEXT, SEGMENTS, TOKENS, ByteCount, DocumentPieces, Pairs, Stream, as_batch
+from train.data.rows import (
+    CONTEXT,
+    SEGMENTS,
+    TOKENS,
+    ByteCount,
+    DocumentPieces,
+    Item,
+    Pairs,
+    Stream,
+    as_batch,
+)
 from train.data.tasks import task_of
 
 AHEAD = 2  # batches prefetched while the model trains
@@ -44,14 +55,18 @@ def held_out_batches(cut: Cut, run: Run, byte_count: ByteCount) -> list[Batch]:
     else:
         items = grain.MapDataset.source(cut).seed(seed).shuffle()
         rows = list(islice(_rows(items, run, min(most, run.data.packing_bins), seed), most))
-    size = min(run.data.batch, len(rows))
-    padding = {name: np.zeros_like(rows[0][name]) for name in (TOKENS, SEGMENTS, CONTEXT)}
-    rows += [padding] * (-len(rows) % size)
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [
-        as_batch({name: np.stack([row[name] for row in part]) for name in padding}, loss_from, byte_count)
-        for part in parts
-    ]
+    return list(padded_batches(rows, min(run.data.batch, len(rows)), loss_from, byte_count))
+
+
+def padded_batches(rows: Iterable[Item], size: int, loss_from: int, byte_count: ByteCount) -> Iterator[Batch]:
+    """The rows in batches of `size`, the last filled up with padding; the rest as `as_batch`."""
+    left = iter(rows)
+    while part := list(islice(left, size)):
+        padding = {name: np.zeros_like(part[0][name]) for name in (TOKENS, SEGMENTS, CONTEXT)}
+        part += [padding] * (size - len(part))
+        yield as_batch(
+            {name: np.stack([row[name] for row in part]) for name in padding}, loss_from, byte_count
+        )
 
 
 def _rows(items: grain.MapDataset, run: Run, bins: int, seed: int) -> grain.IterDataset:

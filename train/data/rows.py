@@ -125,6 +125,19 @@ class Stream:
         }
 
 
+def alone(item: Item, length: int) -> Item:
+    """A piece as a row of its own, of segment 1, filled up with padding."""
+    count = len(item[TOKENS])
+    row = {
+        TOKENS: item[TOKENS],
+        SEGMENTS: np.ones(count, np.int32),
+        CONTEXT: np.arange(count, dtype=np.int32),
+    }
+    return {
+        name: np.pad(each, [(0, length - count), *[(0, 0)] * (each.ndim - 1)]) for name, each in row.items()
+    }
+
+
 def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, " documents"]:
     """Tokens that are kept of each document of a pair, so that it fits a row with its summary.
 

@@ -12,7 +12,8 @@ from train.config.operation import Mesh
 from train.config.run import Run
 from train.config.sections import Curriculum
 from train.data.batch import Batch
-from train.data.rows import CONTEXT, SEGMENTS, TOKENS, DocumentPieces, Spans, as_batch
+from train.data.batches import padded_batches
+from train.data.rows import DocumentPieces, Spans, alone
 from train.data.tokenizers import Ids, Tokenizer
 from train.evaluate.validation import by_position, total
 from train.step.program import program_of
@@ -111,19 +112,9 @@ def _evaluated(run: Run, length: int, batch: int) -> Run:
 
 
 def _rows(texts: Sequence[Ids], tokenizer: Tokenizer, length: int, batch: int) -> Iterator[Batch]:
-    """Batches of one piece of a text a row, filled up with padding."""
+    """Batches of one piece of a text a row."""
     stops = np.cumsum([len(text) for text in texts])
     spans = Spans(stops - [len(text) for text in texts], stops)
     pieces = DocumentPieces(np.concatenate(texts), spans, length)
-    for first in range(0, len(pieces), batch):
-        rows = {
-            TOKENS: np.full((batch, length, 3), 0, np.int32),
-            SEGMENTS: np.zeros((batch, length), np.int32),
-            CONTEXT: np.zeros((batch, length), np.int32),
-        }
-        for row, number in enumerate(range(first, min(first + batch, len(pieces)))):
-            piece = pieces[number][TOKENS]
-            rows[TOKENS][row, : len(piece)] = piece
-            rows[SEGMENTS][row, : len(piece)] = 1
-            rows[CONTEXT][row, : len(piece)] = np.arange(len(piece))
-        yield as_batch(rows, 0, tokenizer.target_bytes)
+    rows = (alone(pieces[number], length) for number in range(len(pieces)))
+    return padded_batches(rows, batch, 0, tokenizer.target_bytes)

@@ -4,14 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import flax.nnx as nnx
 import jax
 import numpy as np
-import optax
 import pytest
+from pretrained_cases import losses_by_hand
 from train_cases import small_run, write_text
 
-from dynmask_jax import Causal, Tokens, plan
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.export import load_weights
 from train.checkpoint.folder import RunFolder
@@ -24,7 +22,7 @@ from train.config.run import Run, to_json
 from train.config.sections import Data, Optimizer
 from train.data.corpus import read_corpus
 from train.data.tokenizers import load_tokenizer
-from train.step.program import begin, program_of
+from train.step.program import begin
 
 
 def saved_run(run: Run, steps=(0,)) -> Path:
@@ -121,7 +119,7 @@ def test_evaluate_gives_the_loss_of_every_token_but_a_texts_first(lm, tmp_path, 
     for text in ("mask key query ", "é" * 5):
         tokens = tokenizer.encode([text])[0]
         for start in range(0, len(tokens) - 1, 10):
-            nats.append(by_hand(weights, tokens[start : start + 11]))
+            nats.append(losses_by_hand(weights, tokens[start : start + 11]))
     assert found["tokens"] == 14 + 9 == sum(map(len, nats))
     assert found["bytes"] == 14 + 9
     mean = np.concatenate(nats).mean()
@@ -131,15 +129,6 @@ def test_evaluate_gives_the_loss_of_every_token_but_a_texts_first(lm, tmp_path, 
     assert said.startswith(
         f"23 tokens: {mean:.4f} nats a token, {mean / np.log(2):.4f} bits per byte of 23\n"
     )
-
-
-def by_hand(weights, tokens):
-    """The loss of each token of a row but the first, from the model's logits."""
-    graph = program_of(weights.run, weights.vocabulary).graph
-    model = nnx.merge(graph, weights.params)
-    seen = plan(Causal(), Tokens.sequence(len(tokens) - 1))
-    logits = model.logits(model(tokens[None, :-1], {"global": seen}))[0]
-    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]))
 
 
 def test_evaluate_under_a_narrower_mask(lm, tmp_path, capsys):

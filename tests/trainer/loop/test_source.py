@@ -6,16 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import chex
-import flax.nnx as nnx
 import jax
 import numpy as np
-import optax
 import pytest
-from pretrained_cases import BEGIN, END, tiny_pretrained
+from pretrained_cases import BEGIN, END, losses_by_hand, tiny_pretrained
 from safetensors import safe_open
 from train_cases import write_text
 
-from dynmask_jax import Causal, Tokens, plan
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import load_model
 from train.cli import main, parse
@@ -23,7 +20,6 @@ from train.loop.prepare import prepare
 from train.loop.training import train
 from train.pretrained.config import model_of
 from train.pretrained.folder import PretrainedFolder
-from train.step.program import program_of
 
 WORDS = (
     "--steps 4 --block 8 --data.length 32 --data.batch 2 --evaluation.rows 2 --checkpoints.every 2 "
@@ -166,10 +162,7 @@ def test_a_folder_is_evaluated_with_its_begin_token(place, tmp_path):
     weights, tokenizer = load_model(place / "hub")
     tokens = tokenizer.begun(tokenizer.encode(["mask key query"])[0])[:4]
     assert tokens[0] == tokenizer.begin
-    model = nnx.merge(program_of(weights.run, weights.vocabulary).graph, weights.params)
-    causal = {reach: plan(Causal(), Tokens.sequence(3)) for reach in ("local", "global")}  # of 8 tokens
-    logits = model.unembed(model(tokens[None, :-1], causal))[0]
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
+    nats = losses_by_hand(weights, tokens)
     assert found["tokens"] == 3
     assert found["bytes"] == len(tokenizer.decode(tokens[1:]).encode())
     np.testing.assert_allclose(found["nats_per_token"], nats.mean(), rtol=1e-5)
