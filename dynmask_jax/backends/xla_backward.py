@@ -113,7 +113,9 @@ def levels_of(saved, cotangents) -> tuple[Float[Array, "B T N"], Float[Array, "B
     """
     *_, out, lse = saved
     d_out, d_lse = cotangents
-    delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
+    # Not as the sum of a product, which took 70 times as long on a CPU; see `finite.bad_rows`.
+    out, d_out = (x.astype(lse.dtype) for x in (out, d_out))
+    delta = jnp.vecdot(out, d_out, precision=lax.Precision.HIGHEST) - d_lse
     poisoned = jnp.isnan(lse)
     level = jnp.where(poisoned, jnp.inf, jnp.where(jnp.isneginf(lse), 0.0, lse))
     return level, jnp.where(poisoned, 0.0, delta)
