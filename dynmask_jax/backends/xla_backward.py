@@ -77,8 +77,7 @@ def _key_block(scores, grain: Grain, blocks: tuple, place: tuple, totals: tuple,
         part = i * grain.blocks_q, grain.blocks_q, heads
         queries, d_out, *rest = (x.rows(b, *part).astype(wide) for x in of_queries)
         block = QueryBlock(queries * scores.scale, on_tiles.rescaled(d_out), *rest)
-        visible = on_tiles.visible_keys_first(tested, at_tile)
-        d_products, weights, share = tile_gradients(on_tiles, at_tile, block, (keys, values), visible)
+        d_products, weights, share = tile_gradients(on_tiles, at_tile, block, (keys, values), tested)
         d_bias = jax.tree.map(jnp.add, d_bias, share)
         d_q = _add_rows(d_q, jnp.einsum("khs,ksr->khr", keys_across, d_products), b, part, group)
         d_k += jnp.einsum("ksr,krh->ksh", d_products, block.q)
@@ -121,20 +120,27 @@ def levels_of(saved, cotangents) -> tuple[Float[Array, "B T N"], Float[Array, "B
     return level, jnp.where(poisoned, 0.0, delta)
 
 
-def tile_gradients(on_tiles: ScoreTiles, place: Place, block: QueryBlock, keys_values: tuple, visible):
-    """Of a tile the gradients of its products and its weights that are kept, `[K, bk, rows]`, and d_bias."""
+def tile_gradients(on_tiles: ScoreTiles, place: Place, block: QueryBlock, keys_values: tuple, tested):
+    """Of a tile the gradients of its products and its weights that are kept, `[K, bk, rows]`, and d_bias.
+
+    `tested` as in `ScoreTiles.where_tested`.
+    """
     (keys, values), scores = keys_values, on_tiles.scores
     capped = scores.capped(jnp.einsum("ksh,krh->ksr", keys, block.q))
     logits = on_tiles.biased(capped, place, keys_first=True)
-    # After the exponential: a hidden pair's may be infinite there.
-    weights = _shown(jnp.exp(logits - block.lse[:, None]), visible)
     d_weights = on_tiles.kept(jnp.einsum("ksh,krh->ksr", values, block.d_out), place, keys_first=True)
-    d_logits = weights * (d_weights - block.delta[:, None])
-    d_bias = on_tiles.bias_gradient(_shown(d_logits, visible), place)
-    d_products = _shown(d_logits * scores.slope(capped), visible)
+
+    def gradients(visible):
+        # After the exponential: a hidden pair's may be infinite there.
+        weights = _shown(jnp.exp(logits - block.lse[:, None]), visible)
+        d_logits = weights * (d_weights - block.delta[:, None])
+        d_products = _shown(d_logits * scores.slope(capped), visible)
+        return d_products, weights, on_tiles.bias_gradient(_shown(d_logits, visible), place)
+
+    d_products, weights, d_bias = on_tiles.where_tested(gradients, tested, place, keys_first=True)
     return d_products, on_tiles.kept(weights, place, keys_first=True), d_bias
 
 
-def _shown(pairs: Float[Array, "K bk rows"], visible: Bool[Array, "*K bk rows"]):
-    """Zero for hidden pairs, whatever was there."""
-    return jnp.where(visible, pairs, 0.0)
+def _shown(pairs: Float[Array, "K bk rows"], visible: Bool[Array, "*K bk rows"] | None):
+    """Zero for hidden pairs, whatever was there; None hides none."""
+    return pairs if visible is None else jnp.where(visible, pairs, 0.0)
