@@ -53,7 +53,7 @@ def check_target(to: Path, *, overwrite: bool = False):
         raise FileExistsError(f"{to} exists already: choose another folder, or --overwrite it")
     if to.exists() and PretrainedFolder.at(to) is None and not (to.is_dir() and not any(to.iterdir())):
         raise FileExistsError(
-            f"{to} is no folder of a Hugging Face model, and --overwrite replaces nothing else: choose another"
+            f"{to} is no folder of a Hugging Face model, and --overwrite replaces no other: take another"
         )
     if not to.parent.is_dir():
         raise FileNotFoundError(f"{to} could not be written: there is no folder {to.parent}")

@@ -225,6 +225,14 @@ def test_a_safetensors_file_does_as_well_as_the_run(summaries, capsys, tmp_path)
     assert texts[0] == texts[1] != ""
 
 
+def test_a_model_that_reads_ahead_is_no_folder_of_transformers(summaries, capsys, tmp_path):
+    options = ["--to", tmp_path / "out", "--format", "huggingface"]
+    assert "summarize.prefix: tokens of a document see later" in refused(
+        capsys, "export", summaries, *options
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_summaries_of_several_files_are_told_apart(summaries, capsys, tmp_path):
     files = [tmp_path / name for name in ("a.txt", "b.txt")]
     for file in files:
