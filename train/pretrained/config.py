@@ -100,7 +100,8 @@ def _reaches(fields: Fields, kind: str, layers: int) -> dict[str, Any]:
     if kind == "llama":  # a window there is refused: transformers does not read it
         return {"pattern": ("global",)}
     window = fields.take("sliding_window", int)
-    reaches = ("global" if window is None else "local",) * layers
+    everywhere: Reach = "global" if window is None else "local"
+    reaches: tuple[Reach, ...] = (everywhere,) * layers
     if kind.startswith("qwen"):
         first = fields.take("max_window_layers", int, 28)
         window = window if fields.take("use_sliding_window", bool, False) else None
