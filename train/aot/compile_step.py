@@ -23,6 +23,7 @@ from train.metrics import mfu
 from train.parallel.mesh import AXES, ROWS, TOKENS, sharding_over
 from train.parallel.sharding import Placement
 from train.step.program import program_of, state_like
+from train.step.state import State
 from train.step.trainable import WeightCounts
 
 
@@ -164,7 +165,7 @@ def _compile_step(run: Run, topology_name: str, vocabulary: int) -> Compiled:
         vocabulary=vocabulary,
         rows=run.data.batch,
         length=run.data.length,
-        operations=_operations(run, vocabulary),
+        operations=_operations(run, vocabulary, state),
         memory=memory,
         transfers=found,
         lowering=lowering,
@@ -212,7 +213,7 @@ def _measured(compiled: jax.stages.Compiled, memory: Memory) -> Memory:
     )
 
 
-def _operations(run: Run, vocabulary: int) -> float:
+def _operations(run: Run, vocabulary: int, state: State) -> float:
     """Of a step whose rows are each one document, under the full mask."""
     rows, length = run.data.batch, run.data.length
     window = min(run.model.local_window, length)
@@ -221,4 +222,4 @@ def _operations(run: Run, vocabulary: int) -> float:
         "local": rows * (length * window - window * (window - 1) / 2),
     }
     shown: dict[Reach, float] = {reach: pairs[reach] for reach in set(run.model.pattern)}
-    return mfu.work(run.model, vocabulary).of(rows * length, shown)
+    return mfu.work(run.model, vocabulary, state).of(rows * length, shown)

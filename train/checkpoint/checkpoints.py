@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ class Checkpoints:
             return None
         for step, damage in restored.damaged.items():
             self._move_damaged(step, damage)
-        return State(**restored.tree, frozen=restored.frozen)
+        return replace(like, **restored.tree, frozen=restored.frozen)
 
     def _check_run(self, path: Path, about: dict[str, Any]):
         """Refuses a checkpoint of another config or of other data."""

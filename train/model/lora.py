@@ -21,8 +21,8 @@ NAME = "lora"
 class Adapters(nnx.Module):
     """What LoRA adds to the outputs of a module's projections: nothing where the rank is 0.
 
-    A is `[inputs, rank]`, normal with a variance of 1 / inputs; B is `[rank, outputs]`, zero at first, so that
-    the model begins as it was. Both are float32.
+    A is `[inputs, rank]`, normal with a variance of 1 / inputs; B is `[rank, outputs]`, zero at first, so
+    that the model begins as it was. Both are float32.
 
     Args:
       options: the section `lora` of the config.

@@ -112,8 +112,9 @@ class Program:
     def _over_parts(self, state: State, batch: Batch, mask: Mask):
         """Gradient and mean loss of the batch, and its visible pairs, summed over parts of its rows.
 
-        The gradient is that of the weights that train, and no other is computed. Beside these sums, what each part sends of its keys. A part's loss is divided by the weight of the
-        whole batch, so that parts may differ in weight.
+        The gradient is that of the weights that train, and no other is computed. Beside these sums, what
+        each part sends of its keys. A part's loss is divided by the weight of the whole batch, so that parts
+        may differ in weight.
         """
         mesh, masks, pattern = self.placement.mesh, self.masks, self.run.model.pattern
         weight = batch.weights.sum()
@@ -166,11 +167,17 @@ def begin(run: Run, vocabulary: int, placement: Placement | None = None) -> tupl
 
 
 def program_of(run: Run, vocabulary: int, placement: Placement | None = None) -> Program:
-    """A run's program without a state, which would take memory: for weights that exist already."""
+    """A run's program without a state, which would take memory: for weights that exist already.
+
+    Raises:
+      ValueError: the config freezes weights that the model has none of, or all.
+    """
     placement = placement or Placement()
     model = nnx.eval_shape(lambda: _model(run, vocabulary, placement))
+    graph, shapes = nnx.split(model)
+    split_weights(run, nnx.to_pure_dict(shapes))  # refused here, outside of what is traced
     masks = Masks(run, growth(run), placement)
-    return Program(run, nnx.split(model)[0], masks, make_optimizer(run.optimizer, run.steps), placement)
+    return Program(run, graph, masks, make_optimizer(run.optimizer, run.steps), placement)
 
 
 def state_like(program: Program, vocabulary: int) -> State:

@@ -17,10 +17,10 @@ from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import load_model
 from train.checkpoint.restore import FROZEN
 from train.cli import main, parse
+from train.config.sections import Lora
 from train.loop.prepare import prepare
 from train.loop.training import train
 from train.model.lora import merge_lora, split_lora
-from train.step.trainable import WeightCounts, join_weights
 
 WORDS = (
     "--steps 4 --block 8 --data.length 32 --data.batch 4 --evaluation.rows 2 --checkpoints.every 2 "
@@ -77,3 +77,78 @@ def test_frozen_weights_stay_bit_for_bit_and_the_others_move(tuned):
     for path, before in jax.tree_util.tree_leaves_with_path(factors):
         assert (before.any()) == ("lora_a" in str(path)), "A is random, B zero"
         assert (after[path] != before).any(), path
+
+
+def test_what_is_served_is_merged_and_is_the_model_that_was_trained(tuned, tmp_path):
+    session, _, _, state = tuned
+    run, folder = session.run, RunFolder.of(session.run).path
+    merged, tokenizer = load_model(folder)
+    unmerged = replace(merged, run=run, params=session.program.weights(state))
+    tokens = np.asarray(tokenizer.encode([write_text(tmp_path).read_text()])[0][:24])
+    expected = losses_by_hand(unmerged, tokens)
+    np.testing.assert_allclose(losses_by_hand(merged, tokens), expected, rtol=0, atol=1e-5)
+    # Without what was learnt it is another model.
+    base = replace(merged, params=split_lora(unmerged.params)[0])
+    assert np.abs(losses_by_hand(base, tokens) - expected).max() > 1e-2
+    chex.assert_trees_all_equal(merged.params, merge_lora(unmerged.params, run.lora))
+
+    main(["export", str(folder), "--to", str(tmp_path / "w.safetensors")])
+    chex.assert_trees_all_equal(load_model(tmp_path / "w.safetensors")[0].params, merged.params)
+    to = ["--to", str(tmp_path / "served"), "--format", "huggingface", "--dtype", "float32"]
+    main(["export", str(folder), *to])
+    served = load_model(tmp_path / "served")[0]
+    chex.assert_trees_all_equal(served.params, merged.params)
+    with safe_open(tmp_path / "served" / "model.safetensors", "numpy") as file:
+        assert not [name for name in file.keys() if "lora" in name]  # noqa: SIM118
+
+
+def test_a_merged_model_generates_is_evaluated_and_is_tuned_again(tuned, place, tmp_path, capsys):
+    session, *_ = tuned
+    folder = RunFolder.of(session.run).path
+    main(["generate", str(folder), "--prompt", "mask key", "--tokens", "2"])
+    assert capsys.readouterr().out.startswith("> mask key\n")
+    (tmp_path / "a.txt").write_text("mask key query", encoding="utf-8")
+    main(["evaluate", str(folder), str(tmp_path / "a.txt"), "--json", str(tmp_path / "found.json")])
+    weights, tokenizer = load_model(folder)
+    nats = losses_by_hand(weights, tokenizer.begun(tokenizer.encode(["mask key query"])[0]))
+    found = json.loads((tmp_path / "found.json").read_text())
+    np.testing.assert_allclose(found["nats_per_token"], nats.mean(), rtol=1e-5)
+    again = ["demo", "--init-from", str(folder), *words(place, "again")[3:], "--model.remat", "full"]
+    second = prepare(parse(again).run)
+    base, factors = split_lora(second.program.weights(second.state))
+    chex.assert_trees_all_equal(base, weights.params)
+    assert jax.tree.leaves(factors)
+
+
+def test_checkpoints_hold_what_trains_and_the_frozen_weights_once(tuned):
+    session, *_, state = tuned
+    checkpoints = RunFolder.of(session.run).checkpoints
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "4", FROZEN]
+    about = json.loads((checkpoints / "4" / "about" / "metadata").read_text())
+    names = [name for name in about["leaves"] if name.startswith(("params", "ema", "frozen"))]
+    assert len(names) == 2 * len(jax.tree.leaves(state.params))
+    assert len(about[FROZEN]) == len(jax.tree.leaves(state.frozen))
+    assert all(".lora." in name for name in names)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(tuned, place):
+    session, *_, state = tuned
+    hub, checkpoints = place / "hub", RunFolder.of(session.run).checkpoints
+    hub.rename(place / "gone")
+    shutil.rmtree(checkpoints / "4")
+    try:
+        again = prepare(session.run)
+        assert int(again.state.step) == 2
+        assert again.counts == session.counts
+        train(again)
+        chex.assert_trees_all_equal(prepare(session.run).state, state)
+    finally:
+        (place / "gone").rename(hub)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "4", FROZEN]
+
+
+def test_lora_of_random_weights_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"lora\.rank 2 adds to weights that exist: name them with --init-from"
+    ):
+        prepare(small_run(tmp_path, lora=Lora(rank=2)))
