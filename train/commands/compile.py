@@ -85,8 +85,8 @@ def describe(found: Compiled) -> str:
             f"{found.name} for {found.topology}: {found.devices} × {found.device}, mesh {axes} "
             f"({' × '.join(AXES)})",
             f"{found.weights:,} weights{_trained(found)} over {found.vocabulary:,} tokens; a step of "
-            f"{found.rows:,} × {found.length:,} tokens, {of_each:,} on each device; {found.operations:.2g} operations at the "
-            "full mask",
+            f"{found.rows:,} × {found.length:,} tokens, {of_each:,} on each device; "
+            f"{found.operations:.2g} operations at the full mask",
             "",
             *_memory(found),
             "",

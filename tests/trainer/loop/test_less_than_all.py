@@ -6,13 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import chex
+import flax.nnx as nnx
 import jax
 import numpy as np
+import optax
 import pytest
-from pretrained_cases import losses_by_hand, tiny_pretrained
+from pretrained_cases import tiny_pretrained
 from safetensors import safe_open
 from train_cases import small_run, write_text
 
+from dynmask_jax import Tokens
+from train.checkpoint.export import Weights
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import load_model
 from train.checkpoint.restore import FROZEN
@@ -21,6 +25,7 @@ from train.config.sections import Lora
 from train.loop.prepare import prepare
 from train.loop.training import train
 from train.model.lora import merge_lora, split_lora
+from train.step.program import program_of
 
 WORDS = (
     "--steps 4 --block 8 --data.length 32 --data.batch 4 --evaluation.rows 2 --checkpoints.every 2 "
@@ -40,6 +45,19 @@ def place(tmp_path_factory) -> Path:
 def words(place: Path, name: str, *more: str) -> list[str]:
     paths = ["--name", name, "--folder", str(place / "runs"), "--data.paths", str(write_text(place))]
     return ["demo", "--init-from", str(place / "hub"), *WORDS.split(), *paths, *more]
+
+
+def losses(weights: Weights, tokens: np.ndarray) -> np.ndarray:
+    """The loss of each token of a row but the first, from the logits."""
+    program = program_of(weights.run, weights.vocabulary)
+    plans = program.masks.plans(program.masks.full, Tokens.sequence(len(tokens) - 1))
+
+    @jax.jit
+    def logits(params):
+        model = nnx.merge(program.graph, params)
+        return model.unembed(model(tokens[None, :-1], plans))[0]
+
+    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits(weights.params), tokens[1:]))
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +103,11 @@ def test_what_is_served_is_merged_and_is_the_model_that_was_trained(tuned, tmp_p
     merged, tokenizer = load_model(folder)
     unmerged = replace(merged, run=run, params=session.program.weights(state))
     tokens = np.asarray(tokenizer.encode([write_text(tmp_path).read_text()])[0][:24])
-    expected = losses_by_hand(unmerged, tokens)
-    np.testing.assert_allclose(losses_by_hand(merged, tokens), expected, rtol=0, atol=1e-5)
+    expected = losses(unmerged, tokens)
+    np.testing.assert_allclose(losses(merged, tokens), expected, rtol=0, atol=1e-5)
     # Without what was learnt it is another model.
     base = replace(merged, params=split_lora(unmerged.params)[0])
-    assert np.abs(losses_by_hand(base, tokens) - expected).max() > 1e-2
+    assert np.abs(losses(base, tokens) - expected).max() > 1e-2
     chex.assert_trees_all_equal(merged.params, merge_lora(unmerged.params, run.lora))
 
     main(["export", str(folder), "--to", str(tmp_path / "w.safetensors")])
@@ -110,7 +128,7 @@ def test_a_merged_model_generates_is_evaluated_and_is_tuned_again(tuned, place, 
     (tmp_path / "a.txt").write_text("mask key query", encoding="utf-8")
     main(["evaluate", str(folder), str(tmp_path / "a.txt"), "--json", str(tmp_path / "found.json")])
     weights, tokenizer = load_model(folder)
-    nats = losses_by_hand(weights, tokenizer.begun(tokenizer.encode(["mask key query"])[0]))
+    nats = losses(weights, tokenizer.begun(tokenizer.encode(["mask key query"])[0]))
     found = json.loads((tmp_path / "found.json").read_text())
     np.testing.assert_allclose(found["nats_per_token"], nats.mean(), rtol=1e-5)
     again = ["demo", "--init-from", str(folder), *words(place, "again")[3:], "--model.remat", "full"]
