@@ -22,8 +22,16 @@ Kind = Literal["full", "static", "window", "chunks", "reveal"]
 Pace = Literal["steps", "loss"]
 Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
 WeightGroup = Literal[
-    *("embedding", "layers", "global", "local", "attention", "feed_forward", "norms", "biases", "logits"),
-    *("query", "key", "value", "out", "gate", "up", "down"),
+    "embedding",
+    "layers",
+    "global",
+    "local",
+    "attention",
+    "feed_forward",
+    "norms",
+    "biases",
+    "logits",
+    Target,
 ]
 
 

@@ -57,7 +57,7 @@ def is_lora(path: str) -> bool:
 
 def split_lora(params: Any) -> tuple[Any, Any]:
     """The weights without those of LoRA, and those of LoRA."""
-    flat = flatten_dict(params)
+    flat = _flat(params)
     ours = {path: leaf for path, leaf in flat.items() if NAME in path}
     rest = {path: leaf for path, leaf in flat.items() if NAME not in path}
     return unflatten_dict(rest), unflatten_dict(ours)
@@ -70,7 +70,8 @@ def merge_lora(params: Any, options: Lora) -> Any:
       params: nested dictionaries of arrays; those of no LoRA come back as they are.
       options: the section `lora` of the config.
     """
-    rest, factors = map(flatten_dict, split_lora(params))
+    base, ours = split_lora(params)
+    rest, factors = _flat(base), _flat(ours)
     for path in [path for path in factors if path[-1] == "lora_a"]:
         at = path.index(NAME)
         kernel = (*path[:at], path[-2], "kernel")
@@ -79,3 +80,7 @@ def merge_lora(params: Any, options: Lora) -> Any:
         )
         rest[kernel] = rest[kernel] + options.scale * product.reshape(rest[kernel].shape)
     return unflatten_dict(rest)
+
+
+def _flat(params: Any) -> dict[tuple[Any, ...], Any]:
+    return dict(flatten_dict(params))

@@ -111,7 +111,9 @@ def test_a_merged_matrix_has_the_scaled_product_in_it():
     merged = merge_lora({"groups": {0: {"attention": layer}}, "norm": norm}, Lora(rank=6, alpha=3.0))
     expected = kernel + 0.5 * np.einsum("gir,gro->gio", a, b).reshape(kernel.shape)
     assert names(merged) == {"groups.0.attention.query.kernel", "norm"}
-    np.testing.assert_allclose(merged["groups"][0]["attention"]["query"]["kernel"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        merged["groups"][0]["attention"]["query"]["kernel"], expected, rtol=1e-5, atol=1e-5
+    )
     assert merged["norm"] is norm
 
 
