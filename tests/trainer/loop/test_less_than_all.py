@@ -21,6 +21,7 @@ from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import load_model
 from train.checkpoint.restore import FROZEN
 from train.cli import main, parse
+from train.config.operation import Mesh
 from train.config.sections import Lora
 from train.loop.prepare import prepare
 from train.loop.training import train
@@ -163,6 +164,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(tuned, place
     finally:
         (place / "gone").rename(hub)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "4", FROZEN]
+
+
+def test_the_state_comes_back_in_shards_on_a_mesh(tuned):
+    session, *_, state = tuned
+    sharded = prepare(replace(session.run, mesh=Mesh(fsdp=2, context=2))).state
+    chex.assert_trees_all_equal(sharded, state)
+    parts = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.size / leaf.addressable_data(0).size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(sharded)
+    }
+    inner = {"query.lora_a", "down.lora_b", "query.kernel", "embed.embedding"}
+    found = {name: count for name, count in parts.items() if ".".join(name.split(".")[-2:]) in inner}
+    assert len(found) == 2 * 3 * (2 + 2) + 3 + 1  # weight, mean, two moments, in three stacks; frozen ones
+    assert set(found.values()) == {4.0}
 
 
 def test_lora_of_random_weights_is_refused(tmp_path):
