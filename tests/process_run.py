@@ -73,7 +73,7 @@ class ParallelRun:
             *("--steps", str(STEPS), "--block", "8", "--data.length", "64", "--data.batch", "2"),
             *("--model.layers", "1", "--model.width", "32", "--model.heads", "4", "--model.kv-heads", "2"),
             *("--model.hidden", "32", "--model.backend", "dense", "--curriculum.start", "8"),
-            *("--evaluation.rows", "2", "--checkpoints.every", "4"),
+            *("--evaluation.rows", "2", "--checkpoints.every", "4", "--optimizer.frozen", "query"),
             *("--checkpoints.keep", "9", "--mesh.layout", "contiguous", "--watch.peak-flops", "1e9"),
             *self.options,
         ]

@@ -135,7 +135,7 @@ def _train(arguments: Sequence[str], processes: Processes):
     except (ValueError, OSError, ImportError) as error:
         _stop(error, status=2)
     if processes.first:
-        print(f"{session.corpus.description}\n{session.opening}")
+        print(f"{session.corpus.description}\n{session.opening}\n{session.counts}")
     try:
         result = train(session)
     except (OSError, NotFinite) as error:

@@ -23,6 +23,8 @@ from train.metrics import mfu
 from train.parallel.mesh import AXES, ROWS, TOKENS, sharding_over
 from train.parallel.sharding import Placement
 from train.step.program import program_of, state_like
+from train.step.state import State
+from train.step.trainable import WeightCounts
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Compiled:
       device: JAX's `device_kind`.
       mesh: the devices on each axis.
       weights: their number.
+      trained: the number of those that train.
       vocabulary: different tokens.
       rows, length: of a step.
       operations: floating-point, of a step at the full mask: what the model needs (`train.metrics.mfu`).
@@ -80,6 +83,7 @@ class Compiled:
     device: str
     mesh: dict[str, int]
     weights: int
+    trained: int
     vocabulary: int
     rows: int
     length: int
@@ -137,7 +141,7 @@ def _compile_step(run: Run, topology_name: str, vocabulary: int) -> Compiled:
     placement = Placement.of(run.mesh, devices)
     program, mesh = program_of(run, vocabulary, placement), placement.mesh
     state, batch = state_like(program, vocabulary), batch_like(run, mesh)
-    begun = perf_counter()
+    counts, begun = WeightCounts.of(state), perf_counter()
     with present(mesh):  # as the loop jits it
         lowered = jax.jit(program.train_step, donate_argnums=0).lower(state, batch)
     lowering = perf_counter() - begun
@@ -156,11 +160,12 @@ def _compile_step(run: Run, topology_name: str, vocabulary: int) -> Compiled:
         topology=topology_name,
         device=devices[0].device_kind,
         mesh={axis: getattr(run.mesh, axis) for axis in AXES},
-        weights=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        weights=counts.weights,
+        trained=counts.trained,
         vocabulary=vocabulary,
         rows=run.data.batch,
         length=run.data.length,
-        operations=_operations(run, vocabulary),
+        operations=_operations(run, vocabulary, state),
         memory=memory,
         transfers=found,
         lowering=lowering,
@@ -208,7 +213,7 @@ def _measured(compiled: jax.stages.Compiled, memory: Memory) -> Memory:
     )
 
 
-def _operations(run: Run, vocabulary: int) -> float:
+def _operations(run: Run, vocabulary: int, state: State) -> float:
     """Of a step whose rows are each one document, under the full mask."""
     rows, length = run.data.batch, run.data.length
     window = min(run.model.local_window, length)
@@ -217,4 +222,4 @@ def _operations(run: Run, vocabulary: int) -> float:
         "local": rows * (length * window - window * (window - 1) / 2),
     }
     shown: dict[Reach, float] = {reach: pairs[reach] for reach in set(run.model.pattern)}
-    return mfu.work(run.model, vocabulary).of(rows * length, shown)
+    return mfu.work(run.model, vocabulary, state).of(rows * length, shown)

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from train.checkpoint.checksums import leaves
+from train.checkpoint.checksums import Leaves, leaves
 from train.checkpoint.folder import resolve_folder, saved_steps
-from train.checkpoint.restore import DamagedCheckpoint, NoIntactCheckpoint, checksum_json, restore_newest
+from train.checkpoint.restore import (
+    FROZEN,
+    DamagedCheckpoint,
+    NoIntactCheckpoint,
+    checksum_json,
+    restore_newest,
+)
 from train.config.run import Run, differences, to_json
 from train.disk import WriteError, reason
 from train.parallel.processes import Processes
@@ -28,7 +35,8 @@ class Checkpoints:
 
     A checkpoint has the state and a description, in `about`: the position in the data, their fingerprint,
     the config, and dtype, shape and checksum of every array. It does not depend on the processes and
-    devices that saved it.
+    devices that saved it. Frozen weights are written once, before the first checkpoint, to the folder
+    `frozen` among the checkpoints; each checkpoint has their checksums.
 
     Args:
       folder: of the checkpoints, visible to all processes; created where missing. Leftovers of interrupted
@@ -42,6 +50,7 @@ class Checkpoints:
         self.folder = resolve_folder(folder)
         self._run, self._data, self._processes = run, data, processes or Processes()
         self._writing: int | None = None
+        self._frozen: Leaves | None = None
         keep, every = run.checkpoints.keep, run.checkpoints.keep_every
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -86,17 +95,30 @@ class Checkpoints:
         about = {
             "config": json.loads(to_json(self._run)),
             "data": self._data,
-            "leaves": leaves(state),
+            "leaves": leaves(_training(state)),
             # Grain's handler would save a position per process, to be read by as many processes.
             "position": batches.get_state(),
         }
+        if state.frozen:
+            about[FROZEN] = self._save_frozen(state.frozen)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(_training(state)),
             about=ocp.args.JsonSave(about | {"crc": checksum_json(about)}),
         )
         self._writing = step
         with self._raising_write_errors():
             self._manager.save(step, args=items, force=True)
+
+    def _save_frozen(self, weights: Any) -> Leaves:
+        """Dtype, shape and checksum of the frozen weights, which are written where they are not there yet."""
+        if self._frozen is None:
+            path = self.folder / FROZEN
+            # Written in one piece, by this run: what is there of another one is removed when it begins.
+            if not self._processes.call_on_first(path.exists):
+                with self._raising_write_errors(path), ocp.PyTreeCheckpointer() as writer:
+                    writer.save(path, weights)
+            self._frozen = leaves(weights)
+        return self._frozen
 
     def wait(self):
         """Returns once no save is in progress.
@@ -149,7 +171,12 @@ class Checkpoints:
 
         try:
             restored = restore_newest(
-                self.folder, like, self._check_run, set_position, processes=self._processes
+                self.folder,
+                _training(like),
+                self._check_run,
+                set_position,
+                frozen=like.frozen,
+                processes=self._processes,
             )
         except NoIntactCheckpoint as error:
             raise NoIntactCheckpoint(
@@ -159,7 +186,7 @@ class Checkpoints:
             return None
         for step, damage in restored.damaged.items():
             self._move_damaged(step, damage)
-        return restored.tree
+        return replace(like, **restored.tree, frozen=restored.frozen)
 
     def _check_run(self, path: Path, about: dict[str, Any]):
         """Refuses a checkpoint of another config or of other data."""
@@ -193,11 +220,15 @@ class Checkpoints:
         return target
 
     @contextmanager
-    def _raising_write_errors(self) -> Iterator[None]:
+    def _raising_write_errors(self, path: Path | None = None) -> Iterator[None]:
+        """Names in the error the path, or the checkpoint that is being written."""
         try:
             yield
         except Exception as error:  # whatever the storage layers below raise, at whatever length
-            failed, self._writing = self._writing, None
-            raise WriteError(
-                f"the checkpoint {self.folder / str(failed)} could not be written: {reason(error)}"
-            ) from error
+            failed, self._writing = path or self.folder / str(self._writing), None
+            raise WriteError(f"the checkpoint {failed} could not be written: {reason(error)}") from error
+
+
+def _training(state: State) -> dict[str, Any]:
+    """What a checkpoint holds of a state: all but the frozen weights."""
+    return {name: value for name, value in vars(state).items() if name != FROZEN}

@@ -12,6 +12,7 @@ from safetensors.flax import save
 from train.config.run import Run, from_json, to_json
 from train.disk import writing
 from train.step.program import program_of, state_like
+from train.step.trainable import join_weights
 
 FORMAT = "dynmask_jax train 1"
 
@@ -22,7 +23,7 @@ class Weights:
 
     Attributes:
       run: the config of its training; run.data.tokenizer names the tokenizer.
-      params: the weights, nested dictionaries of arrays, as `State.params`.
+      params: all weights, nested dictionaries of arrays.
       vocabulary: size of the vocabulary.
       fingerprint: of the tokenizer, to detect another tokenizer under the same name.
     """
@@ -106,8 +107,9 @@ def load_weights(path: Path) -> Weights:
 
 
 def params_like(run: Run, vocabulary: int) -> Any:
-    """The weights of a run as `jax.ShapeDtypeStruct`s."""
-    return state_like(program_of(run, vocabulary), vocabulary).params
+    """All weights of a run as `jax.ShapeDtypeStruct`s, those of LoRA included."""
+    state = state_like(program_of(run, vocabulary), vocabulary)
+    return join_weights(state.params, state.frozen)
 
 
 def _by_name(params: Any) -> dict[str, Any]:

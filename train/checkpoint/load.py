@@ -12,10 +12,14 @@ from train.checkpoint.export import Weights, load_weights, params_like
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.restore import restore_newest
 from train.config.run import Run
+from train.config.sections import Lora
 from train.data.tokenizers import Tokenizer, load_tokenizer
+from train.model.lora import merge_lora
 from train.pretrained.folder import PretrainedFolder
 from train.pretrained.read import open_tensors
 from train.pretrained.run import pretrained_run
+from train.step.program import program_of, state_like
+from train.step.trainable import join_weights
 
 SAFETENSORS = ".safetensors"
 
@@ -23,8 +27,8 @@ SAFETENSORS = ".safetensors"
 def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tokenizer]:
     """A model and its tokenizer, on this process's first device.
 
-    Writes nothing, so that the run may be in training meanwhile. The run of the weights names the tokenizer
-    that was loaded.
+    Writes nothing, so that the run may be in training meanwhile. LoRA is merged: the model is one without. The
+    run of the weights names the tokenizer that was loaded.
 
     Args:
       source: a run's folder, whose newest intact checkpoint is loaded; a file of `python -m train export`;
@@ -49,8 +53,9 @@ def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tok
     run = folder.read_config()
     name = tokenizer or folder.tokenizer_path(run)
     loaded = folder.load_tokenizer(run, name)
-    params = _restore_params(RunFolder.of(run, source), run, loaded.vocabulary)
-    return Weights(_with_tokenizer(run, name), params, loaded.vocabulary, loaded.fingerprint), loaded
+    params = merge_lora(_restore_params(RunFolder.of(run, source), run, loaded.vocabulary), run.lora)
+    merged = replace(_with_tokenizer(run, name), lora=Lora())
+    return Weights(merged, params, loaded.vocabulary, loaded.fingerprint), loaded
 
 
 def _load_pretrained(folder: PretrainedFolder, tokenizer: str | None) -> tuple[Weights, Tokenizer]:
@@ -79,14 +84,15 @@ def _load_same_tokenizer(weights: Weights, name: str) -> Tokenizer:
 def _restore_params(folder: RunFolder, run: Run, vocabulary: int) -> Any:
     """The weights of the newest intact checkpoint, with a warning for each damaged one that is skipped."""
     field = "params" if run.optimizer.ema is None else "ema"
-    like = _on_first_device({field: params_like(run, vocabulary)})
-    restored = restore_newest(folder.checkpoints, like, partial=True)
+    state = state_like(program_of(run, vocabulary), vocabulary)
+    like, frozen = _on_first_device(({field: state.params}, state.frozen))
+    restored = restore_newest(folder.checkpoints, like, frozen=frozen, partial=True)
     if restored is None:
         raise FileNotFoundError(f"{folder.path} holds no checkpoint yet")
     for step, damage in restored.damaged.items():
         path = folder.checkpoints / str(step)
         warnings.warn(f"the checkpoint {path} is damaged ({damage}); an older one is taken", stacklevel=3)
-    return restored.tree[field]
+    return join_weights(restored.tree[field], restored.frozen)
 
 
 def _on_first_device(tree: Any) -> Any:

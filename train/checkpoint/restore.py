@@ -16,6 +16,8 @@ from train.checkpoint.folder import resolve_folder, saved_steps
 from train.disk import reason
 from train.parallel.processes import Processes
 
+FROZEN = "frozen"
+"""The folder, among the checkpoints, of the weights that do not train. All checkpoints share it."""
 SHOWN = 4
 """Differing leaves that a refusal names; it counts the rest."""
 
@@ -34,10 +36,12 @@ class Restored:
 
     Attributes:
       tree: arrays, in the structure that was asked for.
+      frozen: weights that do not train, likewise.
       damaged: newer checkpoints that were skipped, by step, newest first.
     """
 
     tree: Any
+    frozen: Any
     damaged: dict[int, DamagedCheckpoint]
 
 
@@ -47,6 +51,7 @@ def restore_newest(
     accept: Callable[[Path, dict[str, Any]], None] = lambda path, about: None,
     complete: Callable[[dict[str, Any]], None] = lambda about: None,
     *,
+    frozen: Any = None,
     partial: bool = False,
     processes: Processes = Processes(),
 ) -> Restored | None:
@@ -63,6 +68,7 @@ def restore_newest(
         its arrays are read. It raises `ValueError` to refuse the checkpoint.
       complete: called with the description once the arrays are read. It raises `DamagedCheckpoint` to try an
         older checkpoint.
+      frozen: the weights that do not train, as `like`; None or without leaves where all train.
       partial: the checkpoint may have leaves that `like` lacks; they are not read.
       processes: all processes of the run, which call this together.
 
@@ -77,9 +83,12 @@ def restore_newest(
             about = _read_description(path, processes)
             accept(path, about)
             _check_structure(path, about["leaves"], like, partial)
-            tree = _read_arrays(path, about["leaves"], like, processes)
+            shared = about.get(FROZEN, {})
+            _check_structure(path, shared, frozen, partial=False)
+            tree = _read_arrays(path / "state", about["leaves"], like, processes)
+            whole = _read_arrays(folder / FROZEN, shared, frozen, processes) if shared else frozen
             complete(about)
-            return Restored(tree, damaged)
+            return Restored(tree, whole, damaged)
         except DamagedCheckpoint as damage:
             damaged[step] = damage
     if damaged:
@@ -136,7 +145,7 @@ def _read_arrays(path: Path, saved: Leaves, like: Any, processes: Processes) -> 
             # The devices are named, else orbax looks for those that saved the arrays.
             devices = ocp.checkpoint_utils.construct_restore_args(like)
             args = ocp.args.PyTreeRestore(item=like, restore_args=devices, partial_restore=True)
-            tree = reader.restore(path / "state", args=args)
+            tree = reader.restore(path, args=args)
     except DamagedCheckpoint as damage:
         fault = str(damage)
     if faults := list(filter(None, processes.all_gather(fault))):

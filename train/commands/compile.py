@@ -84,9 +84,9 @@ def describe(found: Compiled) -> str:
         [
             f"{found.name} for {found.topology}: {found.devices} × {found.device}, mesh {axes} "
             f"({' × '.join(AXES)})",
-            f"{found.weights:,} weights over {found.vocabulary:,} tokens; a step of {found.rows:,} × "
-            f"{found.length:,} tokens, {of_each:,} on each device; {found.operations:.2g} operations at the "
-            "full mask",
+            f"{found.weights:,} weights{_trained(found)} over {found.vocabulary:,} tokens; a step of "
+            f"{found.rows:,} × {found.length:,} tokens, {of_each:,} on each device; "
+            f"{found.operations:.2g} operations at the full mask",
             "",
             *_memory(found),
             "",
@@ -94,6 +94,10 @@ def describe(found: Compiled) -> str:
             f"Lowered in {found.lowering:.0f} s, compiled in {found.compiling:.0f} s.",
         ]
     )
+
+
+def _trained(found: Compiled) -> str:
+    return "" if found.trained == found.weights else f", of which {found.trained:,} train,"
 
 
 def _memory(found: Compiled) -> list[str]:

@@ -25,3 +25,11 @@ def one_of(section: str, record: Any, **choices: Any):
         if (value := getattr(record, name)) not in get_args(literal):
             listed = ", ".join(map(repr, get_args(literal)))
             raise ValueError(f"{section}{name} must be one of {listed}, got {value!r}")
+
+
+def known_names(section: str, record: Any, **choices: Any):
+    """Refuses fields that are tuples with a name that is not in a `Literal`; None is accepted."""
+    for name, literal in choices.items():
+        if unknown := [each for each in getattr(record, name) or () if each not in get_args(literal)]:
+            listed = ", ".join(get_args(literal))
+            raise ValueError(f"{section}{name} must name some of {listed}, got {unknown[0]!r}")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from train.config.checks import at_least, one_of
 from train.config.operation import Checkpoints, Evaluation, Generation, Mesh, Watch
-from train.config.sections import Curriculum, Data, Loss, Model, Optimizer, Summarize
+from train.config.sections import Curriculum, Data, Lora, Loss, Model, Optimizer, Summarize
 
 TaskName = Literal["lm", "summarize"]
 MAY_CHANGE = (
@@ -50,6 +50,7 @@ class Run:
     summarize: Summarize = field(default_factory=Summarize)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    lora: Lora = field(default_factory=Lora)
     curriculum: Curriculum = field(default_factory=Curriculum)
     evaluation: Evaluation = field(default_factory=Evaluation)
     generation: Generation = field(default_factory=Generation)

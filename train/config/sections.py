@@ -10,7 +10,7 @@ from typing import Literal
 
 from dynmask_jax.curricula import Order
 from dynmask_jax.schedules import ScheduleName
-from train.config.checks import above_zero, at_least, one_of
+from train.config.checks import above_zero, at_least, known_names, one_of
 from train.config.model import Dtype as Dtype
 from train.config.model import Model as Model
 from train.config.model import Reach as Reach
@@ -20,6 +20,19 @@ RowKind = Literal["packed", "chunked"]
 PrefixKind = Literal["bidirectional", "causal"]
 Kind = Literal["full", "static", "window", "chunks", "reveal"]
 Pace = Literal["steps", "loss"]
+Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
+WeightGroup = Literal[
+    "embedding",
+    "layers",
+    "global",
+    "local",
+    "attention",
+    "feed_forward",
+    "norms",
+    "biases",
+    "logits",
+    Target,
+]
 
 
 @dataclass(frozen=True)
@@ -126,8 +139,16 @@ class Optimizer:
     average. After n steps it is at most (1 + n) / (10 + n)."""
     give_up: int = 10
     """Training stops after so many consecutive skipped steps, whose loss or gradient is not finite."""
+    train: tuple[WeightGroup, ...] | None = None
+    """Weights that train, by name: embedding, layers, global or local (the layers of that reach), attention,
+    feed_forward, norms, biases, logits, or a projection of the layers: query, key, value, out, gate, up,
+    down. The others are frozen: no gradient, optimizer state or moving average of them exists. None: all;
+    with lora.rank none but the factors of LoRA, which always train."""
+    frozen: tuple[WeightGroup, ...] = ()
+    """Weights that do not train, by the same names, of those that optimizer.train says."""
 
     def __post_init__(self):
+        known_names("optimizer.", self, train=WeightGroup, frozen=WeightGroup)
         above_zero("optimizer.", self, "learning_rate", "clip")
         at_least("optimizer.", self, weight_decay=0, accumulate=1, give_up=1)
         if not 0 <= self.warmup < 1:
@@ -138,6 +159,32 @@ class Optimizer:
             raise ValueError(f"optimizer.beta2 must lie between 0 and 1, got {self.beta2}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"optimizer.ema must lie between 0 and 1, got {self.ema}")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA: a product of two small matrices is learnt beside each matrix, which is frozen."""
+
+    rank: int = 0
+    """Columns of the first matrix and rows of the second: y = x W + alpha / rank · x A B, A random and B zero
+    at first (Hu et al. 2021, arXiv:2106.09685). 0: no LoRA."""
+    alpha: float = 16.0
+    """What the product is multiplied by, times rank."""
+    targets: tuple[Target, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+    """The projections that have one: query, key, value and out of attention, gate, up and down of the
+    feed-forward layers."""
+
+    def __post_init__(self):
+        at_least("lora.", self, rank=0)
+        above_zero("lora.", self, "alpha")
+        known_names("lora.", self, targets=Target)
+        if self.rank and not self.targets:
+            raise ValueError(f"lora.targets must name a projection where lora.rank is {self.rank}, got none")
+
+    @property
+    def scale(self) -> float:
+        """What the product of a projection's two matrices is multiplied by."""
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 @dataclass(frozen=True)

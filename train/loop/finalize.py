@@ -27,6 +27,7 @@ from train.report.outcome import Outcome, failure
 from train.report.page import Facts
 from train.step.program import Program, program_of
 from train.step.state import State
+from train.step.trainable import WeightCounts
 
 RECORDS = 20_000
 """Of train steps, that the outcome, the report and the pictures are made of: a long run has millions."""
@@ -70,17 +71,17 @@ class Finalize:
             failures += self.processes.call_on_first(
                 lambda: _attempt("summaries and their ROUGE", lambda: self._summarise(*weights))
             )
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        counts = WeightCounts.of(state)
         failures += self.processes.call_on_first(
-            lambda: _attempt("the report", lambda: self._report(parameters, compilations))
+            lambda: _attempt("the report", lambda: self._report(counts, compilations))
         )
         records = log.read(self.folder.metrics, RECORDS) if self.processes.first else []
         return Outcome(records, compilations, tuple(failures))
 
-    def _report(self, parameters: int, compilations: int) -> list[str]:
+    def _report(self, counts: WeightCounts, compilations: int) -> list[str]:
         if not compilations and self.folder.report.exists():
             return []
-        facts = Facts(self.run, self.corpus, self.program.masks.growth, parameters, self.peak)
+        facts = Facts(self.run, self.corpus, self.program.masks.growth, counts, self.peak)
         outcome = Outcome(log.read(self.folder.metrics, RECORDS), compilations)
         with writing(self.folder.report):
             return page.write(self.folder.path, facts, outcome)

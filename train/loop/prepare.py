@@ -15,11 +15,13 @@ from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.checksums import shapes
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import load_model
+from train.checkpoint.restore import FROZEN
 from train.config.run import Run
 from train.data.corpus import Corpus, read_corpus
 from train.data.tokenizers import Tokenizer
 from train.disk import check_space, check_writable
 from train.metrics import log, writers
+from train.model.lora import split_lora
 from train.parallel.processes import Processes, check_shared
 from train.parallel.sharding import Placement
 from train.pretrained.config import model_of
@@ -28,6 +30,7 @@ from train.pretrained.read import open_tensors, stored_config
 from train.pretrained.run import check_agreement
 from train.step.program import Program, begin
 from train.step.state import State
+from train.step.trainable import WeightCounts, join_weights, split_weights
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Session:
     def run(self) -> Run:
         """The config."""
         return self.program.run
+
+    @property
+    def counts(self) -> WeightCounts:
+        """How much of the model trains, and what the optimizer's state takes."""
+        return WeightCounts.of(self.state)
 
     @property
     def opening(self) -> str:
@@ -98,8 +106,8 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
         goes_on = processes.call_on_first(lambda: _claim(claim, folder, run, state, overwrite))
         restored = _restored(folder, run, texts, state, batches, processes) if goes_on else None
         done = None if restored is None else int(restored.step)
-        if restored is None and run.init_from is not None:
-            state = _initialized(run.init_from, state, texts.tokenizer, run)
+        if restored is None:
+            state = _initialized(state, texts.tokenizer, run)
         processes.call_on_first(lambda: _begin(folder, run, done))
     # Bound to its devices, as a restored one is: the very same program is compiled for both.
     state = restored or jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
@@ -164,16 +172,34 @@ def _restored(
         return checkpoints.resume(like, batches)
 
 
-def _initialized(source: str, state: State, tokenizer: Tokenizer, run: Run) -> State:
-    """The state with the weights of a folder or a file in place of random ones, which are deleted."""
+def _initialized(state: State, tokenizer: Tokenizer, run: Run) -> State:
+    """The state with the weights of `init_from`, where there is one, in place of random ones.
+
+    Those of LoRA stay random.
+    """
+    if run.init_from is None:
+        if run.lora.rank:
+            raise ValueError(
+                f"lora.rank {run.lora.rank} adds to weights that exist: name them with --init-from"
+            )
+        return state
+    base, factors = split_lora(join_weights(state.params, state.frozen))
+    given = _given_weights(run.init_from, base, tokenizer, run)
+    params, frozen = split_weights(run, join_weights(given, factors))
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return replace(state, params=params, frozen=frozen, ema=ema)
+
+
+def _given_weights(source: str, base: Any, tokenizer: Tokenizer, run: Run) -> Any:
+    """The weights of a folder or a file in the places of `base`, whose arrays may be deleted."""
     if (folder := PretrainedFolder.at(Path(source))) is not None:
-        return _with_params(state, _pretrained(folder, state, run))
+        return _pretrained(folder, base, run)
     weights, theirs = load_model(Path(source))
     if theirs.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"init_from: {source} has another tokenizer than data.tokenizer, {run.data.tokenizer}"
         )
-    ours, given = shapes(state.params), shapes(weights.params)
+    ours, given = shapes(base), shapes(weights.params)
     if different := [
         name for name in sorted(ours.keys() | given.keys()) if ours.get(name) != given.get(name)
     ]:
@@ -186,10 +212,10 @@ def _initialized(source: str, state: State, tokenizer: Tokenizer, run: Run) -> S
         whole = np.asarray(new)
         return jax.make_array_from_callback(old.shape, old.sharding, lambda index: whole[index])
 
-    return _with_params(state, jax.tree.map(placed, weights.params, state.params))
+    return jax.tree.map(placed, weights.params, base)
 
 
-def _pretrained(folder: PretrainedFolder, state: State, run: Run) -> Any:
+def _pretrained(folder: PretrainedFolder, base: Any, run: Run) -> Any:
     """The weights of a Hugging Face folder, each in the place of a random one, which is deleted."""
     check_agreement(run.model, model_of(folder.config()), str(folder.path))
     theirs = folder.find_tokenizer()
@@ -203,25 +229,22 @@ def _pretrained(folder: PretrainedFolder, state: State, run: Run) -> Any:
         return tensors.array(path, old)
 
     with open_tensors(folder, run.model) as tensors:
-        tensors.check(state.params)
-        return jax.tree.map_with_path(read, state.params)
-
-
-def _with_params(state: State, params: Any) -> State:
-    return replace(state, params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+        tensors.check(base)
+        return jax.tree.map_with_path(read, base)
 
 
 def _check_space(folder: RunFolder, run: Run, state: State):
     """Refuses a disk that cannot take the checkpoints that are kept, and one more while it is written."""
     if folder.in_bucket:
         return
-    there = len(list(folder.checkpoints.glob("*"))) if folder.checkpoints.exists() else 0
-    count = max(run.checkpoints.keep + 1 - there, 1)
-    each = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    count = max(run.checkpoints.keep + 1 - len(folder.saved_steps), 1)
+    once, whole = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (state.frozen, state))
+    each = whole - once
+    once = 0 if (folder.checkpoints / FROZEN).exists() else once
     purpose = f"{count} more checkpoints (checkpoints.keep)"
     check_space(
         folder.checkpoints.parent,
-        count * each,
+        count * each + once,
         purpose,
         "checkpoints.folder" if folder.elsewhere else "folder",
     )

@@ -180,7 +180,7 @@ def _opened_log(session: Session, peak: mfu.Peak) -> Log:
         session.folder.path,
         run,
         int(session.state.step),
-        work=mfu.work(run.model, vocabulary),
+        work=mfu.work(run.model, vocabulary, session.state),
         peak=peak,
     )
 

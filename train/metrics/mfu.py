@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from dynmask_jax.context.machines import MACHINES
 from train.config.operation import Watch
 from train.config.sections import Dtype, Model, Reach
+from train.model.lora import is_lora
+from train.step.state import State
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Work:
 
     Attributes:
       per_token: 6 for each weight of a matrix: a multiplication and an addition, forward once and
-        backward twice. The embedding is a lookup and does not count; the projection to logits does.
+        backward twice; 4 if it is frozen, for it has no gradient. The embedding is a lookup and does not
+        count; the projection to logits does.
       per_pair: of one visible pair of a query and a key, over all layers of a reach.
     """
 
@@ -41,8 +44,14 @@ class Work:
         return self.per_token * tokens + sum(self.per_pair[reach] * pairs[reach] for reach in pairs)
 
 
-def work(model: Model, vocabulary: int) -> Work:
+def work(model: Model, vocabulary: int, state: State | None = None) -> Work:
     """The work of a model with a tokenizer of `vocabulary` tokens.
+
+    Args:
+      model: its options.
+      vocabulary: the number of different tokens.
+      state: of arrays or their shapes, which says what is frozen and has the matrices of LoRA; None: all
+        weights train, and there is no LoRA.
 
     >>> from train.config.sections import Model
     >>> shape = Model(layers=2, width=8, heads=2, kv_heads=1, hidden=16, pattern=("local", "global"))
@@ -57,7 +66,24 @@ def work(model: Model, vocabulary: int) -> Work:
     per_pair: dict[Reach, float] = {
         reach: float(pair * model.reaches.count(reach)) for reach in model.pattern
     }
-    return Work(6.0 * (model.layers * layer + model.width * model.vocabulary(vocabulary)), per_pair)
+    weights = model.layers * layer + model.width * model.vocabulary(vocabulary)
+    return Work(6.0 * weights + (0 if state is None else _difference(model, state)), per_pair)
+
+
+def _difference(model: Model, state: State) -> float:
+    """What frozen matrices save, and those of LoRA add, of a token's operations."""
+    projection = "embed.embedding" if model.tied_embeddings else "logits.kernel"
+    frozen = [
+        leaf.size for path, leaf in _by_path(state.frozen) if path.endswith("kernel") or path == projection
+    ]
+    return 6.0 * sum(leaf.size for path, leaf in _by_path(state.params) if is_lora(path)) - 2.0 * sum(frozen)
+
+
+def _by_path(tree: Any) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from dynmask_jax import Plan, Tokens
 from dynmask_jax.array_typing import Array, Float
-from train.config.sections import Model, Reach
+from train.config.sections import Lora, Model, Reach
+from train.model.lora import Adapters
 from train.model.norm import Norm
 from train.model.rope import Rope
 
@@ -23,10 +24,11 @@ class Attention(nnx.Module):
       model: the options.
       reach: of the layer, which decides its rotary frequencies.
       attention: what computes it, with the signature of `dynmask_jax.attention`.
+      lora: what its projections have beside their matrices.
       rngs: with a `params` stream.
     """
 
-    def __init__(self, model: Model, reach: Reach, attention: Callable, *, rngs: nnx.Rngs):
+    def __init__(self, model: Model, reach: Reach, attention: Callable, lora: Lora, *, rngs: nnx.Rngs):
         self.rope, self.attention = Rope.of(model, reach), attention
         linear = partial(nnx.LinearGeneral, dtype=jnp.dtype(model.dtype), rngs=rngs)
 
@@ -36,6 +38,11 @@ class Attention(nnx.Module):
         self.query, self.key, self.value = heads(model.heads), heads(model.kv_heads), heads(model.kv_heads)
         shape = (model.heads, model.head_size)
         self.out = linear(shape, model.width, axis=(-2, -1), use_bias=model.out_bias)
+        queries, keys = (count * model.head_size for count in (model.heads, model.kv_heads))
+        inward = {"query": queries, "key": keys, "value": keys}
+        sizes = {name: (model.width, size) for name, size in inward.items()}
+        sizes["out"] = (queries, model.width)
+        self.lora = Adapters(lora, sizes, jnp.dtype(model.dtype), rngs=rngs)
         self.qk_norm = model.qk_norm
         if model.qk_norm:
             self.query_norm, self.key_norm = (Norm(model.head_size, model, rngs=rngs) for _ in range(2))
@@ -44,8 +51,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B S D"], tokens: Tokens
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values, turned to their positions, so that a cache can hold them."""
-        keys = self.key_norm(self.key(x)) if self.qk_norm else self.key(x)
-        return self.rope(keys, tokens.position), self.value(x)
+        keys, values = self.lora("key", x, self.key(x)), self.lora("value", x, self.value(x))
+        keys = self.key_norm(keys) if self.qk_norm else keys
+        return self.rope(keys, tokens.position), values
 
     def attend(
         self,
@@ -59,5 +67,7 @@ class Attention(nnx.Module):
 
         Options are those of `dynmask_jax.attention` for this call.
         """
-        queries = self.query_norm(self.query(x)) if self.qk_norm else self.query(x)
-        return self.out(self.attention(self.rope(queries, plan.q_tokens.position), k, v, plan, **options))
+        queries = self.lora("query", x, self.query(x))
+        queries = self.query_norm(queries) if self.qk_norm else queries
+        attended = self.attention(self.rope(queries, plan.q_tokens.position), k, v, plan, **options)
+        return self.lora("out", attended, self.out(attended))

@@ -13,16 +13,14 @@ from dynmask_jax.array_typing import Array, Float, Int, pytree
 from train.config import sections
 from train.config.sections import Reach
 from train.model.attention import Attention
+from train.model.feed_forward import FeedForward
 from train.model.norm import Norm
-from train.parallel.activations import constrain_activations, constrain_features, embed_tokens
+from train.parallel.activations import constrain_activations, embed_tokens
 from train.parallel.gather_weights import gather_layer
 from train.parallel.sharding import Placement
 
 Plans = dict[Reach, Plan]
 """The plan of each reach in the model's pattern, "global" and "local"."""
-
-ACTIVATIONS = {"silu": nnx.silu, "gelu_tanh": partial(nnx.gelu, approximate=True)}
-"""Activations by the names of `model.activation`."""
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -52,28 +50,21 @@ class Cache:
         )
 
 
-class FeedForward(nnx.Module):
-    """silu(x·gate) · (x·up), or with another activation, projected back. Shazeer 2020, arXiv:2002.05202."""
-
-    def __init__(self, shape: sections.Model, placement: Placement, *, rngs: nnx.Rngs):
-        self.placement, self.activation = placement, ACTIVATIONS[shape.activation]
-        linear = partial(nnx.Linear, use_bias=False, dtype=jnp.dtype(shape.dtype), rngs=rngs)
-        self.gate = linear(shape.width, shape.hidden)
-        self.up = linear(shape.width, shape.hidden)
-        self.down = linear(shape.hidden, shape.width)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = self.activation(self.gate(x)) * self.up(x)
-        return self.down(constrain_features(self.placement.mesh, hidden))
-
-
 class Block(nnx.Module):
     """Attention, then feed-forward, each added to its input after an RMSNorm of it.
 
     With `model.post_norms` what is added is normalised too.
     """
 
-    def __init__(self, shape: sections.Model, reach: Reach, placement: Placement, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: sections.Model,
+        reach: Reach,
+        placement: Placement,
+        lora: sections.Lora,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.placement, self.attention_dropout = placement, shape.attention_dropout
         norm = partial(Norm, shape.width, shape, rngs=rngs)
         attention = placement.attention(
@@ -83,9 +74,9 @@ class Block(nnx.Module):
             soft_cap=shape.attention_soft_cap,
         )
         self.attention_norm = norm()
-        self.attention = Attention(shape, reach, attention, rngs=rngs)
+        self.attention = Attention(shape, reach, attention, lora, rngs=rngs)
         self.feed_forward_norm = norm()
-        self.feed_forward = FeedForward(shape, placement, rngs=rngs)
+        self.feed_forward = FeedForward(shape, placement, lora, rngs=rngs)
         self.post_norms = shape.post_norms
         if shape.post_norms:
             self.attention_post_norm, self.feed_forward_post_norm = norm(), norm()
@@ -133,6 +124,7 @@ class Transformer(nnx.Module):
       shape: its sizes.
       vocabulary: the number of different tokens.
       placement: the devices that it computes on; None: one device.
+      lora: what the layers' projections have beside their matrices.
       rngs: with a `params` stream.
     """
 
@@ -141,6 +133,7 @@ class Transformer(nnx.Module):
         shape: sections.Model,
         vocabulary: int,
         placement: Placement | None = None,
+        lora: sections.Lora = sections.Lora(),
         *,
         rngs: nnx.Rngs,
     ):
@@ -153,7 +146,7 @@ class Transformer(nnx.Module):
         self.embed = nnx.Embed(vocabulary, shape.width, embedding_init=start, dtype=dtype, rngs=rngs)
 
         def blocks(pattern: tuple[Reach, ...], rngs: nnx.Rngs) -> nnx.Sequential:
-            return nnx.Sequential(*[Block(shape, reach, placement, rngs=rngs) for reach in pattern])
+            return nnx.Sequential(*[Block(shape, reach, placement, lora, rngs=rngs) for reach in pattern])
 
         stacked = nnx.split_rngs(splits=shape.groups)(nnx.vmap(partial(blocks, shape.pattern)))
         self.groups = stacked(rngs)

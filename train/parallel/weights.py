@@ -20,6 +20,11 @@ WEIGHTS: dict[str, tuple[Any, ...]] = {
     "up.kernel": (None, WIDTH, FEATURES),
     "down.kernel": (None, FEATURES, WIDTH),  # [groups, hidden, D]
     "logits.kernel": (WIDTH, FEATURES),  # [D, vocabulary]
+    # LoRA's pairs of matrices: their inner axis, the rank, is whole.
+    **{f"{name}.lora_a": (None, WIDTH, None) for name in ("query", "key", "value", "gate", "up")},
+    **{f"{name}.lora_b": (None, None, FEATURES) for name in ("query", "key", "value", "gate", "up")},
+    **{f"{name}.lora_a": (None, FEATURES, None) for name in ("out", "down")},  # [groups, N·H or hidden, rank]
+    **{f"{name}.lora_b": (None, None, WIDTH) for name in ("out", "down")},  # [groups, rank, D]
 }
 """What each axis of a weight is partitioned over, by the last two names of its path.
 

@@ -28,7 +28,7 @@ class Contents:
 
     Attributes:
       model: the options of the model.
-      params: its weights, as `State.params`.
+      params: all its weights, nested dictionaries of arrays.
       config: the object of config.json.
       dtype: the type that the weights are written in.
       files: other files by name, with the path that each is copied from or the text that it holds.

@@ -25,6 +25,7 @@ from train.report.markdown import code, or_dash, section, table
 from train.report.outcome import Outcome, bits_in_words, failure
 from train.report.pictures import draw, draw_positions, losses_by_position
 from train.step.curriculum import Growth
+from train.step.trainable import WeightCounts
 
 if TYPE_CHECKING:
     from train.data.corpus import Corpus
@@ -40,14 +41,14 @@ class Facts:
       run: its config.
       corpus: its texts.
       growth: its curriculum.
-      parameters: how many weights it trained.
+      counts: of its weights, and how many of them trained.
       peak: what its devices can do.
     """
 
     run: Run
     corpus: "Corpus"
     growth: Growth
-    parameters: int
+    counts: WeightCounts
     peak: Peak
 
 
@@ -109,9 +110,10 @@ def _opening(facts: Facts, outcome: Outcome) -> str:
     what = task_of(run).model
     plural = "s" if run.model.layers > 1 else ""
     words = (
-        f"A {what}, of {facts.parameters:,} weights in {run.model.layers} layer{plural} of width "
+        f"A {what}, of {facts.counts.weights:,} weights in {run.model.layers} layer{plural} of width "
         f"{run.model.width:,}, trained for {run.steps:,} steps on rows of {run.data.length:,} tokens, about "
-        f"{_tokens(facts, outcome):,.0f} tokens in all. {_curriculum(run)}"
+        f"{_tokens(facts, outcome):,.0f} tokens in all. {_curriculum(run)} "
+        f"{facts.counts}"
     )
     if not steps or not steps[-1].skipped:
         return words

@@ -9,7 +9,7 @@ import optax
 
 from train.config import sections
 
-DECAYED = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 """The names of weights that are matrices. The scales of norms are vectors, though stacked over layers."""
 
 

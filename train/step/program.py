@@ -23,6 +23,7 @@ from train.step.masks import Masks
 from train.step.optimizer import learning_rate, make_optimizer, running_mean, skips
 from train.step.pace import first_stage
 from train.step.state import Evaluated, Metrics, State
+from train.step.trainable import join_weights, split_weights
 
 DROPOUT = 2**32 - 1
 """Folded into a run's key for dropout. The numbers of texts are folded into the same key for sampling."""
@@ -36,7 +37,7 @@ class Program:
       run: the config.
       graph: the model without its weights: `nnx.merge(graph, params)` is the `Transformer`.
       masks: what layers see at each step.
-      optimizer: of the weights.
+      optimizer: of the weights that train.
       placement: the devices that it computes on.
     """
 
@@ -80,11 +81,11 @@ class Program:
             skipped_in_a_row=skips(optimizer).notfinite_count,
         )
         ema = running_mean(self.run.optimizer, params, state.ema, finite, done)
-        after = State(state.step + 1, params, optimizer, ema, state.pace, state.key)
+        after = State(state.step + 1, params, optimizer, ema, state.pace, state.key, state.frozen)
         return constrain_weights(self.placement.mesh, after), replicate(self.placement.mesh, metrics)
 
     def evaluate(self, params: optax.Params, batch: Batch, mask: Mask) -> Evaluated:
-        """The losses of a batch under any mask, by bucket of `batch.context`."""
+        """The losses of a batch under any mask, by bucket of `batch.context`; `params` are all weights."""
         losses = self._losses(params, batch, self.masks.plans(mask, self.masks.tokens(batch)))
         starts = jnp.asarray(self.masks.bucket_starts, jnp.int32)
         buckets = jnp.searchsorted(starts, batch.context.ravel(), side="right") - 1
@@ -97,8 +98,8 @@ class Program:
         return replicate(self.placement.mesh, Evaluated(*sums))
 
     def weights(self, state: State) -> optax.Params:
-        """The weights for validation and export: the running mean, where the run has one."""
-        return state.params if state.ema is None else state.ema
+        """All weights for validation and export: of those that train the running mean, if the run has one."""
+        return join_weights(state.params if state.ema is None else state.ema, state.frozen)
 
     def _dropout_keys(self, state: State) -> Array | None:
         """A key for each part of the step's rows, `[accumulate]`; None where the run drops nothing."""
@@ -111,8 +112,9 @@ class Program:
     def _over_parts(self, state: State, batch: Batch, mask: Mask):
         """Gradient and mean loss of the batch, and its visible pairs, summed over parts of its rows.
 
-        Beside these sums, what each part sends of its keys. A part's loss is divided by the weight of the
-        whole batch, so that parts may differ in weight.
+        The gradient is that of the weights that train, and no other is computed. Beside these sums, what
+        each part sends of its keys. A part's loss is divided by the weight of the whole batch, so that parts
+        may differ in weight.
         """
         mesh, masks, pattern = self.placement.mesh, self.masks, self.run.model.pattern
         weight = batch.weights.sum()
@@ -123,7 +125,7 @@ class Program:
         parts = jax.tree.map(lambda x: split_rows(mesh, x, count, strided=strided), batch)
 
         def loss_of(params, part: Batch, plans: Plans, key):
-            losses = self._losses(params, part, plans, key)
+            losses = self._losses(join_weights(params, state.frozen), part, plans, key)
             nats, penalty = (part.weights * losses.nats).sum(), (part.weights * losses.penalty).sum()
             return (nats + penalty) / total, nats / total
 
@@ -156,17 +158,26 @@ def begin(run: Run, vocabulary: int, placement: Placement | None = None) -> tupl
       run: the config.
       vocabulary: the number of different tokens.
       placement: the devices; None: one device.
+
+    Raises:
+      ValueError: the config freezes weights that the model has none of, or all.
     """
     program = program_of(run, vocabulary, placement)
     return program, create_sharded(program.placement.mesh, lambda: _first(program, vocabulary))
 
 
 def program_of(run: Run, vocabulary: int, placement: Placement | None = None) -> Program:
-    """A run's program without a state, which would take memory: for weights that exist already."""
+    """A run's program without a state, which would take memory: for weights that exist already.
+
+    Raises:
+      ValueError: the config freezes weights that the model has none of, or all.
+    """
     placement = placement or Placement()
     model = nnx.eval_shape(lambda: _model(run, vocabulary, placement))
+    graph, shapes = nnx.split(model)
+    split_weights(run, nnx.to_pure_dict(shapes))  # refused here, outside of what is traced
     masks = Masks(run, growth(run), placement)
-    return Program(run, nnx.split(model)[0], masks, make_optimizer(run.optimizer, run.steps), placement)
+    return Program(run, graph, masks, make_optimizer(run.optimizer, run.steps), placement)
 
 
 def state_like(program: Program, vocabulary: int) -> State:
@@ -175,13 +186,15 @@ def state_like(program: Program, vocabulary: int) -> State:
 
 
 def _model(run: Run, vocabulary: int, placement: Placement) -> Transformer:
-    return Transformer(run.model, run.model.vocabulary(vocabulary), placement, rngs=nnx.Rngs(run.seed))
+    size, rngs = run.model.vocabulary(vocabulary), nnx.Rngs(run.seed)
+    return Transformer(run.model, size, placement, run.lora, rngs=rngs)
 
 
 def _first(program: Program, vocabulary: int) -> State:
     """The state before the first step."""
     run = program.run
-    params = nnx.to_pure_dict(nnx.split(_model(run, vocabulary, program.placement))[1])
+    whole = nnx.to_pure_dict(nnx.split(_model(run, vocabulary, program.placement))[1])
+    params, frozen = split_weights(run, whole)
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -190,4 +203,5 @@ def _first(program: Program, vocabulary: int) -> State:
         ema=None if run.optimizer.ema is None else jax.tree.map(jnp.copy, params),
         pace=first_stage(),
         key=jax.random.key_data(jax.random.fold_in(jax.random.key(run.seed), 1)),
+        frozen=frozen,
     )

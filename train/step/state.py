@@ -1,6 +1,7 @@
 """The state of training, and what its steps report: the records that `train.step.program` makes."""
 
 import math
+from dataclasses import field
 
 import optax
 
@@ -15,11 +16,12 @@ class State:
 
     Attributes:
       step: the number of steps done, which is also the number of the next step: int32.
-      params: the weights, a dictionary of arrays.
+      params: the weights that train, nested dictionaries of arrays.
       optimizer: optax's state, an `optax.ApplyIfFiniteState`.
-      ema: the running mean of the weights; None where the run has none.
+      ema: the running mean of the weights that train; None where the run has none.
       pace: the progress of a curriculum that the validation loss moves.
       key: the data of the run's random key, uint32: `jax.random.wrap_key_data`.
+      frozen: the other weights, which no step changes; an empty dictionary where all train.
     """
 
     step: Int[Array, ""]
@@ -28,6 +30,7 @@ class State:
     ema: optax.Params | None
     pace: Pace
     key: Array
+    frozen: optax.Params = field(default_factory=dict)
 
 
 @pytree

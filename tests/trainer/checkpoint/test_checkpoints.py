@@ -1,9 +1,10 @@
 """Checkpoints come back bit for bit; damaged ones are seen, kept and passed over; others are refused."""
 
+import json
 import os
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from train_cases import small_run
 
 from dynmask_jax.array_typing import pytree
 from train.checkpoint.checkpoints import Checkpoints
-from train.checkpoint.restore import restore_newest
+from train.checkpoint.restore import FROZEN, restore_newest
 from train.config.operation import Checkpoints as Options
 from train.disk import WriteError
 
@@ -32,6 +34,7 @@ class Toy:
     step: Any
     params: Any
     key: Any
+    frozen: Any = field(default_factory=dict)
 
 
 def toy(step: int = 0, width: int = 2_000) -> Toy:
@@ -174,6 +177,69 @@ def test_a_damaged_one_is_set_aside_by_name_and_the_next_older_is_taken(tmp_path
         checkpoints.save(toy(2), batches)  # and the run comes by here once more
     assert names(tmp_path / "checkpoint") == ["1", "2"]
     assert names(tmp_path / "checkpoint-damaged") == ["2"]
+
+
+def partly_frozen(step: int) -> Toy:
+    """A state whose frozen weights are the same at every step."""
+    return replace(toy(step), frozen={"deep": {0: toy(7).params}})
+
+
+def test_frozen_weights_are_written_once_and_come_back_with_every_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    with opened(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(partly_frozen(step), rows())
+        checkpoints.wait()
+        written = contents(folder / FROZEN)
+    with opened(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.steps() == [2]
+        like = jax.tree.map(jnp.zeros_like, partly_frozen(0))
+        chex.assert_trees_all_equal(checkpoints.resume(like, rows()), partly_frozen(2), strict=True)
+        checkpoints.save(partly_frozen(3), rows())
+    assert names(folder) == ["3", FROZEN]
+    assert contents(folder / FROZEN) == written
+    about = json.loads((folder / "3" / "about" / "metadata").read_text())
+    assert set(about["leaves"]) == {"step", "key", "params.w", "params.half", "params.flag"}
+    assert set(about[FROZEN]) == {"deep.0.w", "deep.0.half", "deep.0.flag"}
+    like, frozen = {"params": toy(0).params}, partly_frozen(0).frozen
+    restored = restore_newest(folder, like, frozen=frozen, partial=True)
+    assert restored is not None
+    chex.assert_trees_all_equal((restored.tree["params"], restored.frozen), (toy(3).params, frozen))
+
+
+def test_frozen_weights_that_are_damaged_or_of_another_model_are_refused(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(partly_frozen(1), rows())
+    before = contents(tmp_path)
+    other = replace(toy(0), frozen={"deep": toy(0).params})
+    for like, words in (
+        (other, r"is of another model: deep\.0\.flag: .* saved, nothing needed"),
+        (toy(0), r"is of another model: deep\.0\.flag: .* saved, nothing needed"),
+    ):
+        with opened(tmp_path) as checkpoints, pytest.raises(ValueError, match=words):
+            checkpoints.resume(like, rows())
+    assert contents(tmp_path) == before
+    shutil.rmtree(tmp_path / "checkpoint" / FROZEN)
+    with (
+        opened(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=r"is intact \(1: .*\)\. Begin anew"),
+    ):
+        checkpoints.resume(partly_frozen(0), rows())
+    assert names(tmp_path / "checkpoint") == ["1"], "nothing is moved, and nothing begins anew"
+
+
+def test_frozen_weights_with_another_checksum_are_damage(tmp_path):
+    folder = tmp_path / "checkpoint"
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(partly_frozen(1), rows())
+    shutil.rmtree(folder / FROZEN)
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(folder / FROZEN, {"deep": {0: toy(8).params}})
+    with (
+        opened(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=r"1: the checksum of .*deep\.0\.w differs"),
+    ):
+        checkpoints.resume(partly_frozen(0), rows())
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -14,7 +14,7 @@ from train.config.model import RopeScaling
 from train.config.operation import Checkpoints, Evaluation, Generation, Watch
 from train.config.presets import PRESETS
 from train.config.run import Run, differences, from_json, option_values, to_json
-from train.config.sections import Curriculum, Data, Loss, Model, Optimizer, Summarize
+from train.config.sections import Curriculum, Data, Lora, Loss, Model, Optimizer, Summarize
 from train.step.curriculum import growth
 
 
@@ -72,6 +72,21 @@ from train.step.curriculum import growth
         (Loss, "z", math.nan, r"loss\.z must be at least 0, got nan"),
         (Optimizer, "accumulate", 0, r"optimizer\.accumulate must be at least 1, got 0"),
         (Optimizer, "ema", 1.0, r"optimizer\.ema must lie between 0 and 1, got 1\.0"),
+        (
+            Optimizer,
+            "train",
+            ("attention", "head"),
+            r"optimizer\.train must name .* of embedding, .*got 'head'",
+        ),
+        (
+            Optimizer,
+            "frozen",
+            ("lm_head",),
+            r"optimizer\.frozen must name some of .*, logits, .*got 'lm_head'",
+        ),
+        (Lora, "rank", -1, r"lora\.rank must be at least 0, got -1"),
+        (Lora, "alpha", 0.0, r"lora\.alpha must be positive, got 0\.0"),
+        (Lora, "targets", ("q",), r"lora\.targets must name some of query, key, value, .*, down, got 'q'"),
         (Optimizer, "give_up", 0, r"optimizer\.give_up must be at least 1, got 0"),
         (Evaluation, "rows", 0, r"evaluation\.rows must be at least 1, got 0"),
         (Evaluation, "needles", -1, r"evaluation\.needles must be at least 0, got -1"),

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import TOLERANCE
+from flax.traverse_util import flatten_dict, unflatten_dict
 from slow import mostly
 from train_cases import small_run, write_text
 
@@ -16,7 +17,7 @@ from dynmask_jax import attention
 from dynmask_jax.context.layouts import layout_order
 from train.config.operation import Evaluation, Mesh
 from train.config.run import Run
-from train.config.sections import Curriculum, Data, Loss, Model, Optimizer
+from train.config.sections import Curriculum, Data, Lora, Loss, Model, Optimizer
 from train.data.batch import Batch
 from train.data.corpus import read_corpus
 from train.evaluate.needle import by_depth
@@ -68,6 +69,14 @@ def batch_of(run: Run, seed=0) -> Batch:
 def first_state(run: Run, vocabulary: int = VOCABULARY):
     """The program and state of one device, with a last projection that is not zero."""
     program, state = begin(replace(run, mesh=Mesh()), vocabulary)
+    if run.lora.rank:  # else the first matrices have no gradient
+        params, key = flatten_dict(state.params), jax.random.key(6)
+        random = {
+            path: 0.1 * jax.random.normal(key, leaf.shape)
+            for path, leaf in params.items()
+            if path[-1] == "lora_b"
+        }
+        state = replace(state, params=unflatten_dict(params | random))
     if not run.model.tied_embeddings:
         kernel = state.params["logits"]["kernel"]
         state.params["logits"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(5), kernel.shape)
@@ -114,6 +123,11 @@ CASES = {
     "fsdp 2, context 2, tied embeddings, tensor 2": Case(
         Mesh(fsdp=2, context=2, tensor=2), "contiguous", {"model": TIED}
     ),
+    "fsdp 2, context 2, tensor 2, LoRA and norms": Case(
+        Mesh(fsdp=2, context=2, tensor=2),
+        "zigzag",
+        {"model": TIED, "lora": Lora(rank=3), "optimizer": Optimizer(ema=0.9, train=("norms",), clip=1e9)},
+    ),
     "context 2, tensor 2, ulysses": Case(
         Mesh(context=2, tensor=2, strategy="ulysses"), "contiguous", {"model": ALIKE, "rows": "chunked"}
     ),
@@ -123,7 +137,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "name",
-    mostly(CASES, [name for name in CASES if "dropout" in name or "tied" in name]),
+    mostly(CASES, [name for name in CASES if "dropout" in name or "tied" in name or "LoRA" in name]),
 )
 def test_a_train_step_is_that_of_one_device(name):
     case = CASES[name]

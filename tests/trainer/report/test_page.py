@@ -21,6 +21,7 @@ from train.metrics.record import SummariesRecord
 from train.report.outcome import Outcome
 from train.report.page import Facts, write
 from train.step.curriculum import growth
+from train.step.trainable import WeightCounts
 
 
 def held_out() -> list[Batch]:
@@ -46,7 +47,7 @@ class Corpus:
 
 def reported(folder: Path, run: Run, records) -> str:
     """The report as it is in the folder."""
-    facts = Facts(run, Corpus(), growth(run), 119_104, Peak(2e12, "a test"))
+    facts = Facts(run, Corpus(), growth(run), WeightCounts(119_104, 1_234, 9_900), Peak(2e12, "a test"))
     write(folder, facts, Outcome(records, compilations=1))
     text = (folder / "report.md").read_text()
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
@@ -70,6 +71,7 @@ def test_a_report_says_what_a_run_was_and_came_to(tmp_path):
     # 20 steps of 64 tokens, a quarter of them padding.
     assert "trained for 20 steps on rows of 32 tokens, about 960 tokens in all." in text
     assert "Chunks grew from 4 to 32 tokens (exponential), over the first 50% of the steps." in text
+    assert "1,234 of 119,104 weights (1.04%) train; the optimizer's state takes 9.9 kB." in text
     assert "skipped" not in text
     last, nats = 2 + 6 * math.exp(-4), 2.5 * math.log(2)  # nats a token for each bit per byte
     assert rows(text, "Result")[1:] == [
