@@ -27,8 +27,8 @@ SAFETENSORS = ".safetensors"
 def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tokenizer]:
     """A model and its tokenizer, on this process's first device.
 
-    Writes nothing, so that the run may be in training meanwhile. LoRA is merged: the model is one without. The
-    run of the weights names the tokenizer that was loaded.
+    Writes nothing, so that the run may be in training meanwhile. LoRA is merged: the model is one without.
+    The run of the weights names the tokenizer that was loaded.
 
     Args:
       source: a run's folder, whose newest intact checkpoint is loaded; a file of `python -m train export`;
