@@ -7,9 +7,10 @@ from dynmask_jax.array_typing import Array, Bool, Float
 
 def bad_rows(rows: Float[Array, "*shape H"]) -> Bool[Array, "*shape"]:
     """Which rows hold anything that is not finite."""
-    # Not by their greatest number: XLA's maximum on a CPU loses NaN in rows of eight float32 and more. Nor by
-    # `isfinite` of each: its booleans are written and read again, which took three times as long as this sum.
-    return jnp.isnan((rows * 0).sum(axis=-1))
+    # x − x is 0, or NaN where x is not finite. Not by the greatest number: XLA's maximum on a CPU loses NaN
+    # in rows of eight float32 and more. Nor by the sum of x · 0: XLA for CPU hands sums of products to a
+    # library that took 24 ms for 4,096 tokens of 8 heads of 64. This sum takes 0.4 ms, `isfinite` 0.5 ms.
+    return jnp.isnan((rows - rows).sum(axis=-1))
 
 
 def emptied(

@@ -17,6 +17,12 @@ def as_they_are(rows: Array) -> Array:
     return rows
 
 
+def as_summed(scores: Scores, gradients: tuple, saved: tuple) -> tuple:
+    """Gradients as they came, for a backend that sums them in the shapes of their arrays."""
+    del scores, saved
+    return gradients
+
+
 @dataclass(frozen=True)
 class Backend:
     """What computes attention on one device.
@@ -25,9 +31,12 @@ class Backend:
 
     Attributes:
       forward: `(scores, q, k, v, plan) -> (out, lse)`.
-      gradients: `(scores, (q, k, v, plan, out, lse), (d_out, d_lse)) -> (d_q, d_k, d_v, d_bias)`, the last a
-        list as of `bias_algebra.learnable`. The keys may be a part of those that out and lse are about: these
-        are then the part's shares of the gradients, and the shares of all parts add up to the whole.
+      sums: `(scores, (q, k, v, plan, out, lse), (d_out, d_lse)) -> (d_q, d_k, d_v, d_bias)`, the last a
+        list as of `bias_algebra.learnable`, the others laid out as the backend sums them. The keys may be a
+        part of those that out and lse are about: these are then the part's shares of the gradients, and the
+        shares of all parts add up to the whole.
+      shaped: `(scores, (d_q, d_k, d_v, d_bias), (q, k, v, plan, out, lse))`, to such gradients in the shapes
+        and types of q, k and v. Parts may be added before: whoever does copies a layout once, not for each.
       prepared: of q, k and v before either of them: how the passes take rows.
       differentiable: whether JAX differentiates the forward pass as it is, and `gradients` is for parts
         alone. Else memory is O(T): what is kept is q, k, v, out and lse.
@@ -38,11 +47,16 @@ class Backend:
     """
 
     forward: Callable
-    gradients: Callable
+    sums: Callable
+    shaped: Callable = as_summed
     prepared: Callable[[Array], Array] = finite_rows
     differentiable: bool = False
     marks_bad: bool = False
     check_vma: bool = True
+
+    def gradients(self, scores: Scores, saved: tuple, cotangents: tuple) -> tuple:
+        """`(d_q, d_k, d_v, d_bias)` from `(q, k, v, plan, out, lse)` and `(d_out, d_lse)`."""
+        return self.shaped(scores, self.sums(scores, saved, cotangents), saved)
 
     def attend(
         self,

@@ -11,7 +11,6 @@ from dynmask_jax.block_codes import ACTIVE, TEST, over_blocks
 from dynmask_jax.finite import bad_rows, emptied
 from dynmask_jax.indexing import at
 from dynmask_jax.tiles import Tiles
-from dynmask_jax.vma import vary_like
 
 
 class Cut(NamedTuple):
@@ -132,33 +131,19 @@ def over_active(codes, add, start):
     return over_blocks(codes, ACTIVE, add_one, start)
 
 
-def visible_rows(tiles: Tiles, tested, place, group: int) -> Bool[Array, "*k rows bk"]:
-    """The mask of the tile at a `Place`, over the rows of its queries; the first axis is 1 for heads alike.
-
-    It is evaluated where the tile is tested, and else true everywhere; with `tested` None always evaluated.
-    """
-    visible = _where_tested(tiles, tested, place)
+def visible_rows(tiles: Tiles, place, group: int) -> Bool[Array, "*k rows bk"]:
+    """The mask of the tile at a `Place`, over the rows of its queries; axis 0 is 1 for heads alike."""
+    visible = tiles.visible(place.row, place.i, place.j)
     if visible.ndim == 3:
         return visible.reshape(place.heads.size, -1, visible.shape[2])
     return jnp.broadcast_to(visible, (group, *visible.shape)).reshape(1, -1, visible.shape[1])
 
 
-def visible_columns(tiles: Tiles, tested, place, group: int) -> Bool[Array, "*k bk rows"]:
+def visible_columns(tiles: Tiles, place, group: int) -> Bool[Array, "*k bk rows"]:
     """`visible_rows` with the tile's keys first, made so: to turn a tile costs as much as to evaluate it."""
-    visible = _where_tested(tiles, tested, place, keys_first=True)
+    visible = tiles.visible(place.row, place.i, place.j, keys_first=True)
     if visible.ndim == 3:
         visible = visible.reshape(place.heads.size, -1, *visible.shape[1:]).swapaxes(1, 2)
     else:
         visible = jnp.broadcast_to(visible[:, None], (visible.shape[0], group, visible.shape[1]))[None]
     return visible.reshape(*visible.shape[:2], -1)
-
-
-def _where_tested(tiles: Tiles, tested, place, *, keys_first: bool = False):
-    def visible():
-        return tiles.visible(place.row, place.i, place.j, keys_first=keys_first)
-
-    if tested is None:
-        return visible()
-    # Of one type with the mask inside shard_map: `&` makes it so, where the mask does not read what varies.
-    everything = vary_like(jnp.ones(jax.eval_shape(visible).shape, bool), tiles, place.row, place.i, place.j)
-    return lax.cond(tested, lambda: visible() & everything, lambda: everything)

@@ -27,7 +27,9 @@ from dynmask_jax.scores import Scores
 
 def by_key_head(backend: Backend) -> Backend:
     """The backend, which takes one key head at a time where leaves of the mask are per head."""
-    return replace(backend, forward=_Forward(backend.forward), gradients=_Gradients(backend.gradients))
+    return replace(
+        backend, forward=_Forward(backend.forward), sums=_Sums(backend), shaped=_Shaped(backend.shaped)
+    )
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,19 @@ class _Forward:
 
 
 @dataclass(frozen=True)
-class _Gradients:
-    """A backward pass, likewise."""
+class _Sums:
+    """A backward pass, likewise. Of heads one by one, gradients are in the shapes of their arrays."""
 
-    gradients: Callable
+    backend: Backend
 
     def __call__(self, scores: Scores, saved: tuple, cotangents: tuple):
         q, k, v, plan, out, lse = saved
         if head_count(plan.mask) is None:
-            return self.gradients(scores, saved, cotangents)
+            return self.backend.sums(scores, saved, cotangents)
 
         def of_group(own: _Group):
             operands = own.queries(q), *own.keys((k, v)), own.plan(plan), *own.queries((out, lse))
-            return self.gradients(own.leaves(scores), operands, own.queries(cotangents))
+            return self.backend.gradients(own.leaves(scores), operands, own.queries(cotangents))
 
         *found, d_bias = _over_groups(of_group, q, k)
         numbers, _ = learnable(scores.bias)
@@ -69,6 +71,17 @@ class _Gradients:
             for x, number in zip(d_bias, numbers, strict=True)
         ]
         return *map(_joined, found), d_bias
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    """What brings the gradients of `_Sums` into shape, where they are not."""
+
+    shaped: Callable
+
+    def __call__(self, scores: Scores, gradients: tuple, saved: tuple):
+        plan = saved[3]
+        return gradients if head_count(plan.mask) is not None else self.shaped(scores, gradients, saved)
 
 
 class _Group(NamedTuple):

@@ -18,7 +18,7 @@ from dynmask_jax.backends.backend import Backend
 from dynmask_jax.backends.by_head import by_key_head
 from dynmask_jax.backends.kernel_checks import check_kernel_bias, check_kernel_mask
 from dynmask_jax.backends.kernel_tile import LOG2E, Numbers, dot
-from dynmask_jax.backends.tpu_backward import gradients
+from dynmask_jax.backends.tpu_backward import shaped, sums
 from dynmask_jax.backends.tpu_blocks import LANES, blocks_by_head, dropout_words, from_blocks, token_blocks
 from dynmask_jax.backends.tpu_grid import Columns, Kernel, Lines, block_type, sweep
 from dynmask_jax.backends.tpu_tile import TpuTile, by_code, hidden, keep_rows, lane_sums, widened
@@ -134,4 +134,4 @@ def forward(scores: Scores, q, k, v, plan: Plan):
     return from_blocks(out, size_q, q), from_blocks(lse[:, :, :, 0], size_q, q)
 
 
-TPU = by_key_head(Backend(forward, gradients, check_vma=False))
+TPU = by_key_head(Backend(forward, sums, shaped, check_vma=False))

@@ -24,9 +24,14 @@ from dynmask_jax.backends.tpu_tile import TpuTile, by_code, hidden, keep_rows
 from dynmask_jax.plans import Plan
 from dynmask_jax.scores import Scores
 
+Gradients = tuple[Array, Array, Array, list[Array]]
 
-def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, Array, Array, list[Array]]:
-    """dq, dk, dv, d_bias from the residuals `(q, k, v, plan, out, lse)` and the cotangents of out and lse."""
+
+def sums(scores: Scores, saved: tuple, cotangents: tuple) -> Gradients:
+    """dq, dk, dv, d_bias from the residuals `(q, k, v, plan, out, lse)` and the cotangents of out and lse.
+
+    The first three in blocks, upright: `[O, N, blocks, H, size]`, and dq without the scale.
+    """
     q, k, v, plan, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
@@ -43,14 +48,20 @@ def gradients(scores: Scores, saved: tuple, cotangents: tuple) -> tuple[Array, A
     keys = tuple(blocks_by_head(x, plan.block_k, plan.rows) for x in (k, v))
     upright = tuple(_turned(x) for x in queries)
     (dk, dv), dq = _sweep(scores, plan, (*upright, *beside), Lines.of_keys(plan, words.of_keys, keys))
-    dq = (dq * scores.scale).astype(q.dtype)
     columns = Columns(token_blocks(plan.kv_tokens, plan.block_k, words.of_keys), keys)
-    return (
-        from_blocks(_turned(dq), plan.block_q, q),
-        from_blocks(_turned(dk), plan.block_k, k),
-        from_blocks(_turned(dv), plan.block_k, v),
-        bias_gradients(scores, plan, (*queries, *beside), columns),
+    return dq, dk, dv, bias_gradients(scores, plan, (*queries, *beside), columns)
+
+
+def shaped(scores: Scores, gradients: Gradients, saved: tuple) -> Gradients:
+    """What `sums` returns, or a sum of such, in the shapes and types of q, k and v."""
+    *arrays, plan, _, _ = saved
+    dq, dk, dv, d_bias = gradients
+    blocks = (dq * scores.scale, plan.block_q), (dk, plan.block_k), (dv, plan.block_k)
+    dq, dk, dv = (
+        from_blocks(_turned(x.astype(like.dtype)), size, like)
+        for (x, size), like in zip(blocks, arrays, strict=True)
     )
+    return dq, dk, dv, d_bias
 
 
 def _turned(blocks: Array) -> Array:

@@ -49,13 +49,17 @@ def forward(scores, q, k, v, plan, over_lines=_in_turn, *, test_all: bool = Fals
                 place = Place(b, row, heads, i, j)
                 part = j * grain.blocks_k, grain.blocks_k, heads
                 keys, values = (blocks.rows(b, *part).astype(wide) for blocks in (k_blocks, v_blocks))
-                visible = on_tiles.visible(None if test_all else tested, place)
                 logits = on_tiles.biased(scores.capped(jnp.einsum("krh,ksh->krs", queries, keys)), place)
+
+                def hide(visible):
+                    return logits if visible is None else jnp.where(visible, logits, -jnp.inf)
+
+                hidden = on_tiles.where_tested(hide, None if test_all else tested, place)
 
                 def weigh(weights):
                     return jnp.einsum("krs,ksh->krh", on_tiles.kept(weights, place), values)
 
-                return extend(partial, jnp.where(visible, logits, -jnp.inf), weigh)
+                return extend(partial, hidden, weigh)
 
             shape = (*queries.shape[:2], v.shape[3])
             empty = vary_like(Partial.empty(shape, wide), queries, on_tiles)

@@ -75,8 +75,7 @@ class _Operands:
         """`tile_gradients` of the block of queries i and of keys j of sequence b, `place` = (b, i, j)."""
         b, i, j = place
         place = Place(b, self.row(b), self.heads, i, j)
-        visible = self.on_tiles.visible_keys_first(None, place)
-        return tile_gradients(self.on_tiles, place, block, (keys, values), visible)
+        return tile_gradients(self.on_tiles, place, block, (keys, values), None)
 
 
 def gradients(scores, saved, cotangents):

@@ -64,11 +64,16 @@ def _forward(sequence: SequenceAxis, scores: Scores, qkv: tuple, local: Plan):
 def _gradients(sequence: SequenceAxis, scores: Scores, saved, kept, cotangents):
     q, k, v, local, out, lse = saved
 
+    def visible(distance):
+        return part(local, sequence.owner(distance), sequence.devices)
+
     def visit(distance, keys):
-        """Shares of the gradients of the keys and values there, and of the queries and the bias."""
-        seen = part(local, sequence.owner(distance), sequence.devices)
-        shares = sequence.backend.gradients(scores, (q, *keys, seen, out, lse), cotangents)
-        d_q, d_k, d_v, d_bias = jax.tree.map(lambda x: x.astype(lse.dtype), shares)
+        """Shares of the gradients of the keys and values there, and of the queries and the bias.
+
+        As the backend sums them: what brings them into shape is a copy, and done once for all visits.
+        """
+        saved = q, *keys, visible(distance), out, lse
+        d_q, d_k, d_v, d_bias = sequence.backend.sums(scores, saved, cotangents)
         return (d_k, d_v), (d_q, d_bias)
 
     def arc(direction: int, length, carry):
@@ -83,8 +88,7 @@ def _gradients(sequence: SequenceAxis, scores: Scores, saved, kept, cotangents):
             coming, (shares, share) = _meanwhile(
                 (on(keys), on(d_keys)), visit(direction * (length - turn), keys)
             )
-            keys, d_keys = coming[0], jax.tree.map(jnp.add, coming[1], shares)
-            return keys, d_keys, jax.tree.map(jnp.add, staying, share)
+            return coming[0], _sum(coming[1], shares), _sum(staying, share)
 
         last, d_keys, staying = carry
         second = _once(length > 1, on, last)
@@ -99,17 +103,24 @@ def _gradients(sequence: SequenceAxis, scores: Scores, saved, kept, cotangents):
         keys = jax.tree.map(lambda *each: lax.select_n(at, *each), *shards)
         came = (at == 0) | (distances[at] != 0)
         shares, share = lax.cond(came, visit, lambda *_: nothing, distances[at], keys)
-        return jax.tree.map(jnp.add, staying, share), shares
+        return _sum(staying, share), jax.tree.map(lambda x: x.astype(wide), shares)
 
-    kinds = jax.eval_shape(visit, jnp.int32(0), (k, v))
+    wide, kinds = lse.dtype, jax.eval_shape(visit, jnp.int32(0), (k, v))
     nothing = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), q, k, v, local), kinds)
-    staying, shares = lax.scan(first, nothing[1], jnp.arange(3, dtype=jnp.int32))
+    zeros = jax.tree.map(lambda x: x.astype(wide), nothing[1])
+    staying, shares = lax.scan(first, zeros, jnp.arange(3, dtype=jnp.int32))
     at_home, ahead_keys, behind_keys = (jax.tree.map(lambda x, at=at: x[at], shares) for at in range(3))
     ahead_keys, staying = arc(AHEAD, ahead, (kept[0], ahead_keys, staying))
     behind_keys, (d_q, d_bias) = arc(BEHIND, behind, (kept[1], behind_keys, staying))
-    sums = jax.tree.map(lambda *shares: sum(shares), ahead_keys, behind_keys, at_home)
-    d_k, d_v = (x.astype(k.dtype) for x in sums)
-    return d_q.astype(q.dtype), d_k, d_v, d_bias
+    d_k, d_v = _sum(_sum(ahead_keys, behind_keys), at_home)
+    saved = q, k, v, visible(0), out, lse
+    *found, d_bias = sequence.backend.shaped(scores, (d_q, d_k, d_v, d_bias), saved)
+    return *(x.astype(like.dtype) for x, like in zip(found, (q, k, v), strict=True)), d_bias
+
+
+def _sum(total, more):
+    """Trees of arrays added, in the types of the first."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, more)
 
 
 def _once(needed, function, arrays):

@@ -359,18 +359,7 @@ def test_presets_fit_their_topologies_and_their_rings_overlap_with_kernels(compi
         assert {kind["meanwhile"] for kind in ring if kind["phase"] != "backward"} == {"kernels"}
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        "lm-128k",
-        *(
-            pytest.param(
-                name, marks=pytest.mark.xfail(reason="the compiler lays no hop back around a kernel")
-            )
-            for name in ("lm-1m-v5p", "lm-1m-v6e")
-        ),
-    ],
-)
+@pytest.mark.parametrize("preset", ["lm-128k", "lm-1m-v5p", "lm-1m-v6e"])
 def test_hops_back_overlap_with_kernels_but_the_first_and_last_of_an_arc(compiled_steps, preset):
     (row,) = (row for row in compiled_steps["rows"] if row["run"] == preset)
     back = {kind["meanwhile"]: kind["count"] for kind in _ring(row) if kind["phase"] == "backward"}

@@ -34,6 +34,19 @@ class Weights:
     fingerprint: str
 
 
+def check_target(path: Path, *, overwrite: bool = False):
+    """Refuses a file that `export_weights` would not write.
+
+    Raises:
+      FileExistsError: it exists, and `overwrite` is false.
+      FileNotFoundError: its folder does not exist.
+    """
+    if path.is_file() and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another file, or --overwrite it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} could not be written: there is no folder {path.parent}")
+
+
 def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
     """Writes a safetensors file with a tensor for each array, bit for bit. The write is atomic.
 
@@ -42,13 +55,9 @@ def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
     vocabulary's size.
 
     Raises:
-      FileExistsError: the file exists, and `overwrite` is false.
-      OSError: the file cannot be written.
+      OSError: the file cannot be written, or `check_target` refuses it.
     """
-    if path.is_file() and not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another file, or --overwrite it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} could not be written: there is no folder {path.parent}")
+    check_target(path, overwrite=overwrite)
     metadata = {
         "format": FORMAT,
         "config": to_json(weights.run),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from train.checkpoint.export import Weights
 from train.checkpoint.folder import RunFolder
+from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer
 from train.pretrained.export_config import config_of
 from train.pretrained.folder import COMPANIONS, CONFIG, TOKENIZERS, PretrainedFolder
@@ -52,8 +53,8 @@ def export_folder(
     """Writes a folder that transformers loads.
 
     Of a model that came from such a folder every file is that of the folder, except the weights, and in
-    config.json what training changed: the context and the rotary scaling. The folder appears whole or not at
-    all.
+    config.json what training changed: the context and the rotary scaling; and the tokenizer, where another
+    was named. The folder appears whole or not at all.
 
     Args:
       weights: the model.
@@ -66,8 +67,14 @@ def export_folder(
     Raises:
       FileExistsError: the folder exists, and `overwrite` is false.
       OSError: it cannot be written.
-      ValueError: no architecture of transformers computes this model; or its tokenizer is no tokenizer.json.
+      ValueError: no architecture of transformers computes this model or shows a token what it sees; or its
+        tokenizer is none that transformers reads.
     """
+    if task_of(weights.run).reads_ahead(weights.run):
+        raise ValueError(
+            "summarize.prefix: tokens of a document see later ones (bidirectional), as in no architecture of "
+            "transformers; of a run with the prefix causal a folder can be written"
+        )
     model, source = weights.run.model, origin.config
     model = replace(
         model,
@@ -76,11 +83,12 @@ def export_folder(
     )
     stored = dtype or (source or {}).get("dtype") or (source or {}).get("torch_dtype") or "float32"
     config = config_of(model, stored, source)
+    path = Path(weights.run.data.tokenizer)
     if origin.folder is None:
         config |= {"eos_token_id": tokenizer.end, "bos_token_id": tokenizer.begin, "pad_token_id": None}
-        files = _tokenizer_files(weights, tokenizer)
+        files = _tokenizer_files(path, tokenizer)
     else:
-        files = _companions(origin.folder)
+        files = _companions(origin.folder) | {_tokenizer_name(path): path}
     write_folder(Contents(model, weights.params, config, stored, files), to, overwrite=overwrite)
 
 
@@ -89,11 +97,18 @@ def _companions(folder: PretrainedFolder) -> dict[str, Path | str]:
     return {name: path for name, path in paths.items() if path.is_file()}
 
 
-def _tokenizer_files(weights: Weights, tokenizer: Tokenizer) -> dict[str, Path | str]:
+def _tokenizer_name(path: Path) -> str:
+    """The name under which transformers looks for a tokenizer."""
+    name = {Path(name).suffix: name for name in TOKENIZERS}.get(path.suffix)
+    if name is None:
+        raise ValueError(f"data.tokenizer: transformers reads {' or '.join(TOKENIZERS)}, not {path}")
+    return name
+
+
+def _tokenizer_files(path: Path, tokenizer: Tokenizer) -> dict[str, Path | str]:
     """The files of a tokenizer that was trained here."""
     from tokenizers import Tokenizer as Library
 
-    path = Path(weights.run.data.tokenizer)
     if path.suffix != ".json":
         raise ValueError(
             f"data.tokenizer: transformers reads a tokenizer.json, not {path}; `python -m train tokenizer` "

@@ -27,7 +27,8 @@ SAFETENSORS = ".safetensors"
 def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tokenizer]:
     """A model and its tokenizer, on this process's first device.
 
-    Writes nothing, so that the run may be in training meanwhile. LoRA is merged: the model is one without.
+    Writes nothing, so that the run may be in training meanwhile. The run of the weights names the tokenizer
+    that was loaded. LoRA is merged: the model is one without.
 
     Args:
       source: a run's folder, whose newest intact checkpoint is loaded; a file of `python -m train export`;
@@ -41,16 +42,19 @@ def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tok
     """
     if source.suffix == SAFETENSORS:
         weights = load_weights(source)
-        return weights, _load_same_tokenizer(weights, tokenizer)
+        name = tokenizer or weights.run.data.tokenizer
+        loaded = _load_same_tokenizer(weights, name)
+        return replace(weights, run=_with_tokenizer(weights.run, name)), loaded
     if source.is_file():
         raise ValueError(f"{source} is neither a run's folder nor a {SAFETENSORS} file")
     if (pretrained := PretrainedFolder.at(source)) is not None:
         return _load_pretrained(pretrained, tokenizer)
     folder = RunFolder(source)
     run = folder.read_config()
-    loaded = folder.load_tokenizer(run, tokenizer)
+    name = tokenizer or folder.tokenizer_path(run)
+    loaded = folder.load_tokenizer(run, name)
     params = merge_lora(_restore_params(RunFolder.of(run, source), run, loaded.vocabulary), run.lora)
-    merged = replace(run, lora=Lora())
+    merged = _with_tokenizer(replace(run, lora=Lora()), name)
     return Weights(merged, params, loaded.vocabulary, loaded.fingerprint), loaded
 
 
@@ -65,8 +69,11 @@ def _load_pretrained(folder: PretrainedFolder, tokenizer: str | None) -> tuple[W
     return Weights(run, params, loaded.vocabulary, loaded.fingerprint), loaded
 
 
-def _load_same_tokenizer(weights: Weights, name: str | None) -> Tokenizer:
-    name = name or weights.run.data.tokenizer
+def _with_tokenizer(run: Run, name: str) -> Run:
+    return replace(run, data=replace(run.data, tokenizer=name))
+
+
+def _load_same_tokenizer(weights: Weights, name: str) -> Tokenizer:
     data = weights.run.data
     tokenizer = load_tokenizer(name, data.end_token, data.begin_token)
     if tokenizer.fingerprint != weights.fingerprint:

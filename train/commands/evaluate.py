@@ -1,6 +1,7 @@
 """The command `evaluate`: the loss of a model on texts, by how much context a token has."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from train.commands.inference import check_task
 from train.config.checks import at_least
 from train.data.records import Malformed, records
 from train.data.sources import sources
-from train.data.tokenizers import Ids, Tokenizer
 from train.disk import check_writable, write_atomically
 from train.evaluate.texts import Shown, TextLoss, text_loss
 
@@ -55,17 +55,26 @@ def evaluate(command: Evaluate):
     """
     if not command.texts:
         raise ValueError("evaluate needs a text: evaluate FOLDER TEXT")
-    at_least("", command, length=1, window=1, chunk=1, limit_bytes=1, limit_tokens=2, batch=1)
+    at_least("", command, length=2, window=1, chunk=1, limit_bytes=1, limit_tokens=2, batch=1)
     _check_target(command)
+    texts = [_cut(text, command.limit_bytes) for text in _texts(command)]
     weights, tokenizer = load_model(command.model, command.tokenizer)
     check_task(weights.run, "generate", command.model)
-    texts = _tokens(command, tokenizer)
+    rows = [tokenizer.begun(ids)[: command.limit_tokens] for ids in tokenizer.encode(texts)]
     run, length = weights.run, command.length or weights.run.data.length
     shown = Shown(command.window, command.chunk)
-    found = text_loss(run, weights.params, tokenizer, texts, length, batch=command.batch, shown=shown)
+    found = text_loss(run, weights.params, tokenizer, rows, length, batch=command.batch, shown=shown)
     print(describe(found))
     if command.json:
-        write_atomically(command.json, json.dumps(asdict(found), indent=2) + "\n")
+        write_atomically(command.json, to_json(found))
+
+
+def to_json(found: TextLoss) -> str:
+    """The results as a JSON object, in which what is not finite is null."""
+    values = asdict(found)
+    values["by_position"] = {start: _finite(nats) for start, nats in found.by_position.items()}
+    values = {name: _finite(value) for name, value in values.items()}
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
 def describe(found: TextLoss) -> str:
@@ -77,19 +86,19 @@ def describe(found: TextLoss) -> str:
     return "\n".join(lines)
 
 
+def _finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _check_target(command: Evaluate):
     """Refuses a file that could not be written, before anything is computed."""
     if command.json is None:
         return
+    if command.json.is_dir() or not command.json.parent.is_dir():
+        raise FileNotFoundError(f"json: {command.json} is no file in a folder that exists")
     if command.json.exists() and not command.overwrite:
         raise FileExistsError(f"{command.json} is there already: --overwrite replaces it")
     check_writable(command.json.parent, "json")
-
-
-def _tokens(command: Evaluate, tokenizer: Tokenizer) -> list[Ids]:
-    """The tokens of each text after the begin token, up to the limits."""
-    encoded = tokenizer.encode([_cut(text, command.limit_bytes) for text in _texts(command)])
-    return [tokenizer.begun(ids)[: command.limit_tokens] for ids in encoded]
 
 
 def _texts(command: Evaluate) -> list[str]:

@@ -7,9 +7,10 @@ from typing import Literal
 import jax
 import tyro
 
-from train.checkpoint.export import export_weights
+from train.checkpoint.export import check_target, export_weights
 from train.checkpoint.export_folder import Origin, StoredDtype, export_folder
 from train.checkpoint.load import load_model
+from train.pretrained import write
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Export:
     """Type of the weights in a Hugging Face folder. None: that of the folder that the run began from, or
     float32."""
     overwrite: bool = False
-    """Replace the file or folder if it exists."""
+    """Replace the file if it exists, or the folder if it holds such a model."""
     tokenizer: str | None = None
     """Path of the tokenizer. None: the path in the run's config."""
 
@@ -42,6 +43,8 @@ def export(command: Export):
     """
     if command.dtype is not None and command.format != "huggingface":
         raise ValueError("--dtype needs --format huggingface")
+    check = write.check_target if command.format == "huggingface" else check_target
+    check(command.to, overwrite=command.overwrite)  # before a model is read, which may take long
     weights, tokenizer = load_model(command.model, command.tokenizer)
     if command.format == "huggingface":
         origin = Origin.of(command.model, weights)

@@ -119,7 +119,7 @@ def summarize() -> Run:
 def lm_128k() -> Run:
     """A language model of 1.3 billion weights on rows of 131,072 tokens, for 16 TPU v5e (v5e:4x4).
 
-    Needs: long texts and a tokenizer; the weights are counted with 32,768 tokens. 5.1 of each device's
+    Needs: long texts and a tokenizer; the weights are counted with 32,768 tokens. 5.0 of each device's
     15.75 GiB as compiled (docs/devices.md).
     Expect: 2.6 billion tokens; chunks of 4,096 tokens grow to whole rows.
     """
@@ -147,7 +147,7 @@ def lm_128k() -> Run:
 def lm_1m_v5p() -> Run:
     """A language model of 7 billion weights on rows of 1,048,576 tokens, for 256 TPU v5p (v5p:8x8x4).
 
-    Needs: texts as long as books, and a tokenizer; the weights are counted with 32,768 tokens. 13.1 of each
+    Needs: texts as long as books, and a tokenizer; the weights are counted with 32,768 tokens. 13.6 of each
     device's 95.7 GiB as compiled (docs/devices.md): there is room for a larger model.
     Expect: 4 million tokens a step; chunks of 8,192 tokens grow to whole rows.
     """

@@ -120,13 +120,7 @@ class Subwords(Tokenizer):
     """A `tokenizer.json` of the library `tokenizers`. Text that spells a special token is encoded as text."""
 
     def __init__(self, path: Path, end_token: str | None, begin_token: str | None):
-        from tokenizers import Tokenizer as Library
-
-        content = path.read_bytes()
-        try:
-            self._library = Library.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"data.tokenizer: {path} is no tokenizer.json ({error})") from error
+        self._library, content = open_library(path)
         self._library.encode_special_tokens = True
         self._library.no_padding()
         self._library.no_truncation()
@@ -150,18 +144,7 @@ class SentencePiece(Tokenizer):
     """A sentencepiece model. It may normalise white space and characters."""
 
     def __init__(self, path: Path, end_token: str | None, begin_token: str | None):
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise ValueError(
-                f'data.tokenizer: {path} needs sentencepiece, which is not installed: pip install -e ".[hub]"'
-            ) from error
-        content = path.read_bytes()
-        self._library: Any = SentencePieceProcessor()
-        try:
-            self._library.LoadFromSerializedProto(content)
-        except RuntimeError as error:
-            raise ValueError(f"data.tokenizer: {path} is no sentencepiece model ({error})") from error
+        self._library, content = open_sentencepiece(path)
         self.vocabulary = self._library.GetPieceSize()
         ids = {self._library.IdToPiece(id): id for id in range(self.vocabulary)}
         eos = self._library.eos_id()
@@ -201,13 +184,55 @@ def load_tokenizer(name: str, end_token: str | None = None, begin_token: str | N
             raise ValueError(f"data.begin_token: the tokenizer bytes has none, got {begin_token!r}")
         return Bytes()
     path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"data.tokenizer: {name} does not exist: bytes, or the path of a tokenizer.json or of a "
-            "sentencepiece model (….model)"
-        )
     kind = SentencePiece if path.suffix == ".model" else Subwords
     return kind(path, end_token, begin_token)
+
+
+def open_library(path: Path) -> tuple[Any, bytes]:
+    """The tokenizer of a `tokenizer.json` as the library `tokenizers` has it, and the file's content.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is no tokenizer.json.
+    """
+    from tokenizers import Tokenizer as Library
+
+    content = _content(path)
+    try:
+        return Library.from_str(content.decode("utf-8")), content
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"data.tokenizer: {path} is no tokenizer.json ({error})") from error
+
+
+def open_sentencepiece(path: Path) -> tuple[Any, bytes]:
+    """The model in a file as the library `sentencepiece` has it, and the file's content.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is no sentencepiece model, or the library is not installed.
+    """
+    content = _content(path)
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ValueError(
+            f'data.tokenizer: {path} needs sentencepiece, which is not installed: pip install -e ".[hub]"'
+        ) from error
+    library: Any = SentencePieceProcessor()
+    try:
+        library.LoadFromSerializedProto(content)
+    except RuntimeError as error:
+        raise ValueError(f"data.tokenizer: {path} is no sentencepiece model ({error})") from error
+    return library, content
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.tokenizer: {path} does not exist: bytes, or the path of a tokenizer.json or of a "
+            "sentencepiece model (….model)"
+        )
+    return path.read_bytes()
 
 
 def _end_token(ids: Mapping[str, int], asked: str | None, path: Path) -> str:

@@ -85,7 +85,7 @@ def text_loss(
     texts = [text for text in texts if len(text) > 1]
     if not texts:
         raise ValueError("there is nothing to predict: no text has two tokens")
-    length = min(length, max(map(len, texts)) - 1)
+    length = max(2, min(length, max(map(len, texts)) - 1))  # the fewest that a row may have
     program = program_of(_evaluated(run, length, batch), tokenizer.vocabulary)
     evaluate = jax.jit(program.evaluate)
     mask = shown.narrow(program.masks.full)

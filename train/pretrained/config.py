@@ -24,7 +24,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
         a value that the Transformer lacks. The message names it.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
     family = FAMILIES[kind]
     fields = Fields({**family.defaults, **config})
@@ -55,16 +55,16 @@ def pattern_of(reaches: tuple[Reach, ...]) -> tuple[Reach, ...]:
 
 
 def _sizes(fields: Fields) -> dict[str, Any]:
-    width, heads = fields.need("hidden_size", int), fields.need("num_attention_heads", int)
+    width, heads = fields.need_positive("hidden_size"), fields.need_positive("num_attention_heads")
     return {
-        "layers": fields.need("num_hidden_layers", int),
+        "layers": fields.need_positive("num_hidden_layers"),
         "width": width,
         "heads": heads,
         "kv_heads": fields.take("num_key_value_heads", int, heads),
         "head_dim": fields.take("head_dim", int, width // heads),
-        "hidden": fields.need("intermediate_size", int),
-        "vocab_size": fields.need("vocab_size", int),
-        "max_position_embeddings": fields.need("max_position_embeddings", int),
+        "hidden": fields.need_positive("intermediate_size"),
+        "vocab_size": fields.need_positive("vocab_size"),
+        "max_position_embeddings": fields.need_positive("max_position_embeddings"),
         "norm_eps": float(fields.take("rms_norm_eps", Number, 1e-6)),
         "tied_embeddings": fields.take("tie_word_embeddings", bool, False),
         "attention_dropout": float(fields.take("attention_dropout", Number, 0.0)),
@@ -81,9 +81,12 @@ def _feed_forward(fields: Fields, kind: str) -> dict[str, Any]:
 
 
 def _gemma(fields: Fields, kind: str, width: int) -> dict[str, Any]:
+    scalar = float(fields.take("query_pre_attn_scalar", Number, 256))
+    if not scalar > 0:
+        raise ValueError(f"query_pre_attn_scalar must be positive, got {scalar}")
     options: dict[str, Any] = {
         "embedding_scale": float(width) ** 0.5,
-        "query_scale": float(fields.take("query_pre_attn_scalar", Number, 256)) ** -0.5,
+        "query_scale": scalar**-0.5,
         "logits_soft_cap": fields.take("final_logit_softcapping", Number),
     }
     # Gemma 3 of transformers has the field and does not read it: only null is understood there.
@@ -94,28 +97,38 @@ def _gemma(fields: Fields, kind: str, width: int) -> dict[str, Any]:
 
 def _reaches(fields: Fields, kind: str, layers: int) -> dict[str, Any]:
     """The pattern of the layers, and the window of local ones."""
-    types = None if kind in ("llama", "mistral") else fields.take("layer_types", list)
+    if kind == "llama":  # a window there is refused: transformers does not read it
+        return {"pattern": ("global",)}
     window = fields.take("sliding_window", int)
-    if kind == "llama" or (kind.startswith("qwen") and not fields.take("use_sliding_window", bool, False)):
-        window = None
-    reaches: tuple[Reach, ...]
-    first = fields.take("max_window_layers", int, 28)
-    period = fields.take("sliding_window_pattern", int, GEMMA3_PERIOD if kind == "gemma3_text" else 2)
-    period = fields.take("_sliding_window_pattern", int, period)
-    if types is not None:
-        if len(types) != layers or set(types) - REACHES.keys():
+    everywhere: Reach = "global" if window is None else "local"
+    reaches: tuple[Reach, ...] = (everywhere,) * layers
+    if kind.startswith("qwen"):
+        first = fields.take("max_window_layers", int, 28)
+        window = window if fields.take("use_sliding_window", bool, False) else None
+        reaches = tuple("global" if window is None or i < first else "local" for i in range(layers))
+    elif kind.startswith("gemma"):
+        if fields.take("sliding_window_size", int, window) != window:  # Gemma 2 has both
+            raise ValueError(f"sliding_window_size must be sliding_window, {window}")
+        period = _period(fields, kind)
+        if window is not None:
+            reaches = tuple("local" if (i + 1) % period else "global" for i in range(layers))
+    if kind != "mistral" and (types := fields.take("layer_types", list)) is not None:
+        if len(types) != layers or any(each not in list(REACHES) for each in types):
             raise ValueError(f"layer_types must be {layers} of {', '.join(REACHES)}, got {types!r}")
         reaches = tuple(REACHES[each] for each in types)
-    elif window is None:
-        reaches = ("global",) * layers
-    elif kind == "mistral":
-        reaches = ("local",) * layers
-    elif kind.startswith("qwen"):
-        reaches = tuple("local" if i >= first else "global" for i in range(layers))
-    else:
-        reaches = tuple("local" if (i + 1) % period else "global" for i in range(layers))
     if "local" not in reaches:
         return {"pattern": ("global",)}
     if window is None:
         raise ValueError("layer_types has sliding_attention, and there is no sliding_window")
     return {"pattern": pattern_of(reaches), "local_window": window}
+
+
+def _period(fields: Fields, kind: str) -> int:
+    """Layers of which the last is global. Of Gemma 2 transformers knows no other than 2."""
+    usual = GEMMA3_PERIOD if kind == "gemma3_text" else 2
+    period = fields.take("sliding_window_pattern", int, usual)
+    period = fields.take("_sliding_window_pattern", int, period)
+    if period < 1 or (kind == "gemma2" and period != usual):
+        needed = "at least 1" if kind == "gemma3_text" else usual
+        raise ValueError(f"sliding_window_pattern must be {needed}, got {period}")
+    return period

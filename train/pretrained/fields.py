@@ -9,7 +9,9 @@ INFORMATION = frozenset(
         *("_name_or_path", "_model_name_or_path", "tokenizer_class"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
         *("use_cache", "cache_implementation", "_attn_implementation", "attn_implementation"),
+        *("_attn_implementation_autoset", "_flash_attn_2_enabled"),
         *("initializer_range", "_from_model_config", "pretraining_tp"),
+        *("is_llama_config", "max_sequence_length", "transformers.js_config"),  # SmolLM2, Vicuna
     ]
 )
 """Fields that change nothing of what a model computes from its weights."""
@@ -20,6 +22,8 @@ NEUTRAL: Mapping[str, Any] = {
     "attention_bias": False,
     "use_bidirectional_attention": False,
     "use_sliding_window": False,
+    "use_mrope": False,  # Qwen 2.5
+    "rope_interleaved": False,  # SmolLM2
 }
 """The value, beside null, at which a field that is not read changes nothing."""
 
@@ -59,6 +63,16 @@ class Fields:
         value = self.take(name, kinds)
         if value is None:
             raise ValueError(f"{self._prefix}{name} is missing")
+        return value
+
+    def need_positive(self, name: str) -> int:
+        """The value of a field that is a whole number above zero.
+
+        Raises:
+          ValueError: it is left out or null, or anything else.
+        """
+        if (value := self.need(name, int)) < 1:
+            raise ValueError(f"{self._prefix}{name} must be at least 1, got {value}")
         return value
 
     def refuse_rest(self):

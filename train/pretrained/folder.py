@@ -95,10 +95,14 @@ class PretrainedFolder:
         paths = (self.path / name for name in TOKENIZERS)
         return next((path for path in paths if path.is_file()), None)
 
+    def tokenizer_config(self) -> dict[str, Any]:
+        """The object in tokenizer_config.json; an empty one where there is no such file."""
+        path = self.path / "tokenizer_config.json"
+        return _object(path) if path.is_file() else {}
+
     def end_token(self) -> str | None:
         """The token that ends a text, as tokenizer_config.json names it; None: it does not."""
-        path = self.path / "tokenizer_config.json"
-        token = _object(path).get("eos_token") if path.is_file() else None
+        token = self.tokenizer_config().get("eos_token")
         return token.get("content") if isinstance(token, dict) else token
 
     def copy_companions(self, to: Path, config: Mapping[str, Any]):

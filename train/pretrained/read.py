@@ -114,16 +114,28 @@ def open_tensors(folder: PretrainedFolder, model: Model) -> Iterator[Tensors]:
             except SafetensorError as error:
                 raise ValueError(f"{path} is no whole safetensors file: {error}") from error
             names = set(file.keys())
-            if listed is not None and (lacking := sorted(set(listed) - names)):
-                raise ValueError(f"{path} lacks {lacking[0]}, which the index of the weights says it holds")
+            if listed is not None:
+                _check_listed(path, names, set(listed))
             files |= dict.fromkeys(names, file)
         yield Tensors(folder.path, model, files)
+
+
+def _check_listed(path: Path, names: set[str], listed: set[str]):
+    """Refuses a file that holds other tensors than the index says."""
+    if lacking := sorted(listed - names):
+        raise ValueError(f"{path} lacks {lacking[0]}, which the index of the weights says it holds")
+    if spare := sorted(name for name in names - listed if not name.endswith(BUFFERS)):
+        raise ValueError(f"{path} holds {spare[0]}, which by the index of the weights is not there")
 
 
 def stored_config(folder: PretrainedFolder) -> dict[str, Any]:
     """The object of config.json, its dtype that of the weights in the files; of several types float32."""
     with open_tensors(folder, Model()) as tensors:
-        found = {file.get_slice(name).get_dtype() for name, file in tensors.files.items()}
+        found = {
+            file.get_slice(name).get_dtype()
+            for name, file in tensors.files.items()
+            if not name.endswith(BUFFERS)
+        }
     config, names = folder.config(), {"BF16": "bfloat16", "F16": "float16"}
     dtype = names.get(found.pop(), "float32") if len(found) == 1 else "float32"
     field = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"

@@ -87,6 +87,10 @@ def _scaling(fields: Fields, kind: str, longest: int) -> RopeScaling:
         hint = "; give --model.rope-scaling.kind ntk with a fixed factor" if kind == "dynamic" else ""
         raise ValueError(f"the rotary scaling {kind!r} is not understood{hint}")
     original = fields.take("original_max_position_embeddings", int, longest)
+    if original < 1:
+        raise ValueError(
+            f"rope_parameters.original_max_position_embeddings must be at least 1, got {original}"
+        )
     if kind == "llama3":
         return RopeScaling(
             "llama3",

@@ -6,6 +6,7 @@ from pathlib import Path
 from train.config.model import Model
 from train.config.run import Run, option_values
 from train.config.sections import Data
+from train.data.tokenizers import open_library, open_sentencepiece
 from train.pretrained.config import model_of
 from train.pretrained.folder import CONFIG, PretrainedFolder
 
@@ -23,13 +24,18 @@ def pretrained_run(folder: PretrainedFolder, tokenizer: str | None = None) -> Ru
       tokenizer: the path of the tokenizer; None: the folder's.
 
     Raises:
-      FileNotFoundError: the folder has no tokenizer, and none is named.
-      ValueError: its config.json describes a model that the Transformer cannot compute.
+      FileNotFoundError: the folder has no tokenizer, and none is named; or the one that is named is missing.
+      ValueError: its config.json describes a model that the Transformer cannot compute; or the tokenizer is
+        none that a folder has.
     """
     try:
         model = model_of(folder.config())
     except ValueError as error:
         raise ValueError(f"{folder.path / CONFIG}: {error}") from error
+    if tokenizer == "bytes":
+        raise ValueError(
+            f"data.tokenizer: bytes is not the tokenizer of a Hugging Face model, as in {folder.path}"
+        )
     name = tokenizer or str(folder.tokenizer())
     begin = begin_token(Path(name))
     return Run(model=model, data=Data(tokenizer=name, end_token=folder.end_token(), begin_token=begin))
@@ -58,16 +64,22 @@ def check_agreement(model: Model, source: Model, name: str):
 
 
 def begin_token(tokenizer: Path) -> str | None:
-    """The special token that a tokenizer.json puts before each text; None: there is none.
+    """The special token that transformers puts before each text; None: there is none.
+
+    A tokenizer.json says it itself. A sentencepiece model has one, which tokenizer_config.json beside it may
+    leave out (`add_bos_token`).
 
     Raises:
-      ValueError: it puts several.
+      FileNotFoundError: no such file.
+      ValueError: it is no tokenizer; or it puts several tokens before a text.
     """
-    if tokenizer.suffix != ".json":
-        return None
-    from tokenizers import Tokenizer as Library
-
-    encoding = Library.from_file(str(tokenizer)).encode("a")
+    if tokenizer.suffix == ".model":
+        pieces, _ = open_sentencepiece(tokenizer)
+        begin = pieces.bos_id()
+        added = PretrainedFolder(tokenizer.parent).tokenizer_config().get("add_bos_token", True)
+        return pieces.IdToPiece(begin) if begin >= 0 and added else None
+    library, _ = open_library(tokenizer)
+    encoding = library.encode("a")
     count = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
     if count > 1:
         raise ValueError(

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from train.config.model import Model
 from train.disk import writing
-from train.pretrained.folder import CONFIG, INDEX, WEIGHTS
+from train.pretrained.folder import CONFIG, INDEX, WEIGHTS, PretrainedFolder
 from train.pretrained.names import layout_of
 
 LARGEST = 4 * 2**30
@@ -41,10 +41,28 @@ class Contents:
     files: Mapping[str, Path | str]
 
 
+def check_target(to: Path, *, overwrite: bool = False):
+    """Refuses a folder that `write_folder` would not write.
+
+    Raises:
+      FileExistsError: it exists, and `overwrite` is false; or it holds files, and is no folder that
+        transformers saved.
+      FileNotFoundError: the folder that it is to lie in does not exist.
+    """
+    if to.exists() and not overwrite:
+        raise FileExistsError(f"{to} exists already: choose another folder, or --overwrite it")
+    if to.exists() and PretrainedFolder.at(to) is None and not (to.is_dir() and not any(to.iterdir())):
+        raise FileExistsError(
+            f"{to} is no folder of a Hugging Face model, and --overwrite replaces no other: take another"
+        )
+    if not to.parent.is_dir():
+        raise FileNotFoundError(f"{to} could not be written: there is no folder {to.parent}")
+
+
 def write_folder(contents: Contents, to: Path, *, overwrite: bool = False, largest: int = LARGEST):
     """Writes a folder that transformers loads. It appears whole or not at all.
 
-    Host memory holds the tensors of one file.
+    Host memory holds the tensors of one file. A folder that is replaced stays until the new one is whole.
 
     Args:
       contents: what it holds.
@@ -53,14 +71,11 @@ def write_folder(contents: Contents, to: Path, *, overwrite: bool = False, large
       largest: bytes of tensors in a file, beyond which there are several.
 
     Raises:
-      FileExistsError: the folder exists, and `overwrite` is false.
-      OSError: it cannot be written.
+      OSError: it cannot be written, or `check_target` refuses it.
+      ValueError: a weight is beyond float16, in which it is to be written.
     """
-    if to.exists() and not overwrite:
-        raise FileExistsError(f"{to} exists already: choose another folder, or --overwrite it")
-    if not to.parent.is_dir():
-        raise FileNotFoundError(f"{to} could not be written: there is no folder {to.parent}")
-    fresh = to.with_name(to.name + ".writing")
+    check_target(to, overwrite=overwrite)
+    fresh, old = to.with_name(to.name + ".writing"), to.with_name(to.name + ".replaced")
     with writing(to):
         shutil.rmtree(fresh, ignore_errors=True)
         try:
@@ -72,9 +87,12 @@ def write_folder(contents: Contents, to: Path, *, overwrite: bool = False, large
                     shutil.copyfile(source, fresh / name)
                 else:
                     (fresh / name).write_text(source, encoding="utf-8")
-            if to.is_dir():
-                shutil.rmtree(to)
-            fresh.replace(to)
+            if to.is_symlink():
+                to.unlink()
+            elif to.exists():
+                to.rename(old)
+            fresh.rename(to)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
@@ -108,9 +126,21 @@ def _parts(contents: Contents, largest: int) -> Iterator[list[tuple[str, Any]]]:
 def _save(contents: Contents, leaves: list[tuple[str, Any]], path: Path) -> list[str]:
     """Writes a file of these arrays; returns the names of its tensors."""
     tensors = {
-        name: tensor.astype(DTYPES[contents.dtype], copy=False)
+        name: _cast(name, tensor, contents.dtype)
         for ours, leaf in leaves
         for name, tensor in layout_of(ours, contents.model).to_theirs(np.asarray(leaf))
     }
     save_file(tensors, path, metadata={"format": "pt"})
     return list(tensors)
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """The tensor in another type. Only float16 is too narrow for a weight."""
+    with np.errstate(over="ignore"):
+        cast = tensor.astype(DTYPES[dtype], copy=False)
+    if dtype == "float16" and np.isinf(cast).any() and not np.isinf(tensor).any():
+        most = np.abs(tensor).max()
+        raise ValueError(
+            f"dtype: {name} has a weight of {most:.3g}, and float16 ends at 65,504: take bfloat16"
+        )
+    return cast

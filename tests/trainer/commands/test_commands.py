@@ -1,6 +1,7 @@
 """Commands, from the words that are typed to what is printed, and what they refuse."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from train.checkpoint.export import load_weights
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import load_model
 from train.cli import main
+from train.commands.evaluate import to_json as to_json_of
 from train.commands.inference import SamplingOptions
 from train.commands.table import COMMANDS, run_command
 from train.config.operation import Generation
@@ -22,6 +24,7 @@ from train.config.run import Run, to_json
 from train.config.sections import Data, Optimizer
 from train.data.corpus import read_corpus
 from train.data.tokenizers import load_tokenizer
+from train.evaluate.texts import TextLoss
 from train.step.program import begin
 
 
@@ -159,6 +162,27 @@ def test_evaluate_refuses(lm, summaries, tmp_path, capsys):
     )
     assert "no.txt does not exist" in refused(capsys, "evaluate", lm, tmp_path / "no.txt")
     assert "needs a text" in refused(capsys, "evaluate", lm)
+    nowhere = tmp_path / "nowhere" / "found.json"
+    assert "is no file in a folder" in refused(capsys, "evaluate", lm, two, "--json", nowhere)
+    assert "length must be at least 2, got 1" in refused(capsys, "evaluate", lm, two, "--length", 1)
+
+
+def test_evaluate_of_two_tokens_predicts_one(lm, tmp_path, capsys):
+    (tmp_path / "two.txt").write_text("ab")
+    run_command("evaluate", [str(lm), str(tmp_path / "two.txt")])
+    assert capsys.readouterr().out.startswith("1 tokens: ")
+
+
+def test_what_is_not_finite_is_null_in_json():
+    found = TextLoss(3, 0, math.inf, math.nan, {"0": math.inf, "1": 2.0})
+    values = json.loads(to_json_of(found), parse_constant=pytest.fail)
+    assert values == {
+        "tokens": 3,
+        "bytes": 0,
+        "nats_per_token": None,
+        "bits_per_byte": None,
+        "by_position": {"0": None, "1": 2.0},
+    }
 
 
 def test_the_newest_whole_checkpoint_is_taken(lm, tmp_path, capsys):
@@ -199,6 +223,14 @@ def test_a_safetensors_file_does_as_well_as_the_run(summaries, capsys, tmp_path)
         run_command("summarize", [str(tmp_path / "d.txt"), "--run", str(model)])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != ""
+
+
+def test_a_model_that_reads_ahead_is_no_folder_of_transformers(summaries, capsys, tmp_path):
+    options = ["--to", tmp_path / "out", "--format", "huggingface"]
+    assert "summarize.prefix: tokens of a document see later" in refused(
+        capsys, "export", summaries, *options
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_summaries_of_several_files_are_told_apart(summaries, capsys, tmp_path):

@@ -1,5 +1,6 @@
 """Runs that begin from a Hugging Face folder: options, weights, tokenizer, and that the folder may go."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -20,6 +21,7 @@ from train.loop.prepare import prepare
 from train.loop.training import train
 from train.pretrained.config import model_of
 from train.pretrained.folder import PretrainedFolder
+from train.pretrained.run import begin_token
 
 WORDS = (
     "--steps 4 --block 8 --data.length 32 --data.batch 2 --evaluation.rows 2 --checkpoints.every 2 "
@@ -88,6 +90,35 @@ def test_a_folder_without_a_tokenizer(place, tmp_path):
         prepare(parse(words(place, "bare", "--data.tokenizer", str(place / "bpe.json"))).run)
 
 
+def test_tokenizers_that_a_folder_cannot_have(place, tmp_path):
+    bare = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
+    (bare / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"data\.tokenizer: .*hub/tokenizer\.json is no tokenizer\.json"):
+        parse(words(tmp_path, "bare"))
+    with pytest.raises(FileNotFoundError, match=r"data\.tokenizer: .*none\.json does not exist"):
+        parse(words(tmp_path, "bare", "--data.tokenizer", str(tmp_path / "none.json")))
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer: bytes is not the tokenizer of a Hugging Face model"
+    ):
+        parse(words(tmp_path, "bare", "--data.tokenizer", "bytes"))
+
+
+def test_the_begin_token_of_a_sentencepiece_model(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra hub")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["mask key query step"] * 20),
+        model_writer=model,
+        vocab_size=24,
+        hard_vocab_limit=False,
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    assert begin_token(path) == "<s>"
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert begin_token(path) is None
+
+
 def test_documents_begin_with_the_begin_token(place):
     lines = place / "lines.jsonl"
     lines.write_text("".join(json.dumps({"text": f"mask {n} key"}) + "\n" for n in range(40)))
@@ -120,6 +151,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(place, tmp_p
     served, gone = PretrainedFolder(tmp_path / "served"), PretrainedFolder(tmp_path / "gone")
     assert served.config() == gone.config()
     assert (served.path / "tokenizer.json").read_bytes() == (gone.path / "tokenizer.json").read_bytes()
+    # So is the tokenizer that is named, where the run's own copy is gone.
+    moved = (folder.pretrained / "tokenizer.json").rename(tmp_path / "moved.json")
+    options = ["--format", "huggingface", "--overwrite", "--tokenizer", str(moved)]
+    main(["export", str(folder.path), "--to", str(served.path), *options])
+    assert (served.path / "tokenizer.json").read_bytes() == moved.read_bytes()
+    moved.rename(folder.pretrained / "tokenizer.json")
     with safe_open(served.path / "model.safetensors", "numpy") as file:
         embedding = file.get_tensor("model.embed_tokens.weight")
     np.testing.assert_array_equal(embedding, uninterrupted["embed"]["embedding"].astype("bfloat16"))
@@ -168,7 +205,7 @@ def test_a_folder_is_evaluated_with_its_begin_token(place, tmp_path):
     np.testing.assert_allclose(found["nats_per_token"], nats.mean(), rtol=1e-5)
 
 
-def test_our_own_run_becomes_a_folder(place, tmp_path):
+def test_our_own_run_becomes_a_folder(place, tmp_path, capsys):
     options = (
         "--steps 1 --model.layers 1 --model.width 16 --model.heads 2 --model.kv-heads 1 --model.hidden 16"
     )
@@ -194,4 +231,5 @@ def test_our_own_run_becomes_a_folder(place, tmp_path):
                 "huggingface",
             ]
         )
+    assert "transformers reads a tokenizer.json, not bytes" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()

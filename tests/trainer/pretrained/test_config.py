@@ -132,9 +132,47 @@ def test_windows_where_the_architecture_has_them():
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        {"model_type": "qwen2", "use_mrope": False, "_attn_implementation_autoset": True},
+        {
+            "rope_interleaved": False,
+            "is_llama_config": True,
+            "transformers.js_config": {"kv_cache_dtype": {}},
+        },
+        {"model_type": "gemma2", "sliding_window": 64, "sliding_window_size": 64},
+    ],
+    ids=["Qwen2.5-0.5B", "SmolLM2", "gemma-2-9b"],
+)
+def test_fields_of_published_models_that_say_nothing_more(more):
+    config = {**LLAMA, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    model = model_of(config | more)
+    kept = {name: value for name, value in more.items() if name in ("model_type", "sliding_window")}
+    assert model == model_of(config | kept)
+    assert (model.kv_heads, model.norm_eps) == (2, 1e-5)
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"model_type": "mamba"}, "model_type must be one of llama, mistral, .*, got 'mamba'"),
+        ({"model_type": ["llama"]}, r"model_type must be one of .*, got \['llama'\]"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        ({"sliding_window": 8}, "not understood: sliding_window = 8"),
+        ({"model_type": "qwen2", "use_mrope": True}, "not understood: use_mrope = True"),
+        ({"rope_interleaved": True}, "not understood: rope_interleaved = True"),
+        ({"model_type": "mistral", "max_window_layers": 1}, "not understood: max_window_layers = 1"),
+        (
+            {"model_type": "gemma2", "sliding_window_size": 8},
+            "sliding_window_size must be sliding_window, 4096",
+        ),
+        ({"model_type": "gemma2", "sliding_window_pattern": 3}, "sliding_window_pattern must be 2, got 3"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "pattern must be at least 1, got 0"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "scalar must be positive, got 0"),
+        (
+            {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}},
+            r"rope_parameters\.original_max_position_embeddings must be at least 1, got 0",
+        ),
         ({"mlp_bias": True}, "fields that are not understood: mlp_bias = True"),
         ({"partial_rotary_factor": 0.5}, "not understood: partial_rotary_factor = 0.5"),
         (
@@ -164,6 +202,7 @@ def test_windows_where_the_architecture_has_them():
             {"model_type": "qwen3", "layer_types": ["full_attention"]},
             "layer_types must be 2 of full_attention, ",
         ),
+        ({"model_type": "qwen3", "layer_types": [[], "full_attention"]}, "layer_types must be 2 of full_att"),
     ],
 )
 def test_what_is_refused(change, words):

@@ -18,7 +18,7 @@ from train.config.run import Run
 from train.parallel.sharding import Placement
 from train.pretrained.config import model_of
 from train.pretrained.folder import PretrainedFolder
-from train.pretrained.read import open_tensors
+from train.pretrained.read import open_tensors, stored_config
 from train.pretrained.write import Contents, write_folder
 from train.step.program import program_of, state_like
 
@@ -157,6 +157,10 @@ def test_an_index_that_does_not_fit_its_files(tmp_path):
     write(**{"model.extra.weight": lost.name})
     with pytest.raises(ValueError, match=rf"{lost.name} lacks model\.extra\.weight, which the index"):
         read(folder)
+    other = next(name for name in listed["weight_map"].values() if name != lost.name)
+    write(**{"model.norm.weight": other})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight, which"):
+        read(folder)
     write(**{"model.norm.weight": "../secret.safetensors"})
     with pytest.raises(ValueError, match=r"names '\.\./secret\.safetensors', which is not in the folder"):
         read(folder)
@@ -181,3 +185,31 @@ def test_a_folder_is_replaced_only_if_asked_and_then_as_a_whole(tmp_path):
     assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {jnp.dtype("bfloat16")}
     with pytest.raises(FileNotFoundError, match=r"nowhere/out could not be written: there is no folder"):
         write_folder(contents, tmp_path / "nowhere" / "out")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(
+        FileExistsError, match="runs is no folder of a Hugging Face model, and --overwrite rep"
+    ):
+        write_folder(contents, tmp_path / "runs", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+    assert (tmp_path / "runs" / "mine").is_dir()
+
+
+def test_a_weight_beyond_float16_is_not_written_as_infinity(tmp_path):
+    model, params = read(GOLDEN / "llama")
+    params["norm"]["scale"] = params["norm"]["scale"] * 1e6
+    contents = Contents(model, params, {"model_type": "llama"}, "float16", {})
+    with pytest.raises(
+        ValueError, match=r"dtype: model\.norm\.weight has a weight of .*float16 ends at 65,504"
+    ):
+        write_folder(contents, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_buffers_do_not_decide_the_dtype_that_is_written_again(folder):
+    def add(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.astype(np.float16)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    change(folder, add)
+    assert stored_config(PretrainedFolder(folder))["dtype"] == "float16"
