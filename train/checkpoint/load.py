@@ -27,8 +27,8 @@ SAFETENSORS = ".safetensors"
 def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tokenizer]:
     """A model and its tokenizer, on this process's first device.
 
-    Writes nothing, so that the run may be in training meanwhile. LoRA is merged: the model is one without.
-    The run of the weights names the tokenizer that was loaded.
+    Writes nothing, so that the run may be in training meanwhile. The run of the weights names the tokenizer
+    that was loaded. LoRA is merged: the model is one without.
 
     Args:
       source: a run's folder, whose newest intact checkpoint is loaded; a file of `python -m train export`;
@@ -54,7 +54,7 @@ def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tok
     name = tokenizer or folder.tokenizer_path(run)
     loaded = folder.load_tokenizer(run, name)
     params = merge_lora(_restore_params(RunFolder.of(run, source), run, loaded.vocabulary), run.lora)
-    merged = replace(_with_tokenizer(run, name), lora=Lora())
+    merged = _with_tokenizer(replace(run, lora=Lora()), name)
     return Weights(merged, params, loaded.vocabulary, loaded.fingerprint), loaded
 
 
