@@ -1,10 +1,10 @@
 """Keys and values of the tokens so far, that generation keeps.
 
 Slots of the cache count the columns of a batch: prompts of width P have the slots up to P, and the tokens
-that follow them the slots from P on. Global layers have a slot for each, and prompts begin at slot 0. In local
-layers the slots are a ring of `model.local_window` at most, in which slot s is at s modulo its size: what a
-window no longer reaches is overwritten. There prompts end at slot P − 1, whatever their length, so that the
-newest tokens of all rows lie side by side.
+that follow them those from P on. Global layers have a slot for each, and prompts begin at slot 0. In
+local layers the slots are a ring of `model.local_window` at most, in which slot s is at s modulo its size:
+what a window no longer reaches is overwritten. There prompts end at slot P − 1, whatever their length, so
+that the newest tokens of all rows lie side by side.
 """
 
 from collections.abc import Mapping

@@ -185,7 +185,7 @@ class Transformer(nnx.Module):
         return self._layers(tokens, plans, key=key)[0]
 
     def begin_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache of `batch` sequences of so many slots, of which local layers keep a window at most."""
+        """An empty cache of `batch` sequences of so many slots; local layers keep no more than a window."""
         return Cache.empty(self.shape, batch, slots_of(self.shape, slots))
 
     def prefill(
