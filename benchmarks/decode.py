@@ -138,7 +138,8 @@ def _choices(settings: Settings) -> dict[str, Callable]:
     keys = jax.random.split(jax.random.key(1), 1)
 
     def choice(logits, **options) -> Callable:
-        return jax.jit(lambda: next_tokens(logits, keys, operation.Generation(**options)))
+        chosen = jax.jit(lambda logits, keys: next_tokens(logits, keys, operation.Generation(**options)))
+        return lambda: chosen(logits, keys)
 
     return {
         "greedy": choice(logits),
@@ -158,9 +159,9 @@ def section(results: dict) -> str:
     heads = f"{settings.heads} heads of {settings.head_dim}, key heads {settings.kv_heads}"
     return (
         f"{settings.layers} layers of width {settings.width}, {heads}; a window of {settings.window} in all "
-        f"layers but each {len(settings.pattern)}th; a vocabulary of {settings.vocabulary:,}; random weights, "
-        f"float32. Greedy, after prompts of {settings.prompt} tokens: the seconds of {settings.tokens} tokens "
-        "without those of the first, which are the prompt's.\n\n"
+        f"but each {len(settings.pattern)}th layer; a vocabulary of {settings.vocabulary:,}; random weights, "
+        f"float32. Greedy, after prompts of {settings.prompt} tokens: the seconds of {settings.tokens} "
+        "tokens without those of the first, which are the prompt's.\n\n"
         f"{table(columns, rows)}\n\n"
         "The next token, from the logits of one text:\n\n"
         f"{table(['choice', 'time'], sampled)}"

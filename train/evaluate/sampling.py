@@ -72,7 +72,8 @@ def _nucleus(keys: Array, logits: Float[Array, "B V"], share: float) -> Int[Arra
 def _likeliest(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
     """The largest logits, at most `count`, in falling order with their tokens; the first of equals first."""
     if count < logits.shape[-1]:
-        return lax.top_k(logits, count)
+        # XLA on CPU finds its top-k in a slice of a sort, and takes it for a sort where slices are merged.
+        return lax.optimization_barrier(lax.top_k(logits, count))
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     return jnp.take_along_axis(logits, order, axis=-1), order
 
