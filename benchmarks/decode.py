@@ -50,7 +50,7 @@ class Settings:
     head_dim: int = 256
     hidden: int = 2_048
     vocabulary: int = 262_144
-    pattern: tuple[Reach, ...] = (*5 * ("local",), "global")
+    pattern: tuple[Reach, ...] = ("local", "local", "local", "local", "local", "global")
     window: int = 512
     prompt: int = 128
     tokens: int = 129

@@ -212,7 +212,8 @@ def _fingerprint(run: Run, tokenizer: Tokenizer, caches: list[TokenCache], layou
     texts = [cache.fingerprint for cache in caches]
     rows = [run.data.rows, run.data.length, run.data.packing_bins, run.summarize.truncate]
     split = [run.task, run.seed, run.data.held_out]
-    templated = layout is not None and layout.key
-    around = [x.tolist() for x in (layout.before, layout.between, layout.after)] if templated else []
+    around = []
+    if layout is not None and layout.key:
+        around = [x.tolist() for x in (layout.before, layout.between, layout.after)]
     asked = json.dumps([tokenizer.fingerprint, texts, rows, split, *around])
     return hashlib.sha256(asked.encode()).hexdigest()

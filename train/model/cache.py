@@ -33,12 +33,13 @@ class Cache:
     @classmethod
     def empty(cls, model: Model, batch: int, slots: Mapping[Reach, int]) -> "Cache":
         """For `batch` sequences, with so many slots in the layers of each reach."""
-        sizes = {
-            reach: (model.reaches.count(reach), batch, slots[reach], model.kv_heads, model.head_size)
-            for reach in sorted(set(model.pattern))
-        }
-        keys, values = ({reach: jnp.zeros(size, model.dtype) for reach, size in sizes.items()} for _ in "kv")
-        return cls(keys, values)
+
+        def zeros(reach: Reach) -> Array:
+            size = (model.reaches.count(reach), batch, slots[reach], model.kv_heads, model.head_size)
+            return jnp.zeros(size, model.dtype)
+
+        keys: LayerKeys = {reach: zeros(reach) for reach in sorted(set(model.pattern))}
+        return cls(keys, jax.tree.map(jnp.copy, keys))
 
     def of_layer(self, reach: Reach, layer) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of a layer, counted among those of its reach."""
@@ -67,9 +68,12 @@ class Cache:
 
     def _with(self, reach: Reach, layer, slot, k, v) -> "Cache":
         at = (layer, 0, slot, 0, 0)
-        keys = jax.lax.dynamic_update_slice(self.keys[reach], k[None], at)
-        values = jax.lax.dynamic_update_slice(self.values[reach], v[None], at)
-        return Cache(self.keys | {reach: keys}, self.values | {reach: values})
+        keys: LayerKeys = {**self.keys, reach: jax.lax.dynamic_update_slice(self.keys[reach], k[None], at)}
+        values: LayerKeys = {
+            **self.values,
+            reach: jax.lax.dynamic_update_slice(self.values[reach], v[None], at),
+        }
+        return Cache(keys, values)
 
 
 def slots_of(model: Model, slots: int) -> dict[Reach, int]:

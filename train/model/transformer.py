@@ -77,7 +77,8 @@ class Block(nnx.Module):
     """
 
     def __init__(self, shape: sections.Model, reach: Reach, placement: Placement, *, rngs: nnx.Rngs):
-        self.placement, self.attention_dropout, self.reach = placement, shape.attention_dropout, reach
+        self.placement, self.attention_dropout = placement, shape.attention_dropout
+        self.reach: Reach = reach
         norm = partial(Norm, shape.width, shape, rngs=rngs)
         attention = placement.attention(
             backend=shape.backend,
