@@ -66,7 +66,7 @@ def attempt(call: Call) -> Call | str:
 
 def machine() -> dict[str, str | int]:
     """Where and with what the numbers were taken: the processor, and the versions of all that ran."""
-    packages = ("jax", "jaxlib", "torch", "tokamax")
+    packages = ("jax", "jaxlib", "torch", "tokamax", "transformers")
     return {
         "device": jax.devices()[0].device_kind,
         "processor": _processor(),

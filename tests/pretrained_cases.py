@@ -17,7 +17,9 @@ from train.pretrained.export_config import config_of
 from train.pretrained.write import Contents, write_folder
 from train.step.program import program_of, state_like
 
-BEGIN, END = "<s>", "<|endoftext|>"
+BEGIN, END, OTHER_END = "<s>", "<|endoftext|>", 5
+CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}assistant:{% endif %}"
 
 
 def tiny_pretrained(folder: Path, **options) -> Path:
@@ -35,7 +37,12 @@ def tiny_pretrained(folder: Path, **options) -> Path:
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype("bfloat16"), shapes)
     tokenizer = f'{{"eos_token": "{END}", "bos_token": {{"content": "{BEGIN}"}}}}'
-    files = {"tokenizer.json": library.to_str(), "tokenizer_config.json": tokenizer}
+    files = {
+        "tokenizer.json": library.to_str(),
+        "tokenizer_config.json": tokenizer,
+        "generation_config.json": f'{{"eos_token_id": [0, {OTHER_END}]}}',
+        "chat_template.jinja": CHAT,
+    }
     config = config_of(model, "bfloat16") | {"eos_token_id": 0, "bos_token_id": begin}
     write_folder(Contents(model, params, config, "bfloat16", files), folder / "hub")
     return folder / "hub"

@@ -17,6 +17,7 @@ from benchmarks import (
     causal,
     compile_time,
     curriculum,
+    decode,
     exposure,
     flashmask,
     gpu_cost,
@@ -41,6 +42,7 @@ from dynmask_jax import balance as simulate
 from train.config.presets import PRESETS, TOPOLOGIES
 from train.parallel.mesh import AXES
 
+DECODING = decode.Settings(2, 16, 2, 1, 8, 16, 64, ("local", "global"), 4, prompt=6, tokens=3, batches=(2,))
 TOYS = {
     "causal": causal.Settings(32, 2, 8),
     "exposure": exposure.Settings((32, 64), parts=(1, 4), heads=2, head_dim=8, most_pairs=1_000),
@@ -49,6 +51,7 @@ TOYS = {
     "curriculum": curriculum.Settings(32, 2, 8, steps=10, points=3, start=4, chunk=8, layers=1),
     "trainer": trainer.Settings(64, 1, 16, 2, 1, 16, steps=1, window=16, block=16),
     "loss": loss.Settings((64, 128), vocabulary=256, width=8, chunk=32),
+    "decode": DECODING,
     "flashmask": flashmask.Settings(64, 2, 8, patterns=("causal", "document")),
     "scores": scores.Settings(32, 2, 8),
     "plans": plans.Settings((64,), ours=(128,)),
@@ -231,6 +234,21 @@ def _same(ours, theirs, *, swapped):
     gradients = theirs[BOTH]() if swapped else theirs[BOTH]()[1]
     for theirs_one, ours_one in zip(gradients, ours[BOTH]()[1], strict=True):
         np.testing.assert_allclose(numbers(theirs_one), ours_one, atol=1e-5)
+
+
+def test_decoding_is_timed_by_what_more_tokens_take():
+    times = {"prompt, 2 texts": 1.0, "prompt and tokens, 2 texts": 3.0}
+    theirs = {"prompt, 2 texts": 0.5, "prompt and tokens, 2 texts": 8.5}
+    results = {
+        "settings": asdict(replace(DECODING, tokens=5)),
+        "times": {decode.OURS: times, decode.THEIRS: theirs},
+        "sampling": {"greedy": {"seconds": 0.002}},
+    }
+    text = decode.section(json.loads(json.dumps(results)))
+    assert "| 2 texts | 4.00 | 1.00 | 4.00× | 1 s | 500 ms |" in text
+    assert "| greedy | 2 ms |" in text
+    results["times"][decode.THEIRS] = dict.fromkeys(times, "not installed")
+    assert "| 2 texts | 4.00 | not installed | – | 1 s | not installed |" in decode.section(results)
 
 
 def test_a_block_mask_that_does_not_fit_is_named_by_its_reason(monkeypatch):

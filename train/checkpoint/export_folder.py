@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.checkpoint.export import Weights
-from train.checkpoint.folder import RunFolder
+from train.checkpoint.folder import pretrained_files
 from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer
 from train.pretrained.export_config import config_of
@@ -37,7 +37,7 @@ class Origin:
         """The origin of the weights that `load_model` gave for a path."""
         if (folder := PretrainedFolder.at(source)) is not None:
             return cls(folder, stored_config(folder), 0)
-        folder = PretrainedFolder.at(RunFolder(source).pretrained)
+        folder = pretrained_files(source)
         return cls(folder, folder and folder.config(), weights.run.data.length)
 
 

@@ -16,6 +16,7 @@ from etils import epath
 from train.config.run import Run, differences, from_json, is_extended, to_json
 from train.data.tokenizers import Tokenizer, load_tokenizer
 from train.disk import write_atomically
+from train.pretrained.folder import PretrainedFolder
 
 BUCKET = "://"
 
@@ -23,6 +24,11 @@ BUCKET = "://"
 def resolve_folder(folder: Path) -> Path:
     """The absolute path of a folder, which orbax needs; an address in a bucket stays as it is."""
     return folder if BUCKET in str(folder) else folder.absolute()
+
+
+def pretrained_files(source: Path) -> PretrainedFolder | None:
+    """The Hugging Face folder at a path, or the files of one that the run there keeps; None: neither."""
+    return PretrainedFolder.at(source) or PretrainedFolder.at(RunFolder(source).pretrained)
 
 
 def saved_steps(checkpoints: Path) -> list[int]:

@@ -7,15 +7,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from train.checkpoint.load import load_model
-from train.commands.inference import (
-    SamplingOptions,
-    Stopwatch,
-    check_task,
-    make_generator,
-    read_text,
-    unescaped,
-)
+from train.commands.inference import SamplingOptions, Source, Stopwatch, read_text, unescaped
+from train.evaluate.generation import Generator
 
 SHOWN = 400
 """Characters of a prompt that are printed, its last."""
@@ -25,15 +18,12 @@ SHOWN = 400
 class Generate:
     """Continues prompts with a trained model. Prints each prompt, quoted with `>`, and its continuation."""
 
-    model: tyro.conf.Positional[Path]
-    """A run's folder, whose newest checkpoint is used, or a file of `export`."""
+    source: Annotated[Source, tyro.conf.arg(name="")]
     prompt: tuple[str, ...] = ()
     """Texts to continue, one or more."""
     prompt_file: tuple[Path, ...] = ()
     """UTF-8 files, each with one text to continue."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
-    tokenizer: str | None = None
-    """Path of the tokenizer. None: the path in the run's config."""
 
 
 def generate(command: Generate):
@@ -45,9 +35,9 @@ def generate(command: Generate):
     prompts = [*map(unescaped, command.prompt), *map(read_text, command.prompt_file)]
     if not prompts:
         raise ValueError("generate needs a text to go on with: --prompt TEXT or --prompt-file FILE")
-    weights, tokenizer = load_model(command.model, command.tokenizer)
-    check_task(weights.run, "generate", command.model)
-    options, generator = command.sampling.override(weights.run.generation), make_generator(weights, tokenizer)
+    loaded = command.source.load("generate")
+    tokenizer, options = loaded.tokenizer, command.sampling.override(loaded.run.generation)
+    generator = Generator.of(loaded.program, loaded.params, loaded.ends)
     tokens = list(map(tokenizer.begun, tokenizer.encode(prompts)))
     with Stopwatch() as stopwatch:
         texts = generator.generate(tokens, options, jax.random.key(command.sampling.seed))

@@ -1,19 +1,84 @@
-"""What the commands that generate text share: sampling options, prompts from files, the throughput line."""
+"""What the commands that use a model share: loading it, sampling options, prompts, the throughput line."""
 
 import os
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from train.checkpoint.export import Weights
+import tyro
+
+from train.checkpoint.folder import pretrained_files
+from train.checkpoint.load import load_model
 from train.config.command_line import PROGRAM
-from train.config.operation import Generation
+from train.config.operation import Generation, Mesh
 from train.config.run import Run
-from train.data.tasks import task_of
+from train.config.sections import Curriculum
+from train.data.pair_layout import Conventions
+from train.data.tasks import CommandName, task_of
 from train.data.tokenizers import Tokenizer
-from train.evaluate.generation import Generator
-from train.step.program import program_of
+from train.pretrained.folder import PretrainedFolder
+from train.step.program import Program, program_of
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that a command uses.
+
+    Attributes:
+      run: its config.
+      params: its weights.
+      tokenizer: its tokenizer.
+      conventions: of the Hugging Face folder that it is or was.
+    """
+
+    run: Run
+    params: Any
+    tokenizer: Tokenizer
+    conventions: Conventions
+
+    @property
+    def program(self) -> Program:
+        """The program of its run."""
+        return program_of(self.run, self.tokenizer.vocabulary)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return tuple(dict.fromkeys((self.tokenizer.end, *self.conventions.ends)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a command finds its model."""
+
+    model: tyro.conf.Positional[Path]
+    """A run's folder, whose newest checkpoint is used, a file of `export`, or a Hugging Face folder."""
+    tokenizer: str | None = None
+    """Path of the tokenizer. None: the path in the run's config."""
+
+    def load(self, command: CommandName, *, length: int | None = None) -> Loaded:
+        """The model, for a command that a model of its task is used by.
+
+        A Hugging Face folder was trained for no task of ours: any command takes it.
+
+        Args:
+          command: its name.
+          length: data.length to use in place of the config's.
+
+        Raises:
+          OSError, ValueError: as `load_model`; or the model was trained for the task of another command.
+        """
+        weights, tokenizer = load_model(self.model, self.tokenizer)
+        files, run = pretrained_files(self.model), weights.run
+        if PretrainedFolder.at(self.model) is not None:
+            run = replace(run, task="summarize" if command == "summarize" else "lm")
+        if length is not None:
+            data = replace(run.data, length=length)
+            run = replace(run, data=data, curriculum=Curriculum(kind="full", start=1), mesh=Mesh())
+        check_task(run, command, self.model)
+        return Loaded(run, weights.params, tokenizer, files.conventions() if files else Conventions())
 
 
 @dataclass(frozen=True)
@@ -60,17 +125,12 @@ class Stopwatch:
         )
 
 
-def check_task(run: Run, command: str, source: Path):
+def check_task(run: Run, command: CommandName, source: Path):
     """Refuses a model that was trained for a task of another command, and names that."""
     task = task_of(run)
     if task.command != command:
         usage = task.usage.format(folder=source)
         raise ValueError(f"{source} was trained {task.purpose}: {PROGRAM} {usage}")
-
-
-def make_generator(weights: Weights, tokenizer: Tokenizer) -> Generator:
-    """A generator of texts that end with the tokenizer's end token."""
-    return Generator.of(program_of(weights.run, weights.vocabulary), weights.params, tokenizer.end)
 
 
 def unescaped(argument: str) -> str:

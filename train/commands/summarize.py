@@ -1,25 +1,32 @@
 """The command `summarize`: summarises text files."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import tyro
 
-from train.checkpoint.load import load_model
-from train.commands.inference import SamplingOptions, Stopwatch, check_task, make_generator, read_text
+from train.commands.inference import SamplingOptions, Source, Stopwatch, read_text
+from train.config.checks import at_least
+from train.data.pair_layout import PairLayout
 from train.evaluate.summaries import Summarizer
 
 
 @dataclass(frozen=True)
 class SummarizeFiles:
-    """Summarises text files with a model that was trained with `--task summarize`."""
+    """Summarises text files with a model of `--task summarize`, or of a Hugging Face folder."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """UTF-8 files, each one document."""
     run: Path
-    """A run's folder, whose newest checkpoint is used, or a file of `export`."""
+    """A run's folder, whose newest checkpoint is used, a file of `export`, or a Hugging Face folder."""
+    template: str | None = None
+    """What lies around document and summary, as summarize.template. None: as in the run, and for a folder
+    that was not trained here a separator, Summary:."""
+    length: int | None = None
+    """Most tokens of a document and what lies around it. None: as in the run; 4,096 of a Hugging Face
+    folder."""
     truncate: bool | None = None
     """Cut off the end of documents that are too long. None: as in the run's config."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
@@ -36,13 +43,18 @@ def summarize(command: SummarizeFiles):
     if not command.files:
         raise ValueError("summarize needs a file: summarize FILE --run FOLDER")
     documents = list(map(read_text, command.files))
-    weights, tokenizer = load_model(command.run, command.tokenizer)
-    check_task(weights.run, "summarize", command.run)
-    truncate = weights.run.summarize.truncate if command.truncate is None else command.truncate
-    summarizer = Summarizer(make_generator(weights, tokenizer), tokenizer, truncate)
-    options, key = command.sampling.override(weights.run.generation), jax.random.key(command.sampling.seed)
+    at_least("", command, length=2)
+    loaded = Source(command.run, command.tokenizer).load("summarize", length=command.length)
+    given = {name: getattr(command, name) for name in ("template", "truncate")}
+    asked = replace(
+        loaded.run.summarize, **{name: value for name, value in given.items() if value is not None}
+    )
+    layout = PairLayout.of(asked, loaded.tokenizer, loaded.conventions)
+    summarizer = Summarizer.of(loaded.program, loaded.params, loaded.tokenizer, layout, asked.truncate)
+    options = command.sampling.override(loaded.run.generation)
+    key = jax.random.key(command.sampling.seed)
     with Stopwatch() as stopwatch:
         summaries = summarizer.summaries(documents, options, key, names=list(map(str, command.files)))
     for file, summary in zip(command.files, summaries, strict=True):
         print(f"{file}:\n{summary}\n" if len(summaries) > 1 else summary)
-    stopwatch.print_throughput(sum(map(len, tokenizer.encode(summaries))))
+    stopwatch.print_throughput(sum(map(len, loaded.tokenizer.encode(summaries))))

@@ -18,6 +18,10 @@ from train.config.model import RopeScaling as RopeScaling
 
 RowKind = Literal["packed", "chunked"]
 PrefixKind = Literal["bidirectional", "causal"]
+DOCUMENT, SUMMARY, CHAT = "{document}", "{summary}", "chat"
+"""What summarize.template has in the places of the texts; and the word for the folder's own template."""
+BASE_TEMPLATE = f"{DOCUMENT}\n\nSummary: {SUMMARY}"
+"""The template of a model that began as a Hugging Face folder."""
 Kind = Literal["full", "static", "window", "chunks", "reveal"]
 Pace = Literal["steps", "loss"]
 Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
@@ -97,10 +101,28 @@ class Summarize:
     """Cut off the end of documents that do not fit a row with their summary, instead of stopping."""
     lead: int | None = None
     """Words of the lead baseline, the start of the document. None: as in the median training summary."""
+    template: str | None = None
+    """How document and summary follow each other: a text with {document} and {summary}; or chat, for the chat
+    template of the Hugging Face folder that the model came from. None: an end token between them."""
+    instruction: str = "Summarize the text above."
+    """What the user asks for after the document, with the template chat."""
 
     def __post_init__(self):
         one_of("summarize.", self, prefix=PrefixKind)
         at_least("summarize.", self, lead=1)
+        if self.template not in (None, CHAT):
+            _check_template(self.template)
+
+
+def _check_template(template: str):
+    """Refuses a text that does not say where document and summary go."""
+    _, _, rest = template.partition(DOCUMENT)
+    between, found, _ = rest.partition(SUMMARY)
+    if not found or template.count(DOCUMENT) > 1 or template.count(SUMMARY) > 1 or not between.strip(" "):
+        raise ValueError(
+            f"summarize.template must be {CHAT}, or a text that has {DOCUMENT} and after it, with more than "
+            f"spaces between them, {SUMMARY}, each once, got {template!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from train.data.rows import (
     Stream,
     as_batch,
 )
-from train.data.tasks import task_of
 
 AHEAD = 2  # batches prefetched while the model trains
 
@@ -37,9 +36,8 @@ def batches(cut: Cut, run: Run, byte_count: ByteCount) -> grain.IterDataset:
     seed = _seed(run)
     endless = grain.MapDataset.source(cut).seed(seed).shuffle().repeat()
     rows = _rows(endless, run, run.data.packing_bins, seed)
-    made = rows.batch(run.data.batch).map(
-        lambda rows: as_batch(rows, task_of(run).loss_from(run), byte_count)
-    )
+    loss_from = cut.loss_from
+    made = rows.batch(run.data.batch).map(lambda rows: as_batch(rows, loss_from, byte_count))
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=AHEAD)
 
 
@@ -48,14 +46,14 @@ def held_out_batches(cut: Cut, run: Run, byte_count: ByteCount) -> list[Batch]:
 
     Rows of a stream are evenly spaced in it; packed rows hold items that the seed chooses.
     """
-    seed, most, loss_from = _seed(run), run.evaluation.rows, task_of(run).loss_from(run)
+    seed, most = _seed(run), run.evaluation.rows
     if isinstance(cut, Stream):
         count = min(most, len(cut))
         rows = [cut[i * len(cut) // count] for i in range(count)]
     else:
         items = grain.MapDataset.source(cut).seed(seed).shuffle()
         rows = list(islice(_rows(items, run, min(most, run.data.packing_bins), seed), most))
-    return list(padded_batches(rows, min(run.data.batch, len(rows)), loss_from, byte_count))
+    return list(padded_batches(rows, min(run.data.batch, len(rows)), cut.loss_from, byte_count))
 
 
 def padded_batches(rows: Iterable[Item], size: int, loss_from: int, byte_count: ByteCount) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ import numpy as np
 from train.config.run import Run
 from train.data import batches
 from train.data.batch import Batch
+from train.data.pair_layout import Conventions, PairLayout
 from train.data.rows import DocumentPieces, Pairs, Stream, fitting
 from train.data.split import Split, everything, hold_out
 from train.data.tasks import task_of
@@ -53,6 +54,7 @@ class Corpus:
       held_out: the rows of validation, at most evaluation.rows, in batches of one shape
         `[min(data.batch, rows), T]`; the last is padded. The same in all processes.
       examples: held-out pairs of document and summary; empty for a task without pairs.
+      layout: what lies around documents and summaries; None for a task without pairs.
       size: bytes of text. This and the next three count held-out text too.
       documents: texts, or pairs.
       tokens: end tokens included.
@@ -71,6 +73,7 @@ class Corpus:
     rows: grain.IterDataset
     held_out: list[Batch]
     examples: Sequence[tuple[str, str]]
+    layout: PairLayout | None
     size: int
     documents: int
     tokens: int
@@ -115,12 +118,15 @@ class Corpus:
         return iter(self.rows)
 
 
-def read_corpus(run: Run, tokenizer: Tokenizer | None = None) -> Corpus:
+def read_corpus(
+    run: Run, tokenizer: Tokenizer | None = None, conventions: Conventions = Conventions()
+) -> Corpus:
     """Reads the text, or its tokens from the cache, and cuts it into rows.
 
     Args:
-      run: of which data, summarize.truncate, the task, the seed and evaluation.rows are read.
+      run: of which data, summarize, the task, the seed and evaluation.rows are read.
       tokenizer: the one of the config; None: it is loaded.
+      conventions: of the pretrained model that the run begins from.
 
     Raises:
       FileNotFoundError: a path, or a tokenizer, does not exist.
@@ -129,11 +135,18 @@ def read_corpus(run: Run, tokenizer: Tokenizer | None = None) -> Corpus:
         little.
     """
     tokenizer = tokenizer or load_tokenizer(run.data.tokenizer, run.data.end_token, run.data.begin_token)
-    caches = token_caches(run, tokenizer)
-    kept = [fitting(cache, run.data.length, run.summarize.truncate) for cache in caches if cache.pairs]
+    layout = None
+    if task_of(run).has_boundary:
+        layout = PairLayout.of(run.summarize, tokenizer, conventions)
+    caches = token_caches(run, tokenizer, layout)
+    kept = [
+        fitting(cache, run.data.length, layout, run.summarize.truncate)
+        for cache in caches
+        if layout is not None
+    ]
     train, held_out = _split(run, caches)
-    train_cut = _cut(run, caches[0], train, kept[:1])
-    held_out_cut = _cut(run, caches[-1], held_out, kept[-1:])
+    train_cut = _cut(run, caches[0], train, layout, kept[:1])
+    held_out_cut = _cut(run, caches[-1], held_out, layout, kept[-1:])
     _check_size(run, train_cut, train, "train on")
     _check_size(run, held_out_cut, held_out, "hold out")
     return Corpus(
@@ -141,9 +154,10 @@ def read_corpus(run: Run, tokenizer: Tokenizer | None = None) -> Corpus:
         rows=batches.batches(train_cut, run, tokenizer.target_bytes),
         held_out=batches.held_out_batches(held_out_cut, run, tokenizer.target_bytes),
         examples=Examples(caches[-1], held_out.documents) if kept else (),
+        layout=layout,
         truncated=sum(int((each < cache.bodies).sum()) for each, cache in zip(kept, caches, strict=False)),
         lead_words=int(np.median(caches[0].summary_words[train.documents])) if kept else None,
-        fingerprint=_fingerprint(run, tokenizer, caches),
+        fingerprint=_fingerprint(run, tokenizer, caches, layout),
         **_facts(caches),
     )
 
@@ -156,11 +170,13 @@ def _split(run: Run, caches: list[TokenCache]) -> tuple[Split, Split]:
     return hold_out(whole, run.data.held_out, task_of(run).held_out_by)
 
 
-def _cut(run: Run, cache: TokenCache, split: Split, kept: list[np.ndarray]) -> batches.Cut:
+def _cut(
+    run: Run, cache: TokenCache, split: Split, layout: PairLayout | None, kept: list[np.ndarray]
+) -> batches.Cut:
     """The documents cut for rows of the run's kind."""
-    if kept:
-        order = split.documents
-        return Pairs(cache.tokens, split.spans, cache.bodies[order], kept[0][order], run.data.length)
+    if layout is not None:
+        order, length = split.documents, run.data.length
+        return Pairs(cache.tokens, split.spans, cache.bodies[order], kept[0][order], length, layout)
     kind = Stream if run.data.rows == "chunked" else DocumentPieces
     return kind(cache.tokens, split.spans, run.data.length)
 
@@ -192,9 +208,12 @@ def _facts(caches: list[TokenCache]) -> dict[str, Any]:
     }
 
 
-def _fingerprint(run: Run, tokenizer: Tokenizer, caches: list[TokenCache]) -> str:
+def _fingerprint(run: Run, tokenizer: Tokenizer, caches: list[TokenCache], layout: PairLayout | None) -> str:
     texts = [cache.fingerprint for cache in caches]
     rows = [run.data.rows, run.data.length, run.data.packing_bins, run.summarize.truncate]
     split = [run.task, run.seed, run.data.held_out]
-    asked = json.dumps([tokenizer.fingerprint, texts, rows, split])
+    around = []
+    if layout is not None and layout.key:
+        around = [x.tolist() for x in (layout.before, layout.between, layout.after)]
+    asked = json.dumps([tokenizer.fingerprint, texts, rows, split, *around])
     return hashlib.sha256(asked.encode()).hexdigest()

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from train.data.batch import Batch
+from train.data.pair_layout import PairLayout
 from train.data.token_cache import TokenCache
 
 TOKENS, SEGMENTS, CONTEXT = "tokens", "tokens_segment_ids", "tokens_positions"  # as `grain` packs them
@@ -45,6 +46,9 @@ class DocumentPieces:
     count from 0 in each piece.
     """
 
+    loss_from = 0
+    """The first position whose target is in the loss."""
+
     def __init__(self, tokens: np.ndarray, spans: Spans, length: int):
         self._tokens, self._spans, self._length = tokens, spans, length
         targets = spans.stops - spans.starts - 1
@@ -63,16 +67,20 @@ class DocumentPieces:
 
 
 class Pairs:
-    """Documents with their summaries: document, end, summary, end.
+    """Documents with their summaries, and around them the tokens of a layout.
 
-    The first end token is at position `length` in every example, after the document and before the summary.
+    In every example the document ends just before position `length`.
 
     Args:
-      tokens: of all examples.
+      tokens: of all examples, each document, end, summary, end.
       spans: of each example.
       bodies: tokens in each document.
       kept: the tokens that are read of each, from the document's start; see `fitting`.
       length: T; with `kept` every example fits.
+      layout: what lies around documents and summaries.
+
+    Attributes:
+      loss_from: the position whose target is a summary's first token.
     """
 
     def __init__(
@@ -82,9 +90,10 @@ class Pairs:
         bodies: Int[np.ndarray, " n"],
         kept: Int[np.ndarray, " n"],
         length: int,
+        layout: PairLayout,
     ):
-        self._tokens, self._spans, self._length = tokens, spans, length
-        self._bodies, self._kept = bodies, kept
+        self._tokens, self._spans, self._length, self._layout = tokens, spans, length, layout
+        self._bodies, self._kept, self.loss_from = bodies, kept, layout.loss_from(length)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -92,9 +101,10 @@ class Pairs:
     def __getitem__(self, index: SupportsIndex) -> Item:
         i = int(index)
         start, stop, kept = int(self._spans.starts[i]), int(self._spans.stops[i]), int(self._kept[i])
-        document = self._tokens[start : start + kept]
-        summary = self._tokens[start + int(self._bodies[i]) : stop]  # with the end before it
-        return _item(np.concatenate([document, summary]), first=self._length - kept)
+        around, document = self._layout, self._tokens[start : start + kept]
+        summary = self._tokens[start + int(self._bodies[i]) + 1 : stop - 1]  # between the ends
+        parts = (around.before, document, around.between, summary, around.after)
+        return _item(np.concatenate(parts), first=self._length - kept - len(around.before))
 
 
 class Stream:
@@ -102,6 +112,9 @@ class Stream:
 
     An item is a whole row: its segments are 1, its positions count from 0.
     """
+
+    loss_from = 0
+    """The first position whose target is in the loss."""
 
     def __init__(self, tokens: np.ndarray, spans: Spans, length: int):
         self._tokens, self._spans, self._length = tokens, spans, length
@@ -138,12 +151,15 @@ def alone(item: Item, length: int) -> Item:
     }
 
 
-def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, " documents"]:
+def fitting(
+    cache: TokenCache, length: int, layout: PairLayout, truncate: bool
+) -> Int[np.ndarray, " documents"]:
     """Tokens that are kept of each document of a pair, so that it fits a row with its summary.
 
     Args:
       cache: of pairs.
       length: T, tokens in a row.
+      layout: what lies around documents and summaries.
       truncate: summarize.truncate, cut documents at their end.
 
     Raises:
@@ -151,7 +167,7 @@ def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, "
     """
     bodies = cache.bodies
     summaries = cache.stops - cache.starts - bodies - 2
-    room = length - summaries - 1  # the last end token is a target, not an input
+    room = length - summaries - layout.size
     too_long = np.flatnonzero(room < (1 if truncate else bodies))
     if not len(too_long):
         return np.minimum(bodies, room)
@@ -160,7 +176,7 @@ def fitting(cache: TokenCache, length: int, truncate: bool) -> Int[np.ndarray, "
         for i in too_long[:REFUSED]
     )
     more = f"; and {len(too_long) - REFUSED:,} more" if len(too_long) > REFUSED else ""
-    needed = int((bodies + summaries).max()) + 1
+    needed = int((bodies + summaries).max()) + layout.size
     remedy = (
         "with --summarize.truncate some of the document must fit beside its summary"
         if truncate
@@ -177,7 +193,7 @@ def as_batch(rows: Mapping[str, np.ndarray], loss_from: int, byte_count: ByteCou
 
     Args:
       rows: tokens `[B, T, 3]`, segments and context `[B, T]`.
-      loss_from: the first position whose target is in the loss: 0, or data.length for summaries.
+      loss_from: the first position whose target is in the loss.
       byte_count: the bytes of text that each target spells.
     """
     inputs, targets, positions = (np.ascontiguousarray(rows[TOKENS][..., field]) for field in range(3))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from train.config.run import Run, TaskName
 
+CommandName = Literal["generate", "summarize"]
 TEXTS = ("text", "content", "body", "document", "article", "dialogue", "transcript")
 """Usual names of a text's column."""
 PAIRS = (
@@ -27,8 +28,9 @@ PAIRS = (
 class Task:
     """What a model is trained for.
 
-    A row of a task with a boundary holds a prefix that is read and a rest that is predicted: the prefix ends
-    just before position `data.length` in every segment. Without a boundary each next token is predicted.
+    A segment of a task with a boundary holds a prefix, which a curriculum shows by and by, and a rest, of
+    which the end is predicted: the prefix ends just before position `data.length`. Without a boundary each
+    next token is predicted.
 
     Attributes:
       name: the config's word for it.
@@ -55,7 +57,7 @@ class Task:
     held_out_by: Literal["tokens", "documents"]
     has_boundary: bool
     reads_ahead: Callable[[Run], bool]
-    command: Literal["generate", "summarize"]
+    command: CommandName
     usage: str
     purpose: str
     model: str
@@ -64,12 +66,8 @@ class Task:
     usage_title: str
 
     def boundary(self, run: Run) -> int | None:
-        """The first position whose target is predicted, after a prefix; None: there is no prefix."""
+        """The first position after a prefix, in every segment; None: there is no prefix."""
         return run.data.length if self.has_boundary else None
-
-    def loss_from(self, run: Run) -> int:
-        """The first position whose target is in the loss."""
-        return self.boundary(run) or 0
 
     def visible_ahead(self, run: Run) -> int:
         """Tokens at positions below this one see each other both ways; 0: every token sees none after it."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -16,13 +17,14 @@ from jaxtyping import Int
 
 from train.config.run import Run, TaskName
 from train.data.columns import check_columns
+from train.data.pair_layout import PairLayout
 from train.data.records import place, records
 from train.data.sources import Source, files, sources, standard_library
 from train.data.tasks import task_of
 from train.data.token_writer import DOCUMENT, DOCUMENTS, FACTS, TEXTS, TOKENS, encode_records, write, writing
 from train.data.tokenizers import Tokenizer
 
-VERSION = 3  # of the files; a cache of another version is not read
+VERSION = 4  # of the files; a cache of another version is not read
 UNFINISHED = ".unfinished-"
 CLAIM = ".claim-"
 ABANDONED = 24 * 3600  # seconds without a write after which an unfinished folder is deleted
@@ -100,8 +102,13 @@ class TokenCache:
         return self.texts[start:middle].tobytes().decode(), self.texts[middle:stop].tobytes().decode()
 
 
-def token_caches(run: Run, tokenizer: Tokenizer) -> list[TokenCache]:
+def token_caches(run: Run, tokenizer: Tokenizer, layout: PairLayout | None) -> list[TokenCache]:
     """The tokens of data.paths; and, where there are data.held_out_paths, a second cache of theirs.
+
+    Args:
+      run: the config.
+      tokenizer: of the tokens.
+      layout: how pairs are encoded; None for a task without them.
 
     Raises:
       FileNotFoundError: a path does not exist.
@@ -117,10 +124,8 @@ def token_caches(run: Run, tokenizer: Tokenizer) -> list[TokenCache]:
         found.append(sources(data.held_out_paths, "data.held_out_paths"))
         _check_disjoint(*found)
     folder = Path(data.cache or Path(run.folder) / "cache")
-    caches = [
-        token_cache(each, run.task, data.columns, tokenizer, folder, skip_malformed=data.skip_malformed)
-        for each in found
-    ]
+    options = {"layout": layout, "skip_malformed": data.skip_malformed}
+    caches = [token_cache(each, run.task, data.columns, tokenizer, folder, **options) for each in found]
     for cache, option in zip(caches, ("data.paths", "data.held_out_paths"), strict=False):
         if cache.unknown > data.unknown:
             raise ValueError(
@@ -145,6 +150,7 @@ def token_cache(
     tokenizer: Tokenizer,
     folder: Path,
     *,
+    layout: PairLayout | None = None,
     skip_malformed: bool = False,
 ) -> TokenCache:
     """The sources' documents as tokens: from the cache, or read, encoded and written to it.
@@ -160,7 +166,9 @@ def token_cache(
         the tokenizer's end token; or the cache is damaged.
       OSError: a file cannot be read, or changed meanwhile; or `folder` cannot be written to.
     """
-    key = _key(found, task, columns, tokenizer, skip_malformed)
+    asked = [VERSION, task, sorted(columns.items()), tokenizer.fingerprint, tokenizer.end, skip_malformed]
+    asked += layout.key if layout is not None else []
+    key = _key(asked, found)
     finished = folder / key
     if not finished.exists():
         with writing(folder):
@@ -168,9 +176,9 @@ def token_cache(
             _delete_abandoned(folder)
         with _claimed(folder / f"{CLAIM}{key}"), _unfinished(folder) as unfinished:
             if not finished.exists():  # another process may have been first
-                documents = encode_records(records(found, task, columns), tokenizer)
+                documents = encode_records(records(found, task, columns), tokenizer, layout)
                 write(documents, found, tokenizer, unfinished, skip_malformed)
-                if _key(found, task, columns, tokenizer, skip_malformed) != key:
+                if _key(asked, found) != key:
                     raise OSError("data.paths: files changed while they were read")
                 _move(unfinished, finished)
     return _open(finished)
@@ -202,10 +210,8 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _key(
-    found: Sequence[Source], task: TaskName, columns: Mapping[str, str], tokenizer: Tokenizer, skip: bool
-) -> str:
-    """The name of a cache's folder."""
+def _key(asked: list[Any], found: Sequence[Source]) -> str:
+    """The name of a cache's folder: what is asked of these sources, as they are now."""
     seen = []
     for source in found:
         if source.kind == "none":  # nothing is read of it
@@ -214,8 +220,7 @@ def _key(
         for path in files(source):
             stat = path.stat()
             seen.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, source.kind, source.named])
-    asked = [VERSION, task, sorted(columns.items()), tokenizer.fingerprint, tokenizer.end, skip, seen]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([*asked, seen]).encode()).hexdigest()[:32]
 
 
 def _move(unfinished: Path, finished: Path):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from train.data.pair_layout import PairLayout
 from train.data.records import Malformed, TextRecord, place
 from train.data.sources import Source
 from train.data.tokenizers import Ids, Tokenizer
@@ -37,17 +38,16 @@ BATCH_RECORDS = 4096
 
 
 def encode_records(
-    items: Iterable[TextRecord | Malformed], tokenizer: Tokenizer
+    items: Iterable[TextRecord | Malformed], tokenizer: Tokenizer, layout: PairLayout | None = None
 ) -> Iterator[tuple[TextRecord, list[Ids]] | Malformed]:
-    """Each record with the tokens of its texts."""
+    """Each record with the tokens of its texts: one after the begin token, or a pair as the layout says."""
     for batch in _batches(items):
-        texts = [item.texts for item in batch if isinstance(item, TextRecord)]
-        ids = iter(tokenizer.encode(list(chain.from_iterable(texts))) if texts else [])
+        encoded = _encoded([item.texts for item in batch if isinstance(item, TextRecord)], tokenizer, layout)
         for item in batch:
             if isinstance(item, Malformed):
                 yield item
                 continue
-            parts = [next(ids) for _ in item.texts]
+            parts = next(encoded)
             if any((part == tokenizer.end).any() for part in parts):
                 raise ValueError(
                     f"data.end_token: the text of {place(item.path, item.line)} holds the end token "
@@ -56,7 +56,18 @@ def encode_records(
             if item.line is not None and not all(map(len, parts)):
                 yield Malformed(item.path, item.line, "the tokenizer makes no token of it")
             else:
-                yield item, [tokenizer.begun(parts[0]), *parts[1:]]
+                yield item, parts if len(parts) > 1 else [tokenizer.begun(parts[0])]
+
+
+def _encoded(
+    texts: list[tuple[str, ...]], tokenizer: Tokenizer, layout: PairLayout | None
+) -> Iterator[list[Ids]]:
+    """The tokens of each record's texts."""
+    if layout is None:
+        ids = iter(tokenizer.encode(list(chain.from_iterable(texts))) if texts else [])
+        return ([next(ids) for _ in each] for each in texts)
+    columns = (layout.encode(tokenizer, column, part) for part, column in enumerate(zip(*texts, strict=True)))
+    return map(list, zip(*columns, strict=True))
 
 
 def _batches(items: Iterable[TextRecord | Malformed]) -> Iterator[list[TextRecord | Malformed]]:

@@ -35,6 +35,8 @@ class Tokenizer(ABC):
     begin: int | None = None
     fingerprint: str
     pieces: Sequence[bytes]
+    names_special_tokens = False
+    """Whether special tokens stand for their names in a text of `encode_template`."""
 
     @cached_property
     def token_bytes(self) -> Int[np.ndarray, " ids"]:
@@ -42,10 +44,14 @@ class Tokenizer(ABC):
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text."""
+        return self.pieces[next(iter(self.encode(["a"])[0]), self.end)].startswith(b" ")
+
+    @cached_property
     def _leading_spaces(self) -> Int[np.ndarray, " ids"]:
         """1 for each id that begins with the space which the tokenizer puts before a text, else 0."""
-        first = next(iter(self.encode(["a"])[0]), self.end)
-        if not self.pieces[first].startswith(b" "):
+        if not self._adds_space:
             return np.zeros(len(self.pieces), np.int32)
         return np.array([piece.startswith(b" ") for piece in self.pieces], np.int32)
 
@@ -83,6 +89,25 @@ class Tokenizer(ABC):
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The tokens of each text, int32, without the begin and end tokens."""
 
+    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
+        """The tokens of texts that go on from others: a space that the tokenizer puts before a text is the
+        text's own first one; or it is left out, if it is a token by itself.
+        """
+        if not self._adds_space:
+            return self.encode(texts)
+        encoded = self.encode([text.removeprefix(" ") for text in texts])
+        return [
+            ids[1:] if len(ids) and self.pieces[ids[0]] == b" " and not text.startswith(" ") else ids
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def encode_template(self, text: str, *, goes_on: bool) -> Ids:
+        """The tokens of a template's text, which goes on from another or does not.
+
+        The names of special tokens stand for these, where the tokenizer has `names_special_tokens`.
+        """
+        return (self.encode_after if goes_on else self.encode)([text])[0]
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; bytes that are not valid text, such as half a character, become �.
@@ -119,6 +144,8 @@ class Bytes(Tokenizer):
 class Subwords(Tokenizer):
     """A `tokenizer.json` of the library `tokenizers`. Text that spells a special token is encoded as text."""
 
+    names_special_tokens = True
+
     def __init__(self, path: Path, end_token: str | None, begin_token: str | None):
         self._library, content = open_library(path)
         self._library.encode_special_tokens = True
@@ -134,6 +161,13 @@ class Subwords(Tokenizer):
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(text.ids, np.int32) for text in encoded]
+
+    def encode_template(self, text: str, *, goes_on: bool) -> Ids:
+        self._library.encode_special_tokens = False
+        try:
+            return super().encode_template(text, goes_on=goes_on)
+        finally:
+            self._library.encode_special_tokens = True
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [id for id in map(int, ids) if id not in (self.end, self.begin)]

@@ -1,9 +1,8 @@
 """Tokens that follow prompts: in batches, under the mask of training, with past keys and values kept.
 
-Masks read positions and segments, so the cache may have any layout. Here slots 0 … P − 1 hold the
-prompts, each at its row's beginning, and the slots after them the tokens that are made. A slot is
-of segment 0, which nobody sees, until its token is there: so no token sees one that is made after
-it, whatever the mask shows of later ones. A prompt sees all of itself that the mask shows.
+Masks read positions and segments, so the cache may have any layout: `train.model.cache`. A slot is of segment
+0, which nobody sees, until its token is there: so no token sees one that is made after it, whatever the mask
+shows of later ones. A prompt sees all of itself that the mask shows.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +19,10 @@ from jax import lax
 from dynmask_jax import Mask, SameSegment, Tokens
 from dynmask_jax.array_typing import Array, Bool, Float, Int, pytree
 from train.config.operation import Generation
-from train.data.tasks import task_of
+from train.config.sections import Reach
 from train.evaluate.sampling import next_tokens
-from train.model.transformer import Cache, Transformer
+from train.model.cache import Cache, slot_tokens, slots_of
+from train.model.transformer import Plans, Transformer
 from train.step.program import Program
 
 ROUNDED_TO = 128
@@ -50,14 +50,14 @@ class Prompts:
         """P, the slot of the first token that is made."""
         return self.inputs.shape[1]
 
-    def tokens(self, slots: int, made: int | Int[Array, ""]) -> Tokens:
-        """What masks read of the slots of the cache, once `made` of those after the prompts are full."""
-        place = jnp.arange(slots, dtype=jnp.int32)[None, :]
-        after = place - self.width
-        lengths = self.lengths[:, None]
-        full = (place < lengths) | ((after >= 0) & (after < made) & (lengths > 0))
-        from_start = jnp.where(after >= 0, lengths + after, place)
-        return Tokens(self.starts[:, None] + from_start, full.astype(jnp.int32))
+    def tokens(self, reach: Reach, slots: int, made: int | Int[Array, ""]) -> Tokens:
+        """What masks read of so many slots of a reach, once `made` tokens follow each prompt."""
+        return slot_tokens(reach, slots, self.starts, self.lengths, self.width, made)
+
+    @property
+    def own(self) -> Tokens:
+        """What masks read of the prompts themselves, `[B, P]`."""
+        return self.tokens("global", self.width, 0)
 
 
 @dataclass(frozen=True)
@@ -68,45 +68,37 @@ class Generator:
       graph, params: the model, `train.model.transformer.Transformer`, in two parts.
       plans: `(mask, queries, keys) -> plans` of every reach, as `Masks.plans`.
       mask: what is seen; that of the end of training, `Masks.full`.
-      end: the token that ends a text.
+      ends: the tokens that end a text, one at least.
       block: lengths are rounded up to multiples of it: of the blocks of the plans, where the run says which.
-      boundary: the position of a prompt's last token, where the task gives it one (`summarize`); None:
-        prompts start at position 0.
+      last: the position of a prompt's last token, where the task gives it one (`summarize`); None: prompts
+        start at position 0.
     """
 
     graph: nnx.GraphDef
     params: Any
     plans: Callable
     mask: Mask
-    end: int
+    ends: tuple[int, ...]
     block: int
-    boundary: int | None = None
+    last: int | None = None
 
     @classmethod
-    def of(cls, program: Program, params: Any, end: int) -> "Generator":
+    def of(cls, program: Program, params: Any, ends: tuple[int, ...], last: int | None = None) -> "Generator":
         """For a run's model, under all that its task shows.
 
         Args:
           program: of the run.
           params: weights, as `Program.weights` gives them.
-          end: `Tokenizer.end`.
+          ends: `Tokenizer.end`, and others that end a text.
+          last: the position of a prompt's last token: `PairLayout.loss_from` of the task `summarize`.
         """
-        run = program.run
-        boundary = task_of(run).boundary(run)
-        return cls(
-            program.graph,
-            params,
-            program.masks.plans,
-            program.masks.full,
-            end,
-            run.block or ROUNDED_TO,
-            boundary,
-        )
+        masks, block = program.masks, program.run.block or ROUNDED_TO
+        return cls(program.graph, params, masks.plans, masks.full, ends, block, last)
 
     def generate(
         self, prompts: Sequence[np.ndarray], options: Generation = Generation(), key: Array | None = None
     ) -> list[np.ndarray]:
-        """The tokens that follow each prompt, without the end token: int32, at most options.tokens.
+        """The tokens that follow each prompt, up to an end token: int32, at most options.tokens.
 
         Texts depend neither on the others in their batch nor on the batch's size, but for rounding.
 
@@ -132,7 +124,7 @@ class Generator:
             numbers = order[begin : begin + options.batch]
             batch = self._batch(prompts, numbers, min(options.batch, len(prompts)), key)
             for number, row in zip(numbers, self._follow(batch, options), strict=False):
-                texts[number] = _until(row, self.end)
+                texts[number] = _until(row, self.ends)
         return texts
 
     def _batch(self, prompts, numbers: list[int], rows: int, key: Array | None) -> Prompts:
@@ -142,17 +134,17 @@ class Generator:
         inputs = np.zeros((rows, rounded_up(int(lengths.max()), self.block)), np.int32)
         for row, number in zip(inputs, numbers, strict=False):
             row[: len(prompts[number])] = prompts[number]
-        starts = np.zeros_like(lengths) if self.boundary is None else self.boundary + 1 - lengths
+        starts = np.zeros_like(lengths) if self.last is None else self.last + 1 - lengths
         own = jnp.asarray(numbers + [0] * (rows - len(numbers)), jnp.uint32)
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(own)
         return Prompts(jnp.asarray(inputs), jnp.asarray(lengths), jnp.asarray(starts), keys)
 
     def _follow(self, batch: Prompts, options: Generation) -> np.ndarray:
-        """`[B, options.tokens]`, with the end token from where a text ends."""
+        """`[B, options.tokens]`, with an end token from where a text ends."""
         # Whole blocks, which attention takes without a copy.
         slots = -(-(batch.inputs.shape[1] + options.tokens) // self.block) * self.block
-        continuation = _Continuation(self.plans, options, slots)
-        return np.asarray(_follow(continuation, self.graph, self.params, self.mask, batch, self.end))
+        continuation, ends = _Continuation(self.plans, options, slots), jnp.asarray(self.ends, jnp.int32)
+        return np.asarray(_follow(continuation, self.graph, self.params, self.mask, batch, ends))
 
 
 def rounded_up(length: int, block: int) -> int:
@@ -186,22 +178,25 @@ class _Continuation:
 
     def prefill(self, model: Transformer, mask: Mask, prompts: Prompts) -> tuple[Array, Cache]:
         """What the prompts' last tokens lead to, `[B, 1, D]`, and the cache with the prompts in it."""
-        tokens = prompts.tokens(self.slots, 0)
-        seen = self.plans(mask, tokens[:, : prompts.width], tokens)
         cache = model.begin_cache(len(prompts.lengths), self.slots)
-        hidden, cache = model.decode(prompts.inputs, seen, cache, 0)
+        seen = self.plans(mask, prompts.own)
+        hidden, cache = model.prefill(prompts.inputs, seen, cache, prompts.lengths)
         # Logits of every token of a prompt would be far larger than it.
         last = jnp.maximum(prompts.lengths - 1, 0)[:, None, None]
         return jnp.take_along_axis(hidden, last, axis=1), cache
 
     def decode(self, model: Transformer, mask: Mask, prompts: Prompts, texts: _Texts) -> tuple[Array, Cache]:
         """What the tokens made last lead to, `[B, 1, D]`, and the cache with them in it."""
-        tokens, slot = prompts.tokens(self.slots, texts.made), prompts.width + texts.made - 1
-        query = jax.tree.map(lambda field: lax.dynamic_slice_in_dim(field, slot, 1, axis=1), tokens)
+        last = prompts.lengths + texts.made - 1
         # A text that has ended sees nothing more: its blocks are skipped.
-        query = Tokens(query.position, jnp.where(texts.ended[:, None], 0, query.segment))
+        query = Tokens((prompts.starts + last)[:, None], (~texts.ended).astype(jnp.int32)[:, None])
+        seen: Plans = {
+            reach: self.plans(mask, query, prompts.tokens(reach, slots, texts.made))[reach]
+            for reach, slots in slots_of(model.shape, self.slots).items()
+            if reach in model.shape.pattern
+        }
         token = lax.dynamic_slice_in_dim(texts.tokens, texts.made - 1, 1, axis=1)
-        return model.decode(token, self.plans(mask, query, tokens), texts.cache, slot)
+        return model.decode(token, seen, texts.cache, prompts.width + texts.made - 1)
 
     def draw(self, logits: Float[Array, "B V"], keys: Array, made: Int[Array, ""]) -> Int[Array, " B"]:
         """The next token of each text, drawn with its own key and its number in the text."""
@@ -209,18 +204,21 @@ class _Continuation:
 
 
 @partial(jax.jit, static_argnames=("fixed", "graph"))
-def _follow(fixed: _Continuation, graph, params, mask: Mask, prompts: Prompts, end) -> Int[Array, "B most"]:
-    """What follows each prompt; `end` from where a text ends, all of it where there is no prompt."""
+def _follow(
+    fixed: _Continuation, graph, params, mask: Mask, prompts: Prompts, ends: Int[Array, " E"]
+) -> Int[Array, "B most"]:
+    """What follows each prompt; an end from where a text ends, all of it where there is no prompt."""
     model, mask = nnx.merge(graph, params), mask & SameSegment()
 
     def add(texts: _Texts, hidden, cache) -> _Texts:
         token = fixed.draw(model.unembed(hidden)[:, 0], prompts.keys, texts.made)
-        token = jnp.where(texts.ended, end, token)
+        token = jnp.where(texts.ended, ends[0], token)
         tokens = texts.tokens.at[:, texts.made].set(token)
-        return _Texts(texts.made + 1, tokens, texts.ended | (token == end), cache)
+        ended = (token[:, None] == ends[None, :]).any(axis=1)
+        return _Texts(texts.made + 1, tokens, texts.ended | ended, cache)
 
     hidden, cache = fixed.prefill(model, mask, prompts)
-    nothing = jnp.full((len(prompts.lengths), fixed.options.tokens), end, jnp.int32)
+    nothing = jnp.full((len(prompts.lengths), fixed.options.tokens), ends[0], jnp.int32)
     texts = add(_Texts(jnp.int32(0), nothing, prompts.lengths == 0, cache), hidden, cache)
     texts = lax.while_loop(
         lambda texts: (texts.made < fixed.options.tokens) & ~texts.ended.all(),
@@ -230,7 +228,7 @@ def _follow(fixed: _Continuation, graph, params, mask: Mask, prompts: Prompts, e
     return texts.tokens
 
 
-def _until(row: np.ndarray, end: int) -> np.ndarray:
-    """The row's tokens before the first `end`."""
-    (ends,) = np.nonzero(row == end)
-    return row[: ends[0]] if len(ends) else row
+def _until(row: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:
+    """The row's tokens before the first end."""
+    (places,) = np.nonzero(np.isin(row, ends))
+    return row[: places[0]] if len(places) else row

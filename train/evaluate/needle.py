@@ -21,7 +21,6 @@ from train.config.run import Run
 from train.data.batch import Batch
 from train.data.corpus import Corpus
 from train.data.rows import ByteCount
-from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer
 from train.parallel.feed import place_batch
 from train.parallel.mesh import replicate
@@ -123,11 +122,11 @@ def riddle(tokenizer: Tokenizer, draw: random.Random) -> Riddle:
 def _rows(corpus: Corpus, run: Run) -> Iterator[Batch]:
     """Rows `[T]`: depth by depth, needle by needle, the right number and then the wrong one."""
     hay = np.concatenate([batch.inputs[batch.segments > 0] for batch in corpus.held_out])
-    ends = [corpus.tokenizer.end] if task_of(run).has_boundary else []
+    between = [] if corpus.layout is None else corpus.layout.between
     draw = random.Random(run.seed)
     for depth, _ in itertools.product(DEPTHS, range(run.evaluation.needles)):
         asked = riddle(corpus.tokenizer, draw)
-        tail = np.concatenate([ends, asked.question, asked.answer]).astype(np.int32)
+        tail = np.concatenate([between, asked.question, asked.answer]).astype(np.int32)
         start = draw.randrange(len(hay))
         for needle in (asked.needle, asked.other):
             room = run.data.length + 1 - len(needle) - len(tail)
@@ -139,7 +138,9 @@ def _rows(corpus: Corpus, run: Run) -> Iterator[Batch]:
             around, cut = np.take(hay, range(start, start + room), mode="wrap"), round(depth * room)
             tokens = np.concatenate([around[:cut], needle, around[cut:], tail]).astype(np.int32)
             byte_count = corpus.tokenizer.target_bytes
-            yield _row(tokens, byte_count, answer=len(asked.answer), after=len(tail) if ends else None)
+            yield _row(
+                tokens, byte_count, answer=len(asked.answer), after=len(tail) if len(between) else None
+            )
 
 
 def _row(tokens: np.ndarray, byte_count: ByteCount, *, answer: int, after: int | None) -> Batch:

@@ -4,16 +4,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dynmask_jax.array_typing import Array
 from train.config.operation import Generation
+from train.data.pair_layout import PairLayout
 from train.data.tokenizers import Tokenizer
 from train.data.words import first_words
 from train.disk import write_atomically
 from train.evaluate.generation import Generator
 from train.evaluate.rouge import rouge
+from train.step.program import Program
 
 SHOWN = 60  # words of a document in `summaries.jsonl`
 
@@ -23,14 +26,27 @@ class Summarizer:
     """A model of the task `summarize`, from text to text.
 
     Attributes:
-      generator: of the model; its boundary is data.length.
+      generator: of the model.
       tokenizer: of the model.
+      layout: what lies around a document.
+      length: data.length.
       truncate: whether documents that are too long are cut at their end; else they are refused.
     """
 
     generator: Generator
     tokenizer: Tokenizer
+    layout: PairLayout
+    length: int
     truncate: bool
+
+    @classmethod
+    def of(
+        cls, program: Program, params: Any, tokenizer: Tokenizer, layout: PairLayout, truncate: bool
+    ) -> "Summarizer":
+        """For a run's model. Arguments are those of `Generator.of`, and the attributes."""
+        length = program.run.data.length
+        generator = Generator.of(program, params, layout.ends, layout.loss_from(length))
+        return cls(generator, tokenizer, layout, length, truncate)
 
     def summaries(
         self,
@@ -50,27 +66,32 @@ class Summarizer:
           ValueError: a document is empty, or too long and not to be cut.
         """
         names = [f"document {n + 1}" for n in range(len(documents))] if names is None else names
-        tokens = self.tokenizer.encode(documents)
+        tokens = self.layout.encode(self.tokenizer, documents, 0)
         prompts = [self._prompt(each, name, options) for each, name in zip(tokens, names, strict=True)]
         texts = self.generator.generate(prompts, options, key)
         return [self.tokenizer.decode(text).strip() for text in texts]
 
     def _prompt(self, document: np.ndarray, name: str, options: Generation) -> np.ndarray:
-        """A document's tokens and the end, which the summary follows."""
-        length = self.generator.boundary
-        assert length is not None
+        """A document's tokens and what lies around them, which the summary follows."""
+        before, between = self.layout.before, self.layout.between
+        room = self.length - len(before) - len(between)
         if not len(document):
             raise ValueError(f"{name} is empty: there is nothing to summarise")
-        document = self.tokenizer.begun(document)
-        if len(document) >= length:
+        if room < 1:
+            raise ValueError(
+                f"data.length: a row of {self.length:,} has no room for a document beside the "
+                f"{len(before) + len(between):,} tokens of summarize.template"
+            )
+        if len(document) > room:
             if not self.truncate:
                 raise ValueError(
-                    f"{name} has {len(document):,} tokens, too many for a model of rows of {length:,} "
-                    f"(data.length), which hold {length - 1:,} and an end; with truncate it is cut at its end"
+                    f"{name} has {len(document):,} tokens, too many for a model of rows of {self.length:,} "
+                    f"(data.length), which hold {room:,} and what lies around them; with truncate it is cut "
+                    "at its end"
                 )
             # As in training, where a row holds the summary too.
-            document = document[: max(1, length - 1 - options.tokens)]
-        return np.append(document, self.tokenizer.end).astype(np.int32)
+            document = document[: max(1, room - options.tokens)]
+        return np.concatenate([before, document, between]).astype(np.int32)
 
 
 def evaluate_summaries(

@@ -14,7 +14,6 @@ from train.checkpoint.folder import RunFolder
 from train.config.run import Run
 from train.data.corpus import Corpus
 from train.disk import writing
-from train.evaluate.generation import Generator
 from train.evaluate.summaries import Summarizer, evaluate_summaries
 from train.metrics import log
 from train.metrics.log import open_log
@@ -98,14 +97,12 @@ class Finalize:
     def _summarise(self, weights: optax.Params, key: Array) -> list[str]:
         """Summarises held-out documents, and writes them and their scores."""
         run, tokenizer = self.run, self.corpus.tokenizer
-        words = run.summarize.lead or self.corpus.lead_words
+        words, layout = run.summarize.lead or self.corpus.lead_words, self.corpus.layout
         assert words is not None  # summarize has training summaries
+        assert layout is not None
+        program = program_of(run, tokenizer.vocabulary)
         scores = evaluate_summaries(
-            Summarizer(
-                Generator.of(program_of(run, tokenizer.vocabulary), weights, tokenizer.end),
-                tokenizer,
-                run.summarize.truncate,
-            ),
+            Summarizer.of(program, weights, tokenizer, layout, run.summarize.truncate),
             self.corpus.examples[: run.evaluation.summaries],
             words,
             run.generation,

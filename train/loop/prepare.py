@@ -13,11 +13,12 @@ import orbax.checkpoint as ocp
 
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.checksums import shapes
-from train.checkpoint.folder import RunFolder
+from train.checkpoint.folder import RunFolder, pretrained_files
 from train.checkpoint.load import load_model
 from train.checkpoint.restore import FROZEN
 from train.config.run import Run
 from train.data.corpus import Corpus, read_corpus
+from train.data.pair_layout import Conventions
 from train.data.tokenizers import Tokenizer
 from train.disk import check_space, check_writable
 from train.metrics import log, writers
@@ -97,7 +98,7 @@ def prepare(run: Run, *, overwrite: bool = False, processes: Processes | None = 
     check_shared((folder.elsewhere or folder.path).parent, processes)
     placement = Placement.of(run.mesh)
     tokenizer = None if overwrite else folder.load_tokenizer(run)
-    texts = read_corpus(run, tokenizer)
+    texts = read_corpus(run, tokenizer, _conventions(folder, run, overwrite))
     texts.tokenizer.check_fits(run.model.vocabulary(texts.tokenizer.vocabulary))
     processes.check_equal(texts.fingerprint, "data.paths: the texts")
     program, state = begin(run, texts.tokenizer.vocabulary, placement)
@@ -124,6 +125,14 @@ def _check_folder(folder: RunFolder, run: Run, overwrite: bool):
     writers.check(run)
 
 
+def _conventions(folder: RunFolder, run: Run, overwrite: bool) -> Conventions:
+    """What the Hugging Face folder that the run begins from says of texts, by the files that it keeps."""
+    kept = None if overwrite else pretrained_files(folder.path)
+    if kept is None and run.init_from is not None:
+        kept = pretrained_files(Path(run.init_from))
+    return Conventions() if kept is None else kept.conventions()
+
+
 def _claim(stack: ExitStack, folder: RunFolder, run: Run, state: State, overwrite: bool) -> bool:
     """Whether the folder, which is claimed until the stack is left, holds the run to go on with."""
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -148,10 +157,9 @@ def _begin(folder: RunFolder, run: Run, done: int | None):
 
 def _keep_companions(source: Path, folder: RunFolder):
     """Copies config and tokenizer of a Hugging Face folder, or of the one that the run there began from."""
-    if (whole := PretrainedFolder.at(source)) is not None:
-        whole.copy_companions(folder.pretrained, stored_config(whole))
-    elif (kept := PretrainedFolder.at(RunFolder(source).pretrained)) is not None:
-        kept.copy_companions(folder.pretrained, kept.config())
+    if (files := pretrained_files(source)) is not None:
+        config = stored_config(files) if files.path == source else files.config()
+        files.copy_companions(folder.pretrained, config)
 
 
 def _restored(

@@ -1,6 +1,7 @@
 """A decoder-only Transformer: tokens and plans in, hidden features and from them logits out."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from dynmask_jax import ALiBi, Dropout, Plan
-from dynmask_jax.array_typing import Array, Float, Int, pytree
+from dynmask_jax.array_typing import Array, Float, Int
 from train.config import sections
 from train.config.sections import Reach
 from train.model.attention import Attention
+from train.model.cache import Cache, slots_of
 from train.model.feed_forward import FeedForward
 from train.model.norm import Norm
 from train.parallel.activations import constrain_activations, embed_tokens
@@ -30,24 +32,25 @@ POLICIES = {
 """What a layer saves for the backward pass, by the names of `model.remat`; "none" has no policy."""
 
 
-@pytree
-class Cache:
-    """Keys and values of the tokens so far, in the same slots in all layers. Made by `begin_cache`.
+@dataclass(frozen=True)
+class Caching:
+    """What a call does with the cache.
 
     Attributes:
-      keys, values: `[layers, B, S, K, H]`, S slots.
+      slot: of the first token: keys are written there, and then all slots are read.
+      lengths: tokens in each prompt, `[B]`: prompts read their own keys, and the cache takes them for later.
+        None: the tokens follow those in the cache.
     """
 
-    keys: Float[Array, "layers B S K H"]
-    values: Float[Array, "layers B S K H"]
+    slot: Any = 0
+    lengths: Any = None
 
-    def write(self, layer, slot, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "Cache":
-        """The cache with a layer's keys and values written from `slot` on."""
-        at = (layer, 0, slot, 0, 0)
-        return Cache(
-            jax.lax.dynamic_update_slice(self.keys, k[None], at),
-            jax.lax.dynamic_update_slice(self.values, v[None], at),
-        )
+    def __call__(self, cache: Cache, reach: Reach, layer, k, v) -> tuple[Cache, Any, Any]:
+        """The cache with a layer's new keys and values, and the keys and values to attend to."""
+        if self.lengths is not None:
+            return cache.write_prompts(reach, layer, self.lengths, k, v), k, v
+        cache = cache.write(reach, layer, self.slot, k, v)
+        return cache, *cache.of_layer(reach, layer)
 
 
 class Block(nnx.Module):
@@ -66,6 +69,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.placement, self.attention_dropout = placement, shape.attention_dropout
+        self.reach: Reach = reach
         norm = partial(Norm, shape.width, shape, rngs=rngs)
         attention = placement.attention(
             backend=shape.backend,
@@ -85,20 +89,25 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         plan: Plan,
-        cache: Cache | None = None,
         layer=0,
-        slot=0,
+        cached: tuple[Cache, Caching, Any] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The block's output. With a cache, x's keys are written there first, and x attends to all keys.
+        """The block's output, and the cache with x's keys in it.
 
-        With a key, which all layers share, attention weights are dropped.
+        Args:
+          x: the tokens' features.
+          plan: what they see.
+          layer: the number of the block in the model.
+          cached: the cache, what to do with it, and the block's number among those of its reach; None: x sees
+            its own keys.
+          key: all layers share it: attention weights are dropped. None: they are not.
         """
-        normed = self.attention_norm(x)
+        normed, cache = self.attention_norm(x), None
         k, v = self.attention.keys_values(normed, plan.q_tokens)
-        if cache is not None:
-            cache = cache.write(layer, slot, k, v)
-            k, v = cache.keys[layer], cache.values[layer]
+        if cached is not None:
+            before, caching, number = cached
+            cache, k, v = caching(before, self.reach, number, k, v)
         options = {}
         if key is not None:
             options["dropout"] = Dropout(self.attention_dropout, jax.random.fold_in(key, layer))
@@ -170,10 +179,21 @@ class Transformer(nnx.Module):
         return self._layers(tokens, plans, key=key)[0]
 
     def begin_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache for `batch` sequences of at most `slots` tokens."""
-        shape = self.shape
-        size = (shape.layers, batch, slots, shape.kv_heads, shape.head_size)
-        return Cache(jnp.zeros(size, shape.dtype), jnp.zeros(size, shape.dtype))
+        """An empty cache of `batch` sequences of so many slots; local layers keep no more than a window."""
+        return Cache.empty(self.shape, batch, slots_of(self.shape, slots))
+
+    def prefill(
+        self, tokens: Int[Array, "B P"], plans: Plans, cache: Cache, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B P D"], Cache]:
+        """The same for prompts, each at its row's beginning, and the cache with their keys in it.
+
+        Args:
+          tokens: the prompts.
+          plans: their queries and their keys are these tokens.
+          cache: an empty one.
+          lengths: tokens in each prompt.
+        """
+        return self._layers(tokens, plans, cache, Caching(lengths=lengths))
 
     def decode(
         self, tokens: Int[Array, "B T"], plans: Plans, cache: Cache, slot: Int[Array, ""] | int
@@ -181,13 +201,14 @@ class Transformer(nnx.Module):
         """The same for tokens that follow those in the cache, and the cache with theirs added.
 
         Args:
-          tokens: written to the slots slot … slot + T − 1, which the cache must have.
-          plans: their queries are these tokens, their keys are all slots. Empty slots have segment 0, which
-            `SameSegment` hides.
+          tokens: written to the slots slot … slot + T − 1, which the cache must have. A ring that is full
+            takes one at a time.
+          plans: their queries are these tokens, their keys are all slots of the reach:
+            `train.model.cache.slot_tokens`. Empty slots have segment 0, which `SameSegment` hides.
           cache: of the tokens before.
           slot: of the first token; it may be traced.
         """
-        return self._layers(tokens, plans, cache, slot)
+        return self._layers(tokens, plans, cache, Caching(slot))
 
     @property
     def unembedding(self) -> tuple[str, Array]:
@@ -217,27 +238,27 @@ class Transformer(nnx.Module):
         cap = shape.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _layers(self, tokens, plans: Plans, cache: Any = None, slot: Any = 0, key: Any = None):
+    def _layers(self, tokens, plans: Plans, cache: Any = None, caching: Any = None, key: Any = None):
         graph, weights = nnx.split(self.groups)
         shape = self.shape
 
-        def apply(carry, blocks, first, *, looped: bool):
+        def apply(carry, blocks, repetition, *, looped: bool):
             x, cache = carry
             for i, (reach, block) in enumerate(zip(shape.pattern, blocks, strict=False)):
-                x, cache = self._remat(block, looped)(x, plans[reach], cache, first + i, slot, key)
+                call, layer = self._remat(block, caching, looped), repetition * len(shape.pattern) + i
+                number = repetition * shape.pattern.count(reach) + shape.pattern[:i].count(reach)
+                x, cache = call(x, plans[reach], layer, None if cache is None else (cache, number), key)
             return x, cache
 
         def group(carry, at):
             number, weights = at
-            blocks = nnx.merge(graph, weights).layers
-            return apply(carry, blocks, number * len(shape.pattern), looped=self._looped), None
+            return apply(carry, nnx.merge(graph, weights).layers, number, looped=self._looped), None
 
         numbers = jnp.arange(shape.groups, dtype=jnp.int32)
         unroll = 1 if self._looped else len(numbers)
         carry, _ = jax.lax.scan(group, (self._embedded(tokens), cache), (numbers, weights), unroll=unroll)
         if shape.rest:
-            first = jnp.int32(shape.groups * len(shape.pattern))
-            carry = apply(carry, self.rest.layers, first, looped=False)
+            carry = apply(carry, self.rest.layers, jnp.int32(shape.groups), looped=False)
         x, cache = carry
         return self.norm(x), cache
 
@@ -257,16 +278,17 @@ class Transformer(nnx.Module):
         """
         return self.shape.layers > 4
 
-    def _remat(self, block: Any, looped: bool) -> Callable:
+    def _remat(self, block: Any, caching: Caching | None, looped: bool) -> Callable:
         """The block, which saves for the backward pass what `model.remat` says.
 
         On a mesh its weights are gathered inside, so that full rematerialisation saves only the shards.
         """
         graph, state = nnx.split(block)
 
-        def call(weights, *arguments):
+        def call(weights, x, plan, layer, cached, key):
             whole = gather_layer(self.placement.mesh, weights, jnp.dtype(self.shape.dtype))
-            return nnx.merge(graph, whole)(*arguments)
+            with_cache = None if cached is None else (cached[0], caching, cached[1])
+            return nnx.merge(graph, whole)(x, plan, layer, with_cache, key)
 
         if self.shape.remat != "none":
             # XLA cannot merge a loop's body with the backward pass, so nothing has to prevent it there.

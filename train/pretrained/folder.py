@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.data.chat_template import ChatTemplate
+from train.data.pair_layout import Conventions
 from train.disk import write_atomically
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -102,8 +104,32 @@ class PretrainedFolder:
 
     def end_token(self) -> str | None:
         """The token that ends a text, as tokenizer_config.json names it; None: it does not."""
-        token = self.tokenizer_config().get("eos_token")
-        return token.get("content") if isinstance(token, dict) else token
+        return _content(self.tokenizer_config().get("eos_token"))
+
+    def conventions(self) -> Conventions:
+        """The chat template, and the end tokens of generation_config.json.
+
+        Raises:
+          ValueError: a file cannot be read; or an end token is no number.
+        """
+        ends = self.generation().get("eos_token_id")
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        if not all(type(end) is int for end in ends):
+            raise ValueError(f"{self.path / GENERATION} must have numbers in eos_token_id, got {ends!r}")
+        return Conventions(self._chat_template(), tuple(ends))
+
+    def _chat_template(self) -> ChatTemplate | None:
+        about, own = self.tokenizer_config(), self.path / "chat_template.jinja"
+        source = about.get("chat_template")
+        if isinstance(source, list):  # several, by their names
+            by_name = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
+            source = by_name.get("default")
+        if own.is_file():
+            source = own.read_text(encoding="utf-8")
+        if not isinstance(source, str):
+            return None
+        names = {name: _content(token) for name, token in about.items() if name.endswith("_token")}
+        return ChatTemplate(source, {name: text for name, text in names.items() if isinstance(text, str)})
 
     def copy_companions(self, to: Path, config: Mapping[str, Any]):
         """Copies the files beside the weights to a folder, which is created, with this config.json."""
@@ -113,6 +139,11 @@ class PretrainedFolder:
                 shutil.copyfile(self.path / name, to / name)
         if config != self.config():
             write_atomically(to / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def _content(token: Any) -> Any:
+    """The text of a token, which may be described by an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _names(listed: Mapping[str, str], file: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from train.config.model import Model
 from train.config.run import Run, option_values
-from train.config.sections import Data
+from train.config.sections import BASE_TEMPLATE, Data, Summarize
 from train.data.tokenizers import open_library, open_sentencepiece
 from train.pretrained.config import model_of
 from train.pretrained.folder import CONFIG, PretrainedFolder
@@ -38,14 +38,26 @@ def pretrained_run(folder: PretrainedFolder, tokenizer: str | None = None) -> Ru
         )
     name = tokenizer or str(folder.tokenizer())
     begin = begin_token(Path(name))
-    return Run(model=model, data=Data(tokenizer=name, end_token=folder.end_token(), begin_token=begin))
+    return Run(
+        model=model,
+        data=Data(tokenizer=name, end_token=folder.end_token(), begin_token=begin),
+        # Its tokens have never seen later ones, and nothing but text tells it that a summary follows.
+        summarize=Summarize(prefix="causal", template=BASE_TEMPLATE),
+    )
 
 
 def with_source(run: Run, source: Run) -> Run:
-    """The run with the model and the tokenizer of another; how it computes stays its own."""
+    """The run with the model, the tokenizer and the layout of summaries of another; how it computes stays its
+    own."""
     kept = {name: getattr(run.model, name) for name in COMPUTING}
     taken = {name: getattr(source.data, name) for name in ("tokenizer", "end_token", "begin_token")}
-    return replace(run, model=replace(source.model, **kept), data=replace(run.data, **taken))
+    layout = {name: getattr(source.summarize, name) for name in ("prefix", "template", "instruction")}
+    return replace(
+        run,
+        model=replace(source.model, **kept),
+        data=replace(run.data, **taken),
+        summarize=replace(run.summarize, **layout),
+    )
 
 
 def check_agreement(model: Model, source: Model, name: str):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from dynmask_jax.array_typing import Array
-from train.config import sections
+from train.config.run import Run
 from train.data.batch import Batch
+from train.data.tasks import task_of
 from train.model.loss import TokenLosses, token_losses
 from train.model.transformer import Plans, Transformer
 from train.parallel.activations import fold_tokens, unfold_tokens
@@ -22,7 +23,7 @@ def batch_losses(
     params: optax.Params,
     batch: Batch,
     plans: Plans,
-    options: sections.Loss,
+    run: Run,
     placement: Placement,
     key: Array | None = None,
 ) -> TokenLosses:
@@ -32,7 +33,7 @@ def batch_losses(
       graph, params: the `Transformer`, in two parts.
       batch: the rows.
       plans: what layers of each reach see.
-      options: the section `loss` of the config.
+      run: the config, of whose `loss` and `task` the computation depends.
       placement: the devices.
       key: of the dropout, in training; None: nothing is dropped.
     """
@@ -45,8 +46,9 @@ def batch_losses(
             _logits(model, placement),
             fold_tokens(mesh, targets),
             fold_tokens(mesh, weights),
-            options,
+            run.loss,
             devices=placement.row_parts * placement.token_parts,
+            few=task_of(run).has_boundary,
         )
         return jax.tree.map(lambda x: unfold_tokens(mesh, x), folded)
 

@@ -141,7 +141,7 @@ class Program:
         return jax.lax.scan(add, start, (parts, keys))
 
     def _losses(self, params, batch: Batch, plans: Plans, key: Array | None = None) -> TokenLosses:
-        return batch_losses(self.graph, params, batch, plans, self.run.loss, self.placement, key)
+        return batch_losses(self.graph, params, batch, plans, self.run, self.placement, key)
 
 
 def _scored_bytes(batch: Batch) -> Int[Array, "B T"]:

@@ -165,14 +165,15 @@ def generation():
         data=Data(length=LENGTH),
     )
     program, state = begin(run, vocabulary=512)
-    generator = Generator.of(program, None, end=0)
+    generator = Generator.of(program, None, (0,), LENGTH)
     numbers = jax.ShapeDtypeStruct((2,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), 2)))
 
     def follow(params, inputs, lengths, starts, keys):
         prompts = Prompts(inputs, lengths, starts, jax.random.wrap_key_data(keys))
         continuation = _Continuation(generator.plans, Generation(tokens=512, temperature=1.0), 1_536)
-        return _follow(continuation, generator.graph, params, generator.mask, prompts, generator.end)
+        ends = jnp.asarray(generator.ends)
+        return _follow(continuation, generator.graph, params, generator.mask, prompts, ends)
 
     prompts = jax.ShapeDtypeStruct((2, 1_024), jnp.int32), numbers, numbers, keys
     return follow, (jax.eval_shape(lambda: state.params), *prompts)

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from train.config.operation import Evaluation
 from train.config.run import Run
-from train.config.sections import Curriculum, Data
+from train.config.sections import Curriculum, Data, Summarize
 from train.data.batches import batches, held_out_batches
+from train.data.pair_layout import PairLayout
 from train.data.rows import DocumentPieces, Pairs, Spans, Stream
+from train.data.tokenizers import load_tokenizer
 
 LENGTH = 12
 
@@ -37,7 +39,8 @@ def cut(kind, lengths=DOCUMENTS):
     tokens = np.arange(stops[-1], dtype=np.uint16)
     if kind is Pairs:
         bodies = np.array(lengths) - 4
-        return Pairs(tokens, spans, bodies, np.minimum(bodies, LENGTH - 3), LENGTH)
+        layout = PairLayout.of(Summarize(), load_tokenizer("bytes"))
+        return Pairs(tokens, spans, bodies, np.minimum(bodies, LENGTH - 3), LENGTH, layout)
     return kind(tokens, spans, LENGTH)
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.data.pair_layout import PairLayout
 from train.data.rows import CONTEXT, SEGMENTS, TOKENS, DocumentPieces, Pairs, Spans, Stream, as_batch, fitting
 
 
@@ -71,7 +72,14 @@ def test_a_stream_is_all_documents_end_to_end_in_rows(lengths, length, seed):
 def pair(body: int, summary: int, kept: int, length: int) -> np.ndarray:
     ids = np.arange(10, 10 + body + summary + 2)
     one = np.array([len(ids)])
-    return Pairs(ids, Spans(one * 0, one), np.array([body]), np.array([kept]), length)[0][TOKENS]
+    around = layout(between=ids[body : body + 1], after=ids[-1:])
+    return Pairs(ids, Spans(one * 0, one), np.array([body]), np.array([kept]), length, around)[0][TOKENS]
+
+
+def layout(before=(), between=(7,), after=(9,)) -> PairLayout:
+    """Of these tokens."""
+    around = (np.array(tokens, np.int32) for tokens in (before, between, after))
+    return PairLayout(*around, spaces=("", ""), goes_on=(False, False), ends=(9,))
 
 
 def test_an_example_is_document_end_summary_end_around_a_fixed_position():
@@ -80,6 +88,28 @@ def test_an_example_is_document_end_summary_end_around_a_fixed_position():
     assert tokens[:, 1].tolist() == [11, 12, 13, 14, 15, 16]
     assert tokens[:, 2].tolist() == [5, 6, 7, 8, 9, 10]
     assert pair(3, 2, 2, 8).tolist() == [[10, 11, 6], [11, 13, 7], [13, 14, 8], [14, 15, 9], [15, 16, 10]]
+
+
+def test_a_template_lies_around_the_document_and_only_the_document_is_cut():
+    ids = np.array([10, 11, 12, 13, 1, 20, 21, 1])
+    one, around = np.array([len(ids)]), layout((2, 3), (4, 5, 6), (8, 9))
+    kept = fitting(cache((4, 2)), 12, around, truncate=True)
+    assert kept.tolist() == [4]
+    assert fitting(cache((4, 2)), 11, around, truncate=True).tolist() == [3]
+    assert fitting(cache((4, 2)), 9, around, truncate=True).tolist() == [1]
+    with pytest.raises(ValueError, match="some of the document must fit beside its summary"):
+        fitting(cache((4, 2)), 8, around, truncate=True)
+    with pytest.raises(ValueError, match="a row of 12 holds all"):
+        fitting(cache((4, 2)), 11, around, truncate=False)
+    pairs = Pairs(ids, Spans(one * 0, one), np.array([4]), np.array([3]), 11, around)
+    tokens = pairs[0][TOKENS]
+    assert tokens[:, 0].tolist() == [2, 3, 10, 11, 12, 4, 5, 6, 20, 21, 8]
+    assert tokens[:, 1].tolist() == [3, 10, 11, 12, 4, 5, 6, 20, 21, 8, 9]
+    assert tokens[5, 2] == 11, "what comes between begins at data.length"
+    assert tokens[7].tolist() == [6, 20, pairs.loss_from]
+    segments, context = np.ones((1, 11), np.int32), np.arange(11, dtype=np.int32)[None]
+    batch = as_batch({TOKENS: tokens[None], SEGMENTS: segments, CONTEXT: context}, pairs.loss_from, BYTES)
+    assert batch.weights.tolist() == [[0] * 7 + [1] * 4], "the summary and what ends it"
 
 
 def cache(*sizes: tuple[int, int]) -> SimpleNamespace:
@@ -97,15 +127,15 @@ def test_an_example_fits_a_row_or_its_document_is_cut_until_it_does(body, summar
     pairs = cache((body, summary))
     if summary + 2 > length:
         with pytest.raises(ValueError, match=r"with --summarize\.truncate some of the document must fit"):
-            fitting(pairs, length, truncate=True)
+            fitting(pairs, length, layout(), truncate=True)
         return
-    (kept,) = fitting(pairs, length, truncate=True)
+    (kept,) = fitting(pairs, length, layout(), truncate=True)
     assert len(pair(body, summary, kept, length)) == min(length, body + summary + 1)
     if kept == body:
-        assert fitting(pairs, length, truncate=False) == [body]
+        assert fitting(pairs, length, layout(), truncate=False) == [body]
     else:
         with pytest.raises(ValueError, match="do not fit"):
-            fitting(pairs, length, truncate=False)
+            fitting(pairs, length, layout(), truncate=False)
 
 
 def test_examples_that_do_not_fit_are_named_and_counted():
@@ -116,9 +146,9 @@ def test_examples_that_do_not_fit_are_named_and_counted():
         r"1,003 holds all; --summarize\.truncate cuts documents"
     )
     with pytest.raises(ValueError, match=words):
-        fitting(pairs, 8, truncate=False)
+        fitting(pairs, 8, layout(), truncate=False)
     with pytest.raises(ValueError, match=r"1 of 6 examples .*\(x\.jsonl, line 5: a document of 1 tokens"):
-        fitting(pairs, 8, truncate=True)
+        fitting(pairs, 8, layout(), truncate=True)
 
 
 def test_a_batch_is_weighted_where_a_token_is_asked_for():

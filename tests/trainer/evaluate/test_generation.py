@@ -62,7 +62,7 @@ def plain(model):
 
 def generator(model, mask: Mask, **options) -> Generator:
     graph, params = nnx.split(model)
-    fields = {"plans": plans, "mask": mask, "end": END, "block": BLOCK}
+    fields = {"plans": plans, "mask": mask, "ends": (END,), "block": BLOCK}
     return Generator(graph, nnx.to_pure_dict(params), **(fields | options))
 
 
@@ -156,7 +156,7 @@ def test_prompts_that_end_at_a_boundary(model, plain, name):
 def same_as_without(model, plain, mask: Mask, options: Generation, boundary=None):
     """Texts of several lengths, made together with the cache and one by one without."""
     key = jax.random.key(7)
-    texts = generator(model, mask, boundary=boundary).generate(prompts(), options, key)
+    texts = generator(model, mask, last=boundary).generate(prompts(), options, key)
     expected = plain.generate(mask, prompts(), options, key, boundary)
     assert [text.tolist() for text in texts] == expected
     assert len({tuple(text) for text in texts}) == len(texts)
@@ -174,19 +174,28 @@ def test_a_text_does_not_depend_on_its_batch(model):
 def test_a_text_ends_before_its_first_end_token(model):
     """Whatever token that is, the other texts go on; one whose first token ends it is empty."""
     mask = chosen("causal")
-    endless = [text.tolist() for text in generator(model, mask, end=-1).generate(prompts(), GREEDY)]
+    endless = [text.tolist() for text in generator(model, mask, ends=(-1,)).generate(prompts(), GREEDY)]
     end = endless[1][0]
-    cut = [text.tolist() for text in generator(model, mask, end=end).generate(prompts(), GREEDY)]
+    cut = [text.tolist() for text in generator(model, mask, ends=(-1, end)).generate(prompts(), GREEDY)]
     assert cut == [text[: text.index(end)] if end in text else text for text in endless]
     assert cut[1] == []
     assert max(map(len, cut)) == GREEDY.tokens
+
+
+def test_local_layers_keep_no_more_than_their_window(model):
+    for slots, local in ((56, 6), (4, 4)):
+        cache = jax.eval_shape(lambda slots=slots: model.begin_cache(3, slots))
+        assert {reach: x.shape for reach, x in cache.keys.items()} == {
+            "global": (1, 3, slots, 2, 8),
+            "local": (1, 3, local, 2, 8),
+        }
 
 
 def test_logits_are_never_those_of_a_whole_prompt(model):
     asked = generator(model, Causal())
     batch = asked._batch(prompts((40,)), [0], 1, None)
     traced = _follow.trace(
-        _Continuation(plans, GREEDY, 56), asked.graph, asked.params, asked.mask, batch, jnp.int32(END)
+        _Continuation(plans, GREEDY, 56), asked.graph, asked.params, asked.mask, batch, jnp.array([END])
     )
     text = str(traced.jaxpr)
     assert f"f32[1,40,{SHAPE.width}]" in text

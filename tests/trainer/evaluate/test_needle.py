@@ -12,7 +12,9 @@ import pytest
 from train_cases import small_run
 
 from train.config.operation import Evaluation
+from train.config.sections import Summarize
 from train.data.batch import Batch
+from train.data.pair_layout import PairLayout
 from train.data.tokenizers import load_tokenizer
 from train.evaluate.needle import DEPTHS, Probe, by_depth, riddle
 from train.step.program import begin
@@ -26,6 +28,7 @@ class Text:
     """As much of a corpus as the probe reads: words without a digit, and some padding."""
 
     held_out: list[Batch]
+    layout: PairLayout | None = None
     tokenizer: Any = BYTES
 
 
@@ -86,9 +89,9 @@ def test_the_hay_is_real_text(rows):
 
 
 def test_a_summaries_question_stands_where_summaries_do(tmp_path):
-    run = replace(run_of(tmp_path), task="summarize")
+    run, layout = replace(run_of(tmp_path), task="summarize"), PairLayout.of(Summarize(), BYTES)
     program, _ = begin(run, BYTES.vocabulary)
-    batch = Probe(program, text())._batches[0]
+    batch = Probe(program, replace(text(), layout=layout))._batches[0]
     ends = batch.inputs == BYTES.end
     assert (ends.sum(axis=1) == 1).all()
     assert (batch.positions[ends] == LENGTH).all()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from train.config.operation import Generation
+from train.evaluate import sampling
 from train.evaluate.sampling import next_tokens
 
 SHARES = np.array([0.06, 0.34, 0.0, 0.25, 0.2, 0.15], np.float32)
@@ -55,6 +56,33 @@ def test_tokens_are_drawn_as_often_as_they_should(options, expected):
     drawn = frequencies(**options)
     assert (drawn[expected == 0] == 0).all()
     np.testing.assert_allclose(drawn, expected, atol=4 * np.sqrt(0.25 / DRAWS))
+
+
+@pytest.mark.parametrize(("candidates", "top_p"), [(1, 0.6), (2, 0.6), (3, 0.6), (4, 0.99), (6, 0.99)])
+def test_a_nucleus_of_more_tokens_than_are_looked_at_first(candidates, top_p, monkeypatch):
+    monkeypatch.setattr(sampling, "CANDIDATES", candidates)
+    expected = share_of([1, 3, 4] if top_p == 0.6 else [0, 1, 3, 4, 5])
+    drawn = frequencies(temperature=1.0, top_p=top_p)
+    assert (drawn[expected == 0] == 0).all()
+    np.testing.assert_allclose(drawn, expected, atol=4 * np.sqrt(0.25 / DRAWS))
+
+
+def test_a_flat_row_does_not_change_the_token_of_another(monkeypatch):
+    """Its nucleus has more tokens than are looked at first; that of the other has few."""
+    monkeypatch.setattr(sampling, "CANDIDATES", 8)
+    logits = jnp.stack([jnp.zeros(64), 3.0 * jax.random.normal(jax.random.key(5), (64,))])
+    drawn = jax.jit(lambda x, keys: next_tokens(x, keys, Generation(temperature=1.0, top_p=0.8)))
+    for seed in range(20):
+        keys = jax.random.split(jax.random.key(seed), 2)
+        alone = [drawn(logits[i : i + 1], keys[i : i + 1])[0] for i in range(2)]
+        assert drawn(logits, keys).tolist() == np.array(alone).tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 50}])
+def test_a_large_vocabulary_is_not_sorted(options):
+    keys = jax.random.split(jax.random.key(0), 2)
+    traced = jax.make_jaxpr(lambda x: next_tokens(x, keys, Generation(**options)))(jnp.zeros((2, 262_144)))
+    assert "sort[" not in str(traced)
 
 
 def test_of_equals_as_many_are_kept_as_asked_for():

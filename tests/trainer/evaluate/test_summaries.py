@@ -11,10 +11,10 @@ from train_cases import small_run
 
 from dynmask_jax import mask_tensor
 from train.config.operation import Generation
-from train.config.sections import Data
+from train.config.sections import Data, Summarize
+from train.data.pair_layout import PairLayout
 from train.data.tokenizers import Bytes
 from train.data.words import first_words
-from train.evaluate.generation import Generator
 from train.evaluate.rouge import rouge
 from train.evaluate.summaries import Summarizer, evaluate_summaries
 from train.step.program import begin
@@ -36,7 +36,7 @@ def summarizer(tmp_path_factory) -> Summarizer:
     kernel = state.params["logits"]["kernel"]
     random = jax.random.normal(jax.random.key(1), kernel.shape, kernel.dtype)
     params = state.params | {"logits": {"kernel": random}}
-    return Summarizer(Generator.of(program, params, Bytes.end), Bytes(), truncate=False)
+    return Summarizer.of(program, params, Bytes(), PairLayout.of(Summarize(), Bytes()), truncate=False)
 
 
 def test_a_document_ends_just_before_the_boundary_and_is_seen_from_both_sides(summarizer):
@@ -44,7 +44,7 @@ def test_a_document_ends_just_before_the_boundary_and_is_seen_from_both_sides(su
     generator, document = summarizer.generator, np.arange(5, dtype=np.int32) + 65
     prompt = summarizer._prompt(document, "a", OPTIONS)
     assert prompt.tolist() == [65, 66, 67, 68, 69, Bytes.end]
-    tokens = generator._batch([prompt], [0], 1, None).tokens(slots=16, made=2)
+    tokens = generator._batch([prompt], [0], 1, None).tokens("global", slots=16, made=2)
     assert tokens.position[0, :6].tolist() == [27, 28, 29, 30, 31, 32]
     assert tokens.position[0, 8:10].tolist() == [33, 34]
     assert tokens.segment[0].tolist() == [1] * 6 + [0] * 2 + [1] * 2 + [0] * 6

@@ -10,13 +10,15 @@ import chex
 import jax
 import numpy as np
 import pytest
-from pretrained_cases import BEGIN, END, losses_by_hand, tiny_pretrained
+from pretrained_cases import BEGIN, END, OTHER_END, losses_by_hand, tiny_pretrained
 from safetensors import safe_open
 from train_cases import write_text
 
-from train.checkpoint.folder import RunFolder
+from train.checkpoint.folder import RunFolder, pretrained_files
 from train.checkpoint.load import load_model
 from train.cli import main, parse
+from train.commands.inference import Source
+from train.config.sections import BASE_TEMPLATE
 from train.loop.prepare import prepare
 from train.loop.training import train
 from train.pretrained.config import model_of
@@ -189,6 +191,48 @@ def test_export_of_a_folder_is_the_folder_bit_for_bit(place, tmp_path):
 def test_a_folder_generates(place, capsys):
     main(["generate", str(place / "hub"), "--prompt", "mask key", "--tokens", "3"])
     assert capsys.readouterr().out.startswith("> mask key\n")
+
+
+def test_a_folder_summarises_as_it_is(place, capsys, tmp_path):
+    (tmp_path / "long.txt").write_text("mask key " * 30, encoding="utf-8")
+    words = ["summarize", str(tmp_path / "long.txt"), "--run", str(place / "hub"), "--length", "32"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "too many for a model of rows of 32 (data.length)" in capsys.readouterr().err
+    main([*words, "--truncate", "True", "--tokens", "3"])
+    assert capsys.readouterr().out
+
+
+def test_the_end_tokens_of_a_folder_end_texts(place):
+    assert Source(place / "hub").load("generate").ends == (0, OTHER_END)
+
+
+def test_summaries_are_tuned_with_the_folders_templates_which_the_run_keeps(place, tmp_path):
+    hub = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
+    lines = [json.dumps({"document": f"mask {n}", "summary": f"key {n}"}) for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    length = ["--data.length", "64", "--data.paths", str(tmp_path / "pairs.jsonl")]
+    plain = parse(words(tmp_path, "plain", "--task", "summarize", "--data.rows", "packed", *length)).run
+    assert (plain.summarize.template, plain.summarize.prefix) == (BASE_TEMPLATE, "causal")
+    chat = ["--task", "summarize", "--data.rows", "packed", *length, "--summarize.template", "chat"]
+    first = prepare(parse(words(tmp_path, "chat", *chat)).run).corpus
+    assert first.layout is not None
+    assert first.layout.ends == (0, OTHER_END)
+    text = first.tokenizer.decode(first.layout.between)
+    assert text == "\n\nSummarize the text above.\nassistant:"
+    assert first.layout.before[0] == first.tokenizer.begin
+    batch = first.held_out[0]
+    asked = batch.targets[0][(batch.segments[0] == 1) & (batch.weights[0] > 0)]
+    assert first.tokenizer.decode(asked).startswith(" key ")
+    files = pretrained_files(tmp_path / "runs" / "chat")
+    assert files is not None
+    assert files.conventions() == PretrainedFolder(hub).conventions()
+    assert (files.path / "generation_config.json").is_file()
+    (hub / "chat_template.jinja").unlink()
+    with pytest.raises(
+        ValueError, match=r"summarize\.template: chat needs a chat template, and there is none"
+    ):
+        prepare(parse(words(tmp_path, "none", *chat)).run)
 
 
 def test_a_folder_is_evaluated_with_its_begin_token(place, tmp_path):

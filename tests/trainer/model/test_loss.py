@@ -1,5 +1,8 @@
 """The chunked cross-entropy: the same numbers and gradients as all logits at once, in linear memory."""
 
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +25,8 @@ def case(batch=2, length=13):
     return hidden, kernel, targets, weights
 
 
-def chunked(hidden, kernel, targets, weights, **options):
-    losses = token_losses(hidden, lambda x: x @ kernel, targets, weights, Loss(**options))
+def chunked(hidden, kernel, targets, weights, few=False, **options):
+    losses = token_losses(hidden, lambda x: x @ kernel, targets, weights, Loss(**options), few=few)
     return losses.nats, losses.penalty
 
 
@@ -80,6 +83,57 @@ def test_a_chunk_without_a_weight_makes_no_logits():
     jax.block_until_ready(token_losses(hidden, logits, targets, weights, Loss(chunk=4)))
     jax.effects_barrier()
     assert len(made) == 1
+
+
+def summaries(batch=3, length=29):
+    """A case in which few tokens have a weight: none in the first row, and most in the last."""
+    hidden, kernel, targets, weights = case(batch, length)
+    few = (jnp.arange(length)[None] * jnp.arange(batch)[:, None]) % 7 > 4
+    return hidden, kernel, targets, jnp.where(few, weights, 0.0)
+
+
+@pytest.mark.parametrize("chunk", mostly([3, 12, 1024], [12]))
+def test_few_tokens_that_are_gathered_have_the_losses_and_gradients_that_they_have(chunk):
+    hidden, kernel, targets, some = summaries()
+    for weights in (some, jnp.zeros_like(some)):
+
+        @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+        def gathered(hidden, kernel, weights=weights):
+            losses = chunked(hidden, kernel, targets, weights, few=True, chunk=chunk, z=0.1)
+            return (weights * (losses[0] + losses[1])).sum(), losses
+
+        def expected(hidden, kernel, weights=weights):
+            losses = plain(hidden, kernel, targets, weights, 0.1)
+            return (weights * (losses[0] + losses[1])).sum()
+
+        (_, losses), gradients = gathered(hidden, kernel)
+        for a, b in zip(losses, plain(hidden, kernel, targets, weights, 0.1), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(gradients, jax.grad(expected, (0, 1))(hidden, kernel), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_logits_of_few_tokens_are_made_in_as_few_chunks_as_hold_them():
+    """The same program: how many tokens have a loss is data."""
+    hidden, kernel, targets, _ = case(batch=2, length=32)
+    made = []
+
+    def logits(x):
+        jax.debug.callback(lambda: made.append(x.shape))
+        return x @ kernel
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def losses(weights):
+        return token_losses(hidden, logits, targets, weights, Loss(chunk=8), few=True)
+
+    for count, chunks in ((0, 0), (1, 1), (4, 1), (5, 2), (32, 8)):
+        made.clear()
+        # Spread over the row, and in one of the rows alone.
+        weights = jnp.zeros((2, 32)).at[1, jnp.arange(count) * 32 // max(count, 1)].set(1.0)
+        jax.block_until_ready(losses(weights))
+        jax.effects_barrier()
+        assert made == [(2, 4, WIDTH)] * chunks
 
 
 def memory(length, vocabulary=32_768, width=32, chunk=64):

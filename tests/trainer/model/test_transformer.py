@@ -104,9 +104,9 @@ def test_many_layers_in_a_loop_are_the_same_layers_one_after_the_other(key, laye
         for i, (reach, block) in enumerate(zip(PATTERN, model.groups.layers, strict=True)):
             graph, stacked = nnx.split(block)
             one = nnx.merge(graph, jax.tree.map(lambda w, n=group: w[n], stacked))
-            x, _ = one(x, seen[reach], None, 2 * group + i, 0, key)
+            x, _ = one(x, seen[reach], 2 * group + i, None, key)
     if layers == 7:
-        x, _ = model.rest.layers[0](x, seen["local"], None, 6, 0, key)
+        x, _ = model.rest.layers[0](x, seen["local"], 6, None, key)
     np.testing.assert_allclose(features(model, TOKENS, seen, key), model.norm(x), rtol=1e-4, atol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_layers_and_keys_drop_otherwise_and_without_a_key_nothing_is_dropped(mod
     x, seen = model.embed(TOKENS), plans(Causal())["global"]
     block = first_block(transformer(attention_dropout=0.3))
     drawn = [(0, jax.random.key(0)), (1, jax.random.key(0)), (0, jax.random.key(1))]
-    outs = [block(x, seen, None, layer, 0, key)[0] for layer, key in drawn]
+    outs = [block(x, seen, layer, None, key)[0] for layer, key in drawn]
     plain = first_block(model)(x, seen)[0]
     for i, out in enumerate(outs):
         assert all(jnp.abs(out - other).max() > 1e-2 for other in [plain, *outs[:i]])
@@ -230,7 +230,7 @@ def test_bfloat16_computes_in_it_and_keeps_weights_and_logits_in_float32(remat):
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient(model))} == {jnp.dtype("float32")}
     exact = features(transformer(), TOKENS, plans(Causal()))
     np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.06)
-    assert (model.begin_cache(1, 4).keys.dtype) == jnp.bfloat16
+    assert model.begin_cache(1, 4).keys["global"].dtype == jnp.bfloat16
 
 
 @nnx.jit

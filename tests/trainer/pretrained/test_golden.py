@@ -13,6 +13,7 @@ from slow import mostly
 
 from dynmask_jax import Causal, SameSegment, Tokens, Window, plan
 from train.config.model import Model, RopeScaling
+from train.model.cache import slot_tokens, slots_of
 from train.model.transformer import Transformer
 from train.pretrained.config import model_of
 from train.pretrained.folder import PretrainedFolder
@@ -72,22 +73,38 @@ def test_logits_are_those_of_transformers(name):
 @pytest.mark.parametrize("name", mostly(["gemma2", "gemma3_text", "qwen2", "qwen3"], ["gemma3_text"]))
 def test_logits_with_a_cache_are_the_same(name):
     model, graph, params, expected = golden(name)
-    tokens, places = jnp.asarray(expected["tokens"]), jnp.arange(expected["tokens"].shape[1])[None]
+    tokens, prompt = jnp.asarray(expected["tokens"]), 40
+    slots = slots_of(model, tokens.shape[1])
+    assert "local" not in model.pattern or slots["local"] < prompt
+    starts, lengths = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), prompt, jnp.int32)
 
     @jax.jit
-    def step(params, piece, cache, slot):
-        whole, count = nnx.merge(graph, params), piece.shape[1]
-        slots = Tokens(places, (places < slot + count).astype(jnp.int32))
-        queries = jax.tree.map(lambda field: jax.lax.dynamic_slice_in_dim(field, slot, count, 1), slots)
-        hidden, cache = whole.decode(piece, plans(model, queries, slots), cache, slot)
+    def begin(params, prompts):
+        whole, cache = (
+            nnx.merge(graph, params),
+            nnx.merge(graph, params).begin_cache(len(tokens), tokens.shape[1]),
+        )
+        hidden, cache = whole.prefill(prompts, plans(model, Tokens.sequence(prompt)), cache, lengths)
         return whole.unembed(hidden), cache
 
-    cache = nnx.merge(graph, params).begin_cache(len(tokens), places.size)
-    begin, pieces = 0, []
-    for end in (40, *range(41, places.size + 1)):
-        logits, cache = step(params, tokens[:, begin:end], cache, jnp.int32(begin))
+    @jax.jit
+    def step(params, token, cache, slot):
+        whole, query = nnx.merge(graph, params), Tokens(jnp.full((len(tokens), 1), slot))
+        seen = {
+            reach: plans(model, query, slot_tokens(reach, count, starts, lengths, prompt, slot + 1 - prompt))[
+                reach
+            ]
+            for reach, count in slots.items()
+            if reach in model.pattern
+        }
+        hidden, cache = whole.decode(token, seen, cache, slot)
+        return whole.unembed(hidden), cache
+
+    logits, cache = begin(params, tokens[:, :prompt])
+    pieces = [logits]
+    for place in range(prompt, tokens.shape[1]):
+        logits, cache = step(params, tokens[:, place : place + 1], cache, jnp.int32(place))
         pieces.append(logits)
-        begin = end
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected["logits"], atol=1e-4)
 
 
