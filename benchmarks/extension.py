@@ -10,8 +10,9 @@ there already is not trained again, and results are written after each part.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.markdown import seconds, share, table
+from benchmarks.extension_page import draw, section
 from benchmarks.timing import machine, medians
 from train.checkpoint.load import load_model
 from train.cli import parse
@@ -29,7 +30,7 @@ from train.data.corpus import read_corpus
 from train.evaluate.validation import Validator
 from train.loop.prepare import prepare
 from train.loop.training import train
-from train.metrics.record import StepRecord, ValidationRecord
+from train.metrics.record import StepRecord
 from train.report.outcome import Outcome
 from train.step.program import begin
 
@@ -85,20 +86,20 @@ class Experiment:
         ]
 
 
-def measure(experiment: Experiment, keep=lambda results: None) -> dict[str, Any]:
+def measure(experiment: Experiment, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Trains, times and extends; `keep` is called with the results so far after each part."""
     base = _trained(experiment.base())
     results: dict[str, Any] = {
         "machine": machine(),
         "settings": {k: v for k, v in asdict(experiment).items() if k not in ("folder", "text")},
-        "base": _validation(base.validations[-1]),
+        "base": base.validations[-1].to_json(),
     }
     keep(results)
     times = step_times(parse(experiment.extension("growing", 1_000)).run)
     results |= {"step_seconds": times, "arms": {}}
     keep(results)
     for arm in ARMS:
-        steps = round(experiment.budget / mean_seconds(arm, times))
+        steps = max(1, round(experiment.budget / mean_seconds(arm, times)))
         results["arms"][arm] = _arm(_trained(experiment.extension(arm, steps)))
         keep(results)
     results["scalings"] = scalings(parse(experiment.extension("full", 1)).run)
@@ -180,83 +181,47 @@ def _arm(outcome: Outcome) -> dict[str, Any]:
         "steps": len(steps),
         "seconds_as_run": sum(record.seconds for record in steps[1:]),  # the first compiles
         "learning_rate": max(record.learning_rate for record in steps),
-        "before": _validation(first),
-        "after": _validation(last),
+        "before": first.to_json(),
+        "after": last.to_json(),
     }
-
-
-def _validation(record: ValidationRecord) -> dict[str, Any]:
-    return record.to_json()
-
-
-def section(results: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
-    arms, old, new = results["arms"], results["settings"]["old"], results["settings"]["new"]
-    before = next(iter(arms.values()))["before"]
-    columns = {"before": before, **{f"after, {name}": arm["after"] for name, arm in arms.items()}}
-    rows = [
-        [
-            f"full mask, {int(start):,} bytes before",
-            *(f"{c['positions'][start]:.3f}" for c in columns.values()),
-        ]
-        for start in before["positions"]
-    ]
-    rows += [
-        [f"full mask, rows of {new:,}", *(f"{c['validation_loss']:.4f}" for c in columns.values())],
-        [f"chunks of {old:,}", *(f"{c['old_context']['loss']:.4f}" for c in columns.values())],
-        ["needle's gain, bits a token", *(f"{_gain(c):+.3f}" for c in columns.values())],
-    ]
-    times = results["step_seconds"]
-    speeds = [
-        [f"{window:,}", seconds(time), share(time / times["seconds"][-1])]
-        for window, time in zip(times["windows"], times["seconds"], strict=True)
-    ]
-    taken = "; ".join(
-        f"{name}: {arm['steps']:,} steps, {arm['seconds_as_run']:,.0f} s as they ran"
-        for name, arm in arms.items()
-    )
-    parts = [
-        f"Nats a byte on held-out text. {taken}; {results['settings']['budget']:,.0f} s each by the times below.",
-        table(["", *columns], rows),
-        table(["chunks", "seconds a step", "of the full mask's"], speeds),
-    ]
-    if "scalings" in results:
-        kinds = [
-            [kind, f"{found['old_context']['loss']:.4f}", f"{found['loss']:.4f}"]
-            for kind, found in results["scalings"].items()
-        ]
-        parts.append(table(["rotary scaling, before training", f"chunks of {old:,}", "full mask"], kinds))
-    return "\n\n".join(parts)
-
-
-def _gain(validation: Mapping[str, Any]) -> float:
-    needle = validation["needle"]
-    return float(np.mean([value for name, value in needle.items() if name.startswith("gain/")]))
 
 
 def main(arguments: Sequence[str] | None = None):
     """Runs the experiment of a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("text", nargs="+", help="files or folders of text")
+    parser.add_argument("text", nargs="*", help="files or folders of text")
     parser.add_argument("--columns", nargs="+", default=[], help="as --data.columns")
     parser.add_argument("--folder", default="runs/extension", help="of the runs")
     parser.add_argument("--seconds", type=float, default=Experiment.budget, help="of each extension's steps")
     parser.add_argument("--base-steps", type=int, default=Experiment.base_steps)
     parser.add_argument("--json", type=Path, help="where results are written")
+    parser.add_argument("--picture", type=Path, help="where the loss by position is drawn")
+    parser.add_argument("--table", action="store_true", help="measure nothing: the results in --json")
     asked = parser.parse_args(arguments)
+    if not (asked.json if asked.table else asked.text):
+        parser.error("--table needs --json" if asked.table else "texts are needed")
+    if asked.table:
+        results = json.loads(asked.json.read_text(encoding="utf-8"))
+    else:
+        results = measure(_experiment(asked), partial(_keep, asked.json))
+    print(section(results))
+    if asked.picture:
+        draw(results, asked.picture)
+
+
+def _experiment(asked: argparse.Namespace) -> Experiment:
     columns = ("--data.columns", *asked.columns) if asked.columns else ()
-    experiment = Experiment(
+    return Experiment(
         asked.folder,
         ("--data.paths", *asked.text, *columns),
         base_steps=asked.base_steps,
         budget=asked.seconds,
     )
 
-    def keep(results: Mapping[str, Any]):
-        if asked.json:
-            asked.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
-    print(section(measure(experiment, keep)))
+def _keep(path: Path | None, results: Mapping[str, Any]):
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

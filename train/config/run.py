@@ -197,6 +197,5 @@ def option_values(record: Any, prefix: str = "") -> dict[str, Any]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
