@@ -66,9 +66,9 @@ def extended(run: Run, source: Source, length: int | None) -> Run:
 def scaled(scaling: RopeScaling, old: int, new: int) -> RopeScaling:
     """The rotary scaling of a model whose context grows.
 
-    A model that has none gets YaRN: of the scalings that transformers reads, it is the one that loses least
-    before training and needs the fewest steps (Peng et al. 2023, arXiv:2309.00071, section 4). One that
-    has been extended before keeps its kind.
+    A model that has none gets YaRN, which is reported to surpass interpolation and a raised base with and
+    without fine-tuning (Peng et al. 2023, arXiv:2309.00071), and which transformers reads. One that has been
+    extended before keeps its kind.
 
     Args:
       scaling: of the model.
