@@ -24,7 +24,7 @@ from benchmarks.extension_page import draw, section
 from benchmarks.timing import machine, medians
 from train.checkpoint.load import load_model
 from train.cli import parse
-from train.config.model import RopeScaling
+from train.config.model import RopeScalingKind
 from train.config.run import Run
 from train.data.corpus import read_corpus
 from train.evaluate.validation import Validator
@@ -53,6 +53,7 @@ class Experiment:
       base_steps: of the small model, each of `base_batch` rows.
       budget: seconds that the steps of an extension take by the measured times.
       rows, needles: of a validation.
+      scalings: kinds of rotary scaling that are compared before training.
     """
 
     folder: str
@@ -65,6 +66,7 @@ class Experiment:
     budget: float = 300.0
     rows: int = 8
     needles: int = 1
+    scalings: tuple[RopeScalingKind, ...] = ("none", "linear", "ntk", "yarn")
 
     def base(self) -> list[str]:
         """The command that trains the small model: that of the preset `demo`."""
@@ -102,7 +104,7 @@ def measure(experiment: Experiment, keep: Callable[[dict[str, Any]], None]) -> d
         steps = max(1, round(experiment.budget / mean_seconds(arm, times)))
         results["arms"][arm] = _arm(_trained(experiment.extension(arm, steps)))
         keep(results)
-    results["scalings"] = scalings(parse(experiment.extension("full", 1)).run)
+    results["scalings"] = scalings(parse(experiment.extension("full", 1)).run, experiment.scalings)
     keep(results)
     return results
 
@@ -139,22 +141,15 @@ def mean_seconds(arm: str, times: Mapping[str, Any]) -> float:
     return times["share"] * growing + (1 - times["share"]) * last
 
 
-def scalings(run: Run) -> dict[str, dict[str, Any]]:
+def scalings(run: Run, kinds: Sequence[RopeScalingKind]) -> dict[str, dict[str, Any]]:
     """What the untrained extension reaches at both contexts, by the kind of rotary scaling."""
     weights, tokenizer = load_model(Path(str(run.init_from)))
-    factor = run.model.rope_scaling.factor
-    kinds = {
-        "none": RopeScaling(),
-        "linear": RopeScaling("linear", factor),
-        "ntk": RopeScaling("ntk", factor),
-        "yarn": run.model.rope_scaling,
-    }
     corpus = read_corpus(run)
     found = {}
-    for kind, scaling in kinds.items():
+    for kind in kinds:
         asked = replace(
             run,
-            model=replace(run.model, rope_scaling=scaling),
+            model=replace(run.model, rope_scaling=replace(run.model.rope_scaling, kind=kind)),
             evaluation=replace(run.evaluation, needles=0),
         )
         program, state = begin(asked, tokenizer.vocabulary)

@@ -16,7 +16,17 @@ MODEL = "--model.layers 1 --model.width 16 --model.heads 2 --model.kv-heads 1 --
 def test_the_experiment_at_a_toy_size(tmp_path, capsys):
     text = ("--data.paths", str(write_text(tmp_path)))
     folder, kept = str(tmp_path / "runs"), []
-    toy = Experiment(folder, text, tuple(MODEL.split()), 32, 128, base_steps=2, budget=0.0, rows=1)
+    toy = Experiment(
+        folder,
+        text,
+        tuple(MODEL.split()),
+        32,
+        128,
+        base_steps=2,
+        budget=0.0,
+        rows=1,
+        scalings=("yarn",),
+    )
     results = measure(toy, lambda found: kept.append(len(json.dumps(found))))
     assert kept == sorted(kept)
     assert results["step_seconds"]["windows"][0] == 32
@@ -27,7 +37,6 @@ def test_the_experiment_at_a_toy_size(tmp_path, capsys):
     assert growing["learning_rate"] == pytest.approx(5e-4)  # a tenth of the preset demo's
     scalings = results["scalings"]
     assert scalings["yarn"]["loss"] == pytest.approx(growing["before"]["validation_loss"], rel=1e-5)
-    assert len({found["loss"] for found in scalings.values()}) == 4
     saved = tmp_path / "found.json"
     saved.write_text(json.dumps(results))
     main(["--table", "--json", str(saved), "--picture", str(tmp_path / "found.png")])

@@ -195,4 +195,5 @@ def test_an_extension_is_drawn_from_before_to_after_at_both_contexts(tmp_path, f
     assert names[0] == "after step 0"
     assert names[-2:] == ["step 0, chunks of 64", "step 200, chunks of 64"]
     assert line(ax, -1) == ([0, 1], [1.5, 202.5])
-    assert ax.lines[-1].get_color() == ax.lines[names.index("after step 200")].get_color()
+    solid = ax.lines[names.index("after step 200")]
+    assert list(ax.lines[-1].get_color()) == list(solid.get_color())
