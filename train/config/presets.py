@@ -218,10 +218,10 @@ PRESETS = {
     "demo": demo,
     "lm-8k": lm_8k,
     "lm-32k": lm_32k,
-    "extend": extend,
     "lm-128k": lm_128k,
     "lm-1m-v5p": lm_1m_v5p,
     "lm-1m-v6e": lm_1m_v6e,
+    "extend": extend,
     "summarize": summarize,
 }
 """Name -> function that makes the `Run`."""
