@@ -41,7 +41,7 @@ def section(results: Mapping[str, Any]) -> str:
         for name, arm in arms.items()
     )
     parts = [
-        f"Nats a byte on held-out text. {taken}; by the times below {budget:,.0f} s each.",
+        f"Nats a byte on held-out text. By the times below {budget:,.0f} s each; {taken}.",
         table(["", *columns], rows),
         table(["chunks", "seconds a step", "of the full mask's"], speeds),
     ]

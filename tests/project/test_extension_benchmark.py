@@ -48,3 +48,8 @@ def test_equal_seconds_are_fewer_steps_of_the_full_mask():
     times = {"places": [0.0, 0.5, 1.0], "seconds": [1.0, 2.0, 4.0], "share": 0.5}
     assert mean_seconds("full", times) == 4.0
     assert mean_seconds("growing", times) == pytest.approx(0.5 * 2.25 + 0.5 * 4.0, rel=1e-3)
+
+
+def test_the_docs_show_the_results_that_are_there():
+    results = json.loads((DOCS / "extension.json").read_text(encoding="utf-8"))
+    assert section(results) in (DOCS / "extension.md").read_text(encoding="utf-8")
