@@ -14,10 +14,11 @@ from train.config.command_line import PROGRAM
 from train.config.presets import PRESETS
 from train.config.run import Run, option_values, to_json
 from train.loop.prepare import prepare
-from train.loop.source import source_run
+from train.loop.source import find_source, length_of
 from train.loop.training import NotFinite, train
 from train.parallel.initialize import join
 from train.parallel.processes import Processes
+from train.pretrained.extend import extended
 from train.pretrained.run import check_agreement, with_source
 from train.report.outcome import Outcome
 
@@ -84,19 +85,27 @@ def parse(arguments: Sequence[str]) -> Training:
             f"{', '.join(COMMANDS)}"
         )
     run = PRESETS[preset]()
-    source = source_run(run, words)
+    source = find_source(run, words)
+    if source is not None:
+        run = with_source(run, source.run)
+        run = extended(run, source, length_of(words)) if preset == "extend" else run
     command, unknown = tyro.cli(
         Training,
         prog=f"{PROGRAM} {preset}",
         description=cleandoc(PRESETS[preset].__doc__ or ""),
-        default=Training(run if source is None else with_source(run, source)),
+        default=Training(run),
         args=words,
         return_unknown_args=True,
     )
     if unknown:
         raise ValueError(_unknown(unknown))
     if source is not None:
-        check_agreement(command.run.model, source.model, str(command.run.init_from))
+        check_agreement(command.run.model, source.run.model, source.name)
+    elif preset == "extend":
+        raise ValueError(
+            "init_from must name a Hugging Face folder or a run's folder, whose context the preset extend "
+            f"makes longer, got {command.run.init_from!r}"
+        )
     return command
 
 

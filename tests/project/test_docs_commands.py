@@ -26,7 +26,7 @@ GUIDE = DOCS["cloud-tpu.md"]
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
 TABLE = GUIDE[GUIDE.index("| `PRESET` |") :].split("\n\n")[0].splitlines()
 STUBS = ("gcloud", "xpk", "python", "tensorboard")
-OPTION = re.compile(r"--((?:[a-z]+\.)[a-z][a-z-]*)")
+OPTION = re.compile(r"--((?:[a-z][a-z-]*\.)+[a-z][a-z-]*)")
 
 
 def typed(markdown: str) -> list[str]:

@@ -23,11 +23,14 @@ class Evaluation:
     """Held-out rows of a validation; all if there are fewer."""
     needles: int = 0
     """Needle probe: needles hidden at each of 5 depths of a row. 0: no probe."""
+    old_context: int | None = None
+    """Validation also where a token sees its own chunk of so many tokens of its document alone, as in rows of
+    that length: the context of a model before its extension. None: at the full mask alone."""
     summaries: int = 0
     """Held-out documents summarised after training, for ROUGE beside the lead baseline (task summarize)."""
 
     def __post_init__(self):
-        at_least("evaluation.", self, every=0, rows=1, needles=0, summaries=0)
+        at_least("evaluation.", self, every=0, rows=1, needles=0, summaries=0, old_context=1)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,30 @@ def summarize() -> Run:
     )
 
 
+def extend() -> Run:
+    """A model that exists, on rows longer than it was trained at: --init-from FOLDER --data.paths FILE …
+
+    Needs: a Hugging Face folder or a run of ours; texts as long as the new rows. --data.length is the new
+    context, by default four times the old one. Of the folder come the old context (config.json's
+    max_position_embeddings, or the rows of the run), with which chunks begin to grow, and the rotary scaling:
+    YaRN, or more of the kind that the model has.
+    Expect: 400 steps of 8 rows; each is computed alone, so that memory is that of one. The learning rate is
+    2e-5, or the last one of a run of ours. Validation and report have both contexts, before and after.
+    """
+    return replace(
+        base(),
+        name="extend",
+        # Rate, warm-up of 20 steps, no weight decay and the number of steps as in YaRN, arXiv:2309.00071.
+        steps=400,
+        model=Model(dtype="bfloat16", remat="full"),
+        data=Data(length=32_768, batch=8),
+        optimizer=Optimizer(learning_rate=2e-5, warmup=0.05, weight_decay=0.0, accumulate=8),
+        curriculum=Curriculum(start=8_192, multiple_of=256),
+        evaluation=Evaluation(every=100, rows=16, needles=8, old_context=8_192),
+        checkpoints=Checkpoints(every=50),
+    )
+
+
 def lm_128k() -> Run:
     """A language model of 1.3 billion weights on rows of 131,072 tokens, for 16 TPU v5e (v5e:4x4).
 
@@ -197,6 +221,7 @@ PRESETS = {
     "lm-128k": lm_128k,
     "lm-1m-v5p": lm_1m_v5p,
     "lm-1m-v6e": lm_1m_v6e,
+    "extend": extend,
     "summarize": summarize,
 }
 """Name -> function that makes the `Run`."""

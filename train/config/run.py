@@ -79,9 +79,22 @@ class Run:
             raise ValueError(f"watch.profile must be below steps ({self.steps}), got {self.watch.profile}")
         if self.task != "summarize" and self.evaluation.summaries:
             raise ValueError(f"evaluation.summaries needs the task summarize, got {self.task!r}")
+        _check_old_context(self)
         if self.curriculum.pace == "loss":
             _check_pace(self)
         _check_mesh(self)
+
+
+def _check_old_context(run: Run):
+    """Refuses an old context that is not shorter than the rows, or of a task whose documents it would cut."""
+    if (tokens := run.evaluation.old_context) is None:
+        return
+    if tokens >= run.data.length:
+        raise ValueError(
+            f"evaluation.old_context must be below data.length ({run.data.length}), got {tokens}"
+        )
+    if run.task != "lm":
+        raise ValueError(f"evaluation.old_context needs the task lm, got {run.task!r}")
 
 
 def _check_pace(run: Run):
@@ -185,6 +198,5 @@ def option_values(record: Any, prefix: str = "") -> dict[str, Any]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

@@ -15,7 +15,7 @@ from train.data.batch import Batch
 from train.data.batches import padded_batches
 from train.data.rows import DocumentPieces, Spans, alone
 from train.data.tokenizers import Ids, Tokenizer
-from train.evaluate.validation import by_position, total
+from train.evaluate.totals import by_position, total
 from train.step.program import program_of
 from train.step.state import bits_per_byte
 

@@ -1,6 +1,5 @@
 """Validation: the loss on held-out rows under the full mask, by how much context a token has."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import jax
@@ -11,6 +10,7 @@ from dynmask_jax.array_typing import Int
 from train.data.batch import Batch
 from train.data.corpus import Corpus
 from train.evaluate.evaluators import evaluators
+from train.evaluate.totals import by_position, mean, total
 from train.parallel.feed import pad_rows, place_batch
 from train.step.program import Program
 from train.step.state import Evaluated, State, bits_per_byte
@@ -58,10 +58,10 @@ class Validator:
         full = self._measured(params, self._program.masks.full)
         now = self._measured(params, self._program.masks.at(state)) if self._by_loss else None
         return Validation(
-            loss=_mean(full),
+            loss=mean(full),
             bits_per_byte=bits_per_byte(np.sum(full.loss_sum), np.sum(full.text_bytes)),
             positions=by_position(self._program.masks.bucket_starts, full),
-            pace_loss=None if now is None else _mean(now),
+            pace_loss=None if now is None else mean(now),
             evaluators={name: evaluator(params) for name, evaluator in self._evaluators.items()},
         )
 
@@ -72,23 +72,3 @@ class Validator:
             return self._evaluate(params, place_batch(mesh, pad_rows(mesh, rows), self._order), mask)
 
         return total(evaluate, self._rows)
-
-
-def total(evaluate: Callable[[Batch], Evaluated], rows: Iterable[Batch]) -> Evaluated:
-    """The sums over all rows, as NumPy arrays in float64."""
-    # All are under way before the first is waited for.
-    parts = jax.device_get([evaluate(batch) for batch in rows])
-    return jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=np.float64), *parts)
-
-
-def _mean(sums: Evaluated) -> float:
-    return float(np.sum(sums.loss_sum) / np.sum(sums.weight))
-
-
-def by_position(starts: tuple[int, ...], sums: Evaluated) -> dict[str, float]:
-    """The mean loss of each bucket of `Masks.bucket_starts` that has targets, by its start."""
-    return {
-        str(start): float(loss / weight)
-        for start, loss, weight in zip(starts, sums.loss_sum, sums.weight, strict=True)
-        if weight > 0
-    }

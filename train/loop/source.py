@@ -8,11 +8,13 @@ from pathlib import Path
 from train.checkpoint.folder import RunFolder
 from train.checkpoint.load import SAFETENSORS
 from train.config.run import Run
+from train.config.sections import Optimizer
+from train.pretrained.extend import Source
 from train.pretrained.folder import PretrainedFolder
 from train.pretrained.run import pretrained_run
 
 
-def source_run(preset: Run, words: Sequence[str]) -> Run | None:
+def find_source(preset: Run, words: Sequence[str]) -> Source | None:
     """The run whose model and tokenizer are those of `--init-from`; None: the command decides them.
 
     A run that is resumed has them in its own config: the folder that it began from is not needed.
@@ -33,15 +35,41 @@ def source_run(preset: Run, words: Sequence[str]) -> Run | None:
     if own.config.is_file() and "--overwrite" not in words:
         saved = own.read_config()
         if saved.init_from == run.init_from:
-            return saved
+            return Source(saved, run.init_from, saved.data.length, resumes=True)
     source = Path(run.init_from)
     if source.suffix == SAFETENSORS:
         return None
     if (pretrained := PretrainedFolder.at(source)) is not None:
-        return pretrained_run(pretrained, _value(words, "data.tokenizer"))
+        theirs = pretrained_run(pretrained, _value(words, "data.tokenizer"))
+        longest = theirs.model.max_position_embeddings
+        assert longest is not None  # config.json has it
+        return Source(theirs, run.init_from, longest)
     other = RunFolder(source)
     theirs = other.read_config()
-    return replace(theirs, data=replace(theirs.data, tokenizer=other.tokenizer_path(theirs)))
+    data = replace(theirs.data, tokenizer=other.tokenizer_path(theirs))
+    return Source(
+        replace(theirs, data=data),
+        run.init_from,
+        max(theirs.model.max_position_embeddings or 0, theirs.data.length),
+        last_rate(theirs.optimizer),
+    )
+
+
+def last_rate(optimizer: Optimizer) -> float:
+    """The learning rate that a run ended with; a tenth of its peak where it fell to nothing.
+
+    >>> last_rate(Optimizer(learning_rate=1e-3, final=0.25))
+    0.00025
+    """
+    return optimizer.learning_rate * (optimizer.final or 0.1)
+
+
+def length_of(words: Sequence[str]) -> int | None:
+    """The tokens in a row that the words ask for; None where they do not, or in no number."""
+    try:
+        return int(_value(words, "data.length") or "")
+    except ValueError:
+        return None
 
 
 def _value(words: Sequence[str], name: str) -> str | None:

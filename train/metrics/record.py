@@ -83,7 +83,8 @@ class ValidationRecord:
       positions: nats a token by where in its document the token stands: {"0": …, "64": …}.
       pace_loss: under the mask of the stage, where the loss moves the curriculum; else not in the file.
       evaluators: what each evaluator of `train.evaluate.evaluators` found, by its name, under which it stands
-        in the file.
+        in the file: `needle` (`train.evaluate.needle.Probe`), and `old_context`, the validation of an
+        extended model at its old context (`train.evaluate.old_context.OldContextLoss`).
     """
 
     step: int

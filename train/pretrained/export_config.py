@@ -9,7 +9,7 @@ from train.config.run import option_values
 from train.model.rope import ntk_theta
 from train.pretrained.config import ACTIVATIONS, REACHES, model_of, pattern_of
 from train.pretrained.families import FAMILIES
-from train.pretrained.rope_fields import rope_fields
+from train.pretrained.rope_fields import read_alone, rope_fields
 from train.pretrained.run import COMPUTING
 
 ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq")
@@ -49,7 +49,7 @@ def config_of(model: Model, dtype: str, source: Mapping[str, Any] | None = None)
 
 def canonical(model: Model) -> Model:
     """The model with options that mean the same written in one way, and those of computing left out."""
-    scaling, theta, local = model.rope_scaling, model.rope_theta, model.rope_local_theta
+    scaling, theta, local = read_alone(model.rope_scaling), model.rope_theta, model.rope_local_theta
     if scaling.kind == "ntk":
         scaling, theta = RopeScaling(), ntk_theta(theta, scaling.factor, model.head_size)
     windowed = "local" in model.reaches

@@ -41,6 +41,23 @@ def rope_options(fields: Fields, model_type: str, longest: int) -> dict[str, Any
     return options | {"rope_local_theta": local["rope_theta"]}
 
 
+SCALING_FIELDS = {
+    "none": (),
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+"""Kinds of rotary scaling, and the options that each reads."""
+
+
+def read_alone(scaling: RopeScaling) -> RopeScaling:
+    """The scaling, with the options that its kind does not read at their defaults."""
+    return RopeScaling(
+        scaling.kind, **{name: getattr(scaling, name) for name in SCALING_FIELDS[scaling.kind]}
+    )
+
+
 def rope_fields(model: Model, model_type: str) -> dict[str, Any]:
     """The rotary fields of config.json for a model, in the form that transformers 4 and 5 read."""
     scaling, theta = model.rope_scaling, model.rope_theta
@@ -53,12 +70,7 @@ def rope_fields(model: Model, model_type: str) -> dict[str, Any]:
 def _scaling_fields(scaling: RopeScaling) -> dict[str, Any] | None:
     if scaling.kind == "none":
         return None
-    used = {
-        "linear": (),
-        "yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
-        "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    }[scaling.kind]
-    values = {name: getattr(scaling, name) for name in ("factor", *used)}
+    values = {name: getattr(scaling, name) for name in SCALING_FIELDS[scaling.kind]}
     kept = {name: value for name, value in values.items() if value is not None}
     return {"rope_type": scaling.kind, **kept}
 

@@ -20,7 +20,7 @@ from train.disk import write_atomically
 from train.evaluate.rouge import SEGMENTATION
 from train.metrics.mfu import Peak
 from train.metrics.record import ValidationRecord
-from train.report.evaluators import needles, others
+from train.report.evaluators import needles, old_context, old_positions, others
 from train.report.markdown import code, or_dash, section, table
 from train.report.outcome import Outcome, bits_in_words, failure
 from train.report.pictures import draw, draw_positions, losses_by_position
@@ -93,6 +93,7 @@ def report(folder: Path, facts: Facts, outcome: Outcome, pictures: Sequence[str]
         _opening(facts, outcome),
         section("Result", _result(outcome), shown.get("curriculum.png", "")),
         section("Use of context", _positions(outcome), shown.get("positions.png", "")),
+        section("Old and new context", old_context(outcome)),
         section("Needles", needles(outcome)),
         section("Other evaluators", others(outcome)),
         section("Summaries", _rouge(outcome)),
@@ -164,12 +165,21 @@ def _positions(outcome: Outcome) -> str:
     if not found:
         return ""
     first, last = found[0], found[-1]
-    rows = [(f"{start:,}", or_dash(first.get(start), ".3f"), f"{last[start]:.3f}") for start in sorted(last)]
+    old = old_positions(outcome)
+    rows = [
+        (
+            f"{start:,}",
+            or_dash(first.get(start), ".3f"),
+            f"{last[start]:.3f}",
+            *(or_dash(losses.get(start), ".3f") for losses in old.values()),
+        )
+        for start in sorted(last)
+    ]
     words = (
         "Nats a token at the full mask, by how many tokens of its document a token has before it. Where "
         "they go on falling, long contexts are used."
     )
-    return f"{words}\n\n{table(('tokens before, at least', 'first validation', 'last'), rows)}"
+    return f"{words}\n\n{table(('tokens before, at least', 'first validation', 'last', *old), rows)}"
 
 
 def _rouge(outcome: Outcome) -> str:

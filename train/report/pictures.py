@@ -18,6 +18,7 @@ from train.config.run import Run
 from train.data.tasks import task_of
 from train.evaluate.needle import by_depth
 from train.metrics.record import Record, StepRecord, ValidationRecord
+from train.report.evaluators import by_start, chunks_of
 from train.step.curriculum import Growth
 
 PANELS = 4
@@ -138,7 +139,8 @@ def draw_positions(records: list[Record], path: Path) -> bool:
 
     Where long contexts are used, lines fall to the right. Beside it, where there is a probe, what came
     of the needles. Each line is a validation, from light to dark; early ones, whose loss is far above
-    the last, are left out, for the others' slopes would not be seen.
+    the last, are left out, for the others' slopes would not be seen. Of a model that was extended the first
+    is drawn in any case, and of first and last, dashed, what they reach in chunks of the old context.
 
     Returns:
       whether there was anything to draw.
@@ -171,10 +173,22 @@ def _draw_positions(ax: Axes, validations: list[ValidationRecord]):
     starts = sorted({start for losses in found for start in losses})
     points = [([starts.index(start) for start in losses], list(losses.values())) for losses in found]
     _draw_lines(ax, validations, points)
+    _draw_old_context(ax, validations, starts)
     # Buckets double: places side by side are a logarithmic scale that has room for 0.
     ax.set_xticks(range(len(starts)), [f"{start:,}" for start in starts], rotation=30)
     ax.set(xlabel="tokens of the document before, at least", ylabel="nats a token")
     ax.set_title("Validation by context, at the full mask")
+
+
+def _draw_old_context(ax: Axes, validations: list[ValidationRecord], starts: list[int]):
+    found = [record for record in validations if "old_context" in record.evaluators]
+    for record in found[:1] + found[1:][-1:]:
+        old = record.evaluators["old_context"]
+        losses = {starts.index(start): loss for start, loss in by_start(old).items() if start in starts}
+        color = ax.lines[validations.index(record)].get_color()
+        label = f"step {record.step:,}, {chunks_of(old)}"
+        y = [math.nan if loss is None else loss for loss in losses.values()]
+        ax.plot(list(losses), y, "s--", color=color, markersize=3, linewidth=1.2, label=label)
 
 
 def _draw_lines(ax: Axes, records: list[ValidationRecord], points: Sequence[tuple[list, list]]):
@@ -185,9 +199,13 @@ def _draw_lines(ax: Axes, records: list[ValidationRecord], points: Sequence[tupl
 
 
 def _chosen(validations: list[ValidationRecord]) -> list[ValidationRecord]:
-    """Up to LINES of those near to the last one's loss, evenly spaced, the last included."""
+    """Up to LINES of those near to the last one's loss, evenly spaced, the last included.
+
+    The first is among them, as what was before, where a model was extended.
+    """
     most = NEAR * (validations[-1].loss or math.inf)
-    near = [record for record in validations if (record.loss or math.inf) <= most]
+    before = validations[0] if "old_context" in validations[0].evaluators else None
+    near = [r for r in validations if r is before or (r.loss or math.inf) <= most]
     last = len(near) - 1
     return [near[i] for i in sorted({last * n // (LINES - 1) for n in range(LINES)})]
 

@@ -218,6 +218,16 @@ def test_differences_name_the_field_and_both_values():
     assert differences(saved, Run())[1:] == ["other: 3 saved, 'nothing' asked for"]
 
 
+def test_a_run_whose_columns_are_named_is_the_same_run():
+    named = Run(data=Data(columns={"text": "document"}))
+    saved = json.loads(to_json(named))
+    assert differences(saved, named) == []
+    assert differences(saved, Run()) == ["data.columns.text: 'document' saved, 'nothing' asked for"]
+    assert differences(json.loads(to_json(Run())), named) == [
+        "data.columns.text: 'nothing' saved, 'document' asked for"
+    ]
+
+
 def test_a_run_may_have_more_steps_than_it_had_and_not_fewer():
     saved = json.loads(to_json(Run(steps=8)))
     assert differences(saved, Run(steps=9)) == []

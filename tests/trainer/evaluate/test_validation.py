@@ -12,7 +12,8 @@ from train_cases import small_run
 from train.config.operation import Evaluation
 from train.config.sections import Curriculum
 from train.data.corpus import read_corpus
-from train.evaluate.validation import Validator, total
+from train.evaluate.totals import total
+from train.evaluate.validation import Validator
 from train.step.program import begin
 from train.step.state import Evaluated
 

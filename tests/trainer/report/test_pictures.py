@@ -180,3 +180,20 @@ def test_needles_are_drawn_by_depth(tmp_path, figures):
 def test_nothing_is_drawn_of_a_loss_that_never_was_finite(tmp_path, figures):
     records = [validation_record(0, None, positions={"0": None})]
     assert not draw_positions(records, tmp_path / "unused.png")
+
+
+def test_an_extension_is_drawn_from_before_to_after_at_both_contexts(tmp_path, figures):
+    old = {"tokens": 64.0, "loss": 2.0, "bits_per_byte": 3.0, "positions/0": 1.5, "positions/64": 2.5}
+    records = [
+        replace(record, evaluators={"old_context": old | {"positions/64": 2.5 + record.step}})
+        for record in validations_of(records_of(small_run(tmp_path, steps=200), every=50))
+    ]
+    assert records[0].loss > pictures.NEAR * records[-1].loss  # another run's would be left out
+    draw_positions(records, tmp_path / "unused.png")
+    (ax,) = figures[0].axes
+    names = [str(line.get_label()) for line in ax.lines]
+    assert names[0] == "after step 0"
+    assert names[-2:] == ["step 0, chunks of 64", "step 200, chunks of 64"]
+    assert line(ax, -1) == ([0, 1], [1.5, 202.5])
+    solid = ax.lines[names.index("after step 200")]
+    assert list(ax.lines[-1].get_color()) == list(solid.get_color())
