@@ -23,6 +23,8 @@ class Evaluation:
     """Held-out rows of a validation; all if there are fewer."""
     needles: int = 0
     """Needle probe: needles hidden at each of 5 depths of a row. 0: no probe."""
+    recall: bool = False
+    """Score the answers of held-out rows of `train.data.recall`, by the distance to what is asked for."""
     summaries: int = 0
     """Held-out documents summarised after training, for ROUGE beside the lead baseline (task summarize)."""
 

@@ -150,9 +150,9 @@ def read_corpus(run: Run, tokenizer: Tokenizer | None = None) -> Corpus:
 
 def _split(run: Run, caches: list[TokenCache]) -> tuple[Split, Split]:
     """The documents to train on, and those held out."""
-    whole = everything(caches[0], run.seed)
+    whole = everything(caches[0], run.held_out_seed)
     if len(caches) > 1:
-        return whole, everything(caches[1], run.seed)
+        return whole, everything(caches[1], run.held_out_seed)
     return hold_out(whole, run.data.held_out, task_of(run).held_out_by)
 
 
@@ -196,5 +196,7 @@ def _fingerprint(run: Run, tokenizer: Tokenizer, caches: list[TokenCache]) -> st
     texts = [cache.fingerprint for cache in caches]
     rows = [run.data.rows, run.data.length, run.data.packing_bins, run.summarize.truncate]
     split = [run.task, run.seed, run.data.held_out]
+    if run.data.held_out_seed is not None:  # else as before there was this option
+        split.append(run.data.held_out_seed)
     asked = json.dumps([tokenizer.fingerprint, texts, rows, split])
     return hashlib.sha256(asked.encode()).hexdigest()

@@ -5,12 +5,16 @@ from typing import Any
 
 from train.data.corpus import Corpus
 from train.evaluate.needle import needle_probe
+from train.evaluate.recall import recall_score
 from train.step.program import Program
 
 Evaluator = Callable[[Any], dict[str, float]]
 """`params -> numbers by name`. A name may have parts, `found/0.5`, by which charts group them."""
 
-EVALUATORS: dict[str, Callable[[Program, Corpus], Evaluator | None]] = {"needle": needle_probe}
+EVALUATORS: dict[str, Callable[[Program, Corpus], Evaluator | None]] = {
+    "needle": needle_probe,
+    "recall": recall_score,
+}
 """name -> what makes the evaluator of a run; None where the config does not ask for it.
 
 Records, charts and the report show its numbers under its name."""
