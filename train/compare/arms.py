@@ -27,7 +27,7 @@ def _static(base: Curriculum) -> Curriculum:
 
 
 def _static_then_full(base: Curriculum) -> Curriculum:
-    """A staircase of one stair: chunks of `curriculum.chunk`, and after the share of the steps the full mask."""
+    """A staircase of one stair: chunks of `curriculum.chunk`, then, after the share of the steps, all."""
     return replace(
         base, kind="chunks", schedule="staircase", stairs=1, start=base.chunk, end=None, pace="steps"
     )

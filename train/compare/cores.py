@@ -32,7 +32,7 @@ class Job:
 
 
 class Cores:
-    """Starts processes on cores; those that still run when the context is left get SIGTERM, and are waited for.
+    """Starts processes on cores. What still runs when the context is left gets SIGTERM, and is waited for.
 
     Args:
       numbers: of the cores, as the system counts them.

@@ -59,7 +59,7 @@ class Experiment:
       rate_steps: of the runs that choose it. None: `steps`, and the best of them is the main run.
       reference: the arm whose losses are targets, and whose seconds are the budget of equal seconds.
       budgets: "steps", "seconds" or both.
-      contexts: tokens that a token sees at most, in the validations with restricted context; itself among them.
+      contexts: tokens that a token sees at most, itself among them, in the validations after training.
       points: validations along a run, beside the one before training.
       recall: the synthetic text that is trained on; None: the texts of `options`.
       windows: how many windows a step is timed at, from the smallest to the full one.
@@ -95,7 +95,9 @@ class Experiment:
             ("contexts", self.contexts),
         ):
             if len(set(values)) < len(values):
-                raise ValueError(f"{field_name} must differ from each other, got {', '.join(map(str, values))}")
+                raise ValueError(
+                    f"{field_name} must differ from each other, got {', '.join(map(str, values))}"
+                )
         if len(names) < 2:
             raise ValueError(f"arms must be two or more, to be compared, got {', '.join(names) or 'none'}")
         if self.reference not in names:

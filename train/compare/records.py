@@ -75,8 +75,8 @@ class ArmRecord:
       core: that the process was pinned to; None: it was not.
       failure: why there is no result, such as a loss that was not finite; None: there is one.
       parameters: how many weights were trained.
-      seconds_as_trained: of all steps as the run itself timed them, whatever ran beside it; the seconds that are
-        compared are `Timing.seconds`.
+      seconds_as_trained: of all steps as the run itself timed them, whatever ran beside it; the seconds that
+        are compared are `Timing.seconds`.
       curve: the validations.
       exposure: what the steps showed.
       positions: of the last validation, as in `Restricted`.
@@ -181,7 +181,7 @@ class Evidence:
             raise ValueError(f"{path}: {error}") from error
         if (asked := command(self.experiment.run_of(trial))) != record.command:
             raise ValueError(
-                f"{path} is of another run than the experiment asks for: give the experiment another name, or "
-                f"remove the file. It was {record.command}; it would be {asked}"
+                f"{path} is of another run than the experiment asks for: give the experiment another name, "
+                f"or remove the file. It was {record.command}; it would be {asked}"
             )
         return record

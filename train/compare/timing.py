@@ -63,7 +63,9 @@ class Timing:
         """
         grown = growth(run)
         at = np.floor((np.arange(POINTS) + 0.5) * run.steps / POINTS)
-        windows = np.asarray(jax.vmap(lambda step: jnp.asarray(grown.window(step)))(jnp.asarray(at, jnp.int32)))
+        windows = np.asarray(
+            jax.vmap(lambda step: jnp.asarray(grown.window(step)))(jnp.asarray(at, jnp.int32))
+        )
         windows = np.broadcast_to(windows, at.shape)
         each = self.step_seconds(run.curriculum, windows.astype(np.float64)) * run.steps / POINTS
         total = np.concatenate([[0.0], np.cumsum(each)])

@@ -25,8 +25,8 @@ def rate_trials(experiment: Experiment, arm: str) -> list[Trial]:
 def learning_rate(experiment: Experiment, arm: str, records: Records) -> float | None:
     """The rate of the grid with the least final loss; of equals the first. None: not all have ended.
 
-    The loss is that of the held-out rows, at the full mask; of an arm that never shows it, as `static`, at the
-    mask that the arm ends with.
+    The loss is that of the held-out rows, at the full mask; of an arm that never shows it, as `static`, at
+    the mask that the arm ends with.
 
     Raises:
       ValueError: no rate of the grid gave a finite loss.
@@ -64,7 +64,7 @@ class Plan:
         return Trial(arm, rate, self.steps(arm, budget), seed)
 
     def _steps(self, arm: str, budget: Budget) -> int:
-        """The steps that an arm gets. Every schedule, of the mask and of the learning rate, is fitted to them.
+        """The steps that an arm gets, to which its mask's schedule and its learning rate's are fitted.
 
         Equal seconds are those of the reference arm's steps.
         """

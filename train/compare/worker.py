@@ -1,4 +1,4 @@
-"""A process of an experiment, which `train.compare.cores` pins to a core: it trains one run, or measures times.
+"""A process of an experiment, pinned to a core by `train.compare.cores`: trains a run, or measures times.
 
     python -m train.compare.worker EXPERIMENT EVIDENCE CORE TRIAL
 

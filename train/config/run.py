@@ -167,7 +167,7 @@ def from_json(text: str) -> Run:
 
 
 def with_values(default: Any, saved: dict[str, Any]) -> Any:
-    """A config, or a section of one, with the values in place, in nested sections too: as JSON or TOML has them.
+    """A config, or a section of one, with values in place, also those of nested sections, as in JSON.
 
     Raises:
       ValueError: it has no such option, or a value is refused.

@@ -46,7 +46,8 @@ def batches(cut: Cut, run: Run, byte_count: ByteCount) -> grain.IterDataset:
 def held_out_batches(cut: Cut, run: Run, byte_count: ByteCount) -> list[Batch]:
     """At most evaluation.rows rows, in batches of one shape; the last is padded.
 
-    Rows of a stream are evenly spaced in it; packed rows hold items that the seed chooses, the one of what is held out.
+    Rows of a stream are evenly spaced in it; packed rows hold items that the seed of what is
+    held out chooses.
     """
     seed, most, loss_from = _seed(run.held_out_seed), run.evaluation.rows, task_of(run).loss_from(run)
     if isinstance(cut, Stream):

@@ -1,10 +1,10 @@
 """Synthetic text for recall: keys whose values are told once and asked for again, from near and from far.
 
-A document is a line of slots. A slot is a key, one byte, and its value, some capital letters; or it is empty, as
-many dots. Each document draws its own values, so a value can only be known from the key's last occurrence, and
-how far back that is, is drawn from a log-uniform distribution: each doubling of the distance is as frequent. With
-values of one letter this is multi-query associative recall (Arora et al. 2023, "Zoology", arXiv:2312.04927);
-with more letters what follows the first is a copy.
+A document is a line of slots. A slot is a key, one byte, and its value, some capital letters; or it is empty,
+as many dots. Each document draws its own values, so a value can only be known from an earlier occurrence of
+its key. How far back the last one is, is log-uniform: each doubling of the distance is as frequent. With values
+of one letter this is multi-query associative recall (Arora et al. 2023, "Zoology", arXiv:2312.04927); with more
+letters the rest of a value is copied.
 """
 
 import heapq
