@@ -86,11 +86,6 @@ class ArmOutcome:
         """The mean over the steps."""
         return finite(record.exposure.mean for record in self.records if not record.failure)
 
-    @property
-    def seconds_as_trained(self) -> Spread:
-        """As the runs timed themselves, whatever ran beside them."""
-        return finite(record.seconds_as_trained for record in self.records)
-
     def curve_seconds(self, record: ArmRecord) -> np.ndarray:
         """Seconds before each validation of one of the records."""
         run = self.plan.run(self.arm, self.steps)
@@ -178,8 +173,13 @@ class Results:
             taken = outcome.seconds_to(record, loss)
             run = self.plan.run(self.reference.arm, self.reference.steps)
             if taken is not None and math.isfinite(loss):
-                ratios.append(taken / float(self.plan.timing.seconds(run, (round(steps),))[0]))
+                ratios.append(taken / float(self.plan.timing.seconds(run, (steps,))[0]))
         return Spread(tuple(ratios))
+
+    def saved_as_trained(self, outcome: ArmOutcome) -> Spread:
+        """The share of the reference arm's seconds that an arm saved, by the runs' own clocks."""
+        pairs = [(a.seconds_as_trained, b.seconds_as_trained) for a, b in self._pairs(outcome)]
+        return finite(1 - own / theirs for own, theirs in pairs if own is not None and theirs)
 
     def _pairs(self, outcome: ArmOutcome) -> list[tuple[ArmRecord, ArmRecord]]:
         """The arm's records with the reference arm's of the same seeds, where neither failed."""

@@ -90,7 +90,7 @@ def _speeds(results: Results) -> str:
         (
             f"`{outcome.arm}`",
             outcome.budget,
-            *(results.speed(outcome, fraction).show(".2f") for fraction in FRACTIONS),
+            *(_of_seeds(results.speed(outcome, fraction), outcome) for fraction in FRACTIONS),
         )
         for outcome in results.arms
         if outcome.arm != reference.arm
@@ -106,6 +106,12 @@ def _speeds(results: Results) -> str:
     return f"{words}\n\n{table(head, rows)}"
 
 
+def _of_seeds(ratios: Spread, outcome: ArmOutcome) -> str:
+    """The ratios, and of how many seeds they are, where not all got there."""
+    some = 0 < len(ratios.values) < len(outcome.records)
+    return ratios.show(".2f") + (f", {len(ratios.values)} of {len(outcome.records)} seeds" if some else "")
+
+
 def _retrieval(results: Results) -> str:
     found = retrieval(results.arms)
     if not found:
@@ -116,9 +122,9 @@ def _retrieval(results: Results) -> str:
         for (arm, budget), accuracy in found.items()
     ]
     words = (
-        "Share of the answers that are right, by how many tokens back the answer stands, at least. "
+        "Share of the answers that are right, by how many tokens back the answer stands, at least."
         if results.plan.experiment.base.evaluation.recall
-        else "Share of the needles that are found, by how many tokens back they lie, about. "
+        else "Share of the needles that are found, by how many tokens back they lie, about."
     )
     head = ("arm", "equal", *(f"{distance:,}" for distance in distances))
     return f"{words}\n\n{table(head, rows)}"
@@ -173,20 +179,16 @@ def _cost(results: Results) -> str:
     reference, share = results.reference, results.attention_share()
     if reference is None or not results.at("steps"):
         return ""
-    full = reference.seconds_as_trained.values
     rows = []
     for outcome in results.at("steps"):
         hidden = finite(share * (1 - value) for value in outcome.exposure.values)
-        trained = finite(
-            1 - own / other for own, other in zip(outcome.seconds_as_trained.values, full, strict=False)
-        )
-        saved = 1 - outcome.seconds / reference.seconds
+        saved, trained = 1 - outcome.seconds / reference.seconds, results.saved_as_trained(outcome)
         rows.append((f"`{outcome.arm}`", hidden.show(".1%"), f"{saved:.1%}", trained.show(".1%")))
     words = (
         "Share of the reference arm's seconds that an arm saves in as many steps. Predicted: "
         f"{share:.1%}, the share of a full step that goes when the smallest window is shown, times what is "
-        "hidden on average. By the times of steps: what the tables above count. As trained: by each run's own clock, whatever ran "
-        "beside it."
+        "hidden on average. By the times of steps: what the tables above count. As trained: by each run's "
+        "own clock, whatever ran beside it."
     )
     head = ("arm", "predicted", "by the times of steps", "as trained")
     return f"{words}\n\n{table(head, rows)}"
@@ -207,7 +209,7 @@ def _rates(results: Results) -> str:
         return ""
     words = (
         f"Loss after {experiment.steps_of_rates:,} steps with seed {experiment.seeds[0]}, under the mask "
-        "that the arm ends with, which chooses an arm's learning rate. A dash: not trained yet, or not finite."
+        "that an arm ends with, which chooses its learning rate. A dash: not trained yet, or not finite."
     )
     return f"{words}\n\n{table(('arm', *(f'{rate:g}' for rate in rates)), rows)}"
 

@@ -22,8 +22,8 @@ from train.disk import write_atomically
 from train.step.curriculum import growth
 from train.step.program import begin
 
-POINTS = 4096
-"""Steps of a run, evenly spaced, at which its window is read to integrate over it."""
+MOST = 2**16
+"""Steps of a run whose windows are summed over; of a longer run, so many of them, evenly spaced."""
 
 
 def family(curriculum: Curriculum) -> str:
@@ -56,20 +56,20 @@ class Timing:
         measured = self.families[family(curriculum)]
         return np.interp(windows, list(measured), list(measured.values()))
 
-    def seconds(self, run: Run, done: Sequence[int] = ()) -> np.ndarray:
+    def seconds(self, run: Run, done: Sequence[float] = ()) -> np.ndarray:
         """Seconds that the first steps of a run take, for each number of steps in `done`; () is all of them.
 
         Evaluation, checkpoints and compilation are no part of it.
         """
         grown = growth(run)
-        at = np.floor((np.arange(POINTS) + 0.5) * run.steps / POINTS)
-        windows = np.asarray(
-            jax.vmap(lambda step: jnp.asarray(grown.window(step)))(jnp.asarray(at, jnp.int32))
-        )
-        windows = np.broadcast_to(windows, at.shape)
-        each = self.step_seconds(run.curriculum, windows.astype(np.float64)) * run.steps / POINTS
-        total = np.concatenate([[0.0], np.cumsum(each)])
-        return np.interp(done or [run.steps], np.arange(POINTS + 1) * run.steps / POINTS, total)
+        count = min(run.steps, MOST)
+        at = np.floor((np.arange(count) + 0.5) * run.steps / count)
+        # As many as the next power of two, so that runs of many lengths share what JAX compiles.
+        padded = np.resize(at, 2 ** (count - 1).bit_length())
+        windows = jax.vmap(lambda step: jnp.asarray(grown.window(step)))(jnp.asarray(padded, jnp.int32))
+        each = self.step_seconds(run.curriculum, np.asarray(windows, np.float64)[:count])
+        total = np.concatenate([[0.0], np.cumsum(each)]) * run.steps / count
+        return np.interp(done or [run.steps], np.arange(count + 1) * run.steps / count, total)
 
     def fit_steps(self, run: Run, seconds: float) -> int:
         """The most steps whose seconds do not exceed these, with the schedule that they have; at least 1."""

@@ -2,9 +2,9 @@
 
 A document is a line of slots. A slot is a key, one byte, and its value, some capital letters; or it is empty,
 as many dots. Each document draws its own values, so a value can only be known from an earlier occurrence of
-its key. How far back the last one is, is log-uniform: each doubling of the distance is as frequent. With values
-of one letter this is multi-query associative recall (Arora et al. 2023, "Zoology", arXiv:2312.04927); with more
-letters the rest of a value is copied.
+its key. How far back the last one is, is log-uniform: each doubling of the distance is as frequent. With
+values of one letter this is multi-query associative recall (Arora et al. 2023, "Zoology", arXiv:2312.04927);
+with more letters the rest of a value is copied.
 """
 
 import heapq
