@@ -56,8 +56,8 @@ class Timing:
         measured = self.families[family(curriculum)]
         return np.interp(windows, list(measured), list(measured.values()))
 
-    def seconds(self, run: Run, done: Sequence[float] = ()) -> np.ndarray:
-        """Seconds that the first steps of a run take, for each number of steps in `done`; () is all of them.
+    def seconds(self, run: Run, done: Sequence[float] | None = None) -> np.ndarray:
+        """Seconds that the first steps of a run take, for each number of steps in `done`; None is all.
 
         Evaluation, checkpoints and compilation are no part of it.
         """
@@ -69,7 +69,8 @@ class Timing:
         windows = jax.vmap(lambda step: jnp.asarray(grown.window(step)))(jnp.asarray(padded, jnp.int32))
         each = self.step_seconds(run.curriculum, np.asarray(windows, np.float64)[:count])
         total = np.concatenate([[0.0], np.cumsum(each)]) * run.steps / count
-        return np.interp(done or [run.steps], np.arange(count + 1) * run.steps / count, total)
+        done = [run.steps] if done is None else done
+        return np.interp(done, np.arange(count + 1) * run.steps / count, total)
 
     def fit_steps(self, run: Run, seconds: float) -> int:
         """The most steps whose seconds do not exceed these, with the schedule that they have; at least 1."""

@@ -1,7 +1,9 @@
 """A comparison from its file to its page, on recall text of rows of 32 bytes: stopped, resumed, repeated."""
 
+import io
 import os
 import signal
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from train.compare import worker
 from train.compare.experiment import Trial, read_experiment
 from train.compare.records import ArmRecord, Evidence
 from train.compare.train_trial import train_trial
+from train.compare.trials import Plan
 from train.data.corpus import read_corpus
 from train.data.recall import distances
 from train.evaluate.recall import RecallScore, by_distance
@@ -59,12 +62,11 @@ def compare(path: Path, *options: str):
 def finished(tmp_path_factory):
     """The evidence of an experiment that was stopped in its first run and given again; the
     steps done at each validation; what was printed."""
-    folder, validated, printed = tmp_path_factory.mktemp("compare"), [], []
+    folder, validated, printed = tmp_path_factory.mktemp("compare"), [], io.StringIO()
     path = folder / "tiny.toml"
     path.write_text(EXPERIMENT)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.chdir(folder)
-        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         written = log.Log.validation
 
         def stop_at_the_second(self, done, *args, **options):
@@ -78,7 +80,7 @@ def finished(tmp_path_factory):
         assert not list(Path("evidence").glob("tiny.full*"))
         compare(path)
         compare(path)
-    return folder, validated, printed
+    return folder, validated, printed.getvalue().splitlines()
 
 
 @pytest.fixture
@@ -110,8 +112,11 @@ def test_every_arm_has_its_record_at_both_budgets(evidence):
     assert {name: set(times) for name, times in timing.families.items()} == {"full": {32}, "chunks": {8, 32}}
     trials = {record_of(evidence, trial).trial for trial in (FULL, STATIC)}
     assert trials == {FULL, STATIC}
-    steps = {path.name.split(".")[3] for path in evidence.folder.glob("tiny.static.*.json")}
-    assert "steps-12" in steps
+    plan = Plan(evidence.experiment, timing)
+    names = {evidence.path(trial).name for trial in plan.trials(evidence.record)}
+    assert {path.name for path in evidence.folder.glob("*.seed-*")} == names
+    assert plan.steps("static", "seconds") != 12
+    assert len(names) == 3
     text = (evidence.folder / "tiny.md").read_text()
     assert "## Equal steps" in text
     assert "## Equal seconds" in text
