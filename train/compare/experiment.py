@@ -197,7 +197,9 @@ def experiment_of(saved: Any) -> Experiment:
         raise ValueError(f"unknown entry {min(unknown)!r}; the entries are {', '.join(sorted(known))}")
     if missing := [name for name in ("name", "arms", "steps") if name not in saved]:
         raise ValueError(f"it has no {missing[0]}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
+    }
     values["arms"] = tuple(map(arm_of, saved["arms"]))
     if "recall" in values:
         values["recall"] = with_values(Recall(), values["recall"])

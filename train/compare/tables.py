@@ -1,6 +1,7 @@
 """The tables of an experiment, as Markdown, made from its records."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from train.compare.experiment import Budget
 from train.compare.machine import Machine
@@ -132,7 +133,7 @@ def _retrieval(results: Results) -> str:
 
 def retrieval(outcomes: Sequence[ArmOutcome]) -> dict[tuple[str, Budget], dict[int, Spread]]:
     """Of each arm and budget the accuracy by distance in tokens: of recall, or else of the needle probe."""
-    found = {
+    found: dict[tuple[str, Budget], dict[int, Spread]] = {
         (outcome.arm, outcome.budget): _by_key([_accuracy(record, outcome) for record in outcome.records])
         for outcome in outcomes
     }
@@ -233,7 +234,7 @@ def _machine(machine: Machine, cores: Sequence[int | None]) -> str:
     return f"{machine.processor}, {machine.device}, {machine.system}; {where}; {versions}."
 
 
-def _by_key(found: Sequence[Mapping]) -> dict:
+def _by_key(found: Sequence[Mapping[Any, float | None]]) -> dict[Any, Spread]:
     """Of mappings to numbers, one mapping to their spread."""
     keys = dict.fromkeys(key for each in found for key in each)
     return {key: finite(each.get(key) for each in found) for key in keys}

@@ -39,7 +39,8 @@ class RecallScore:
 
     def __init__(self, program: Program, corpus: Corpus):
         self._program, self._batches = program, corpus.held_out
-        self._distances = [distances(batch.inputs, batch.segments) for batch in corpus.held_out]
+        rows = [(np.asarray(batch.inputs), np.asarray(batch.segments)) for batch in corpus.held_out]
+        self._distances = [distances(inputs, segments) for inputs, segments in rows]
         if not any(found.any() for found in self._distances):
             raise ValueError("evaluation.recall: the held-out rows are no text of train.data.recall")
         self._right = jax.jit(self._predicted)
