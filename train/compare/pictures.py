@@ -69,6 +69,9 @@ def draw_contexts(results: Results) -> Figure | None:
             right.plot(list(seen), _numbers(seen.values()), "o-", color=color, markersize=3)
     left.set(xlabel="tokens of the document before, at least", ylabel="nats a token, full mask")
     right.set(xlabel="tokens that a token sees at most", ylabel="bits per byte", xscale="log")
+    ticks = sorted({*results.plan.experiment.contexts, length})
+    right.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+    right.minorticks_off()
     _legend(figure, results, f"equal {results.arms[0].budget}")
     return figure
 

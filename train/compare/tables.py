@@ -10,7 +10,7 @@ from train.compare.records import ArmRecord
 from train.compare.trials import rate_trials
 from train.evaluate.needle import by_depth
 from train.evaluate.recall import by_distance
-from train.report.markdown import code, section, table
+from train.report.markdown import code, or_dash, section, table
 
 BUDGETS: dict[Budget, str] = {"steps": "Equal steps", "seconds": "Equal seconds"}
 
@@ -217,7 +217,8 @@ def _rates(results: Results) -> str:
 
 def _machines(results: Results) -> Iterator[str]:
     timing = results.plan.timing
-    yield f"Times of steps: {_machine(timing.machine, [timing.core])}"
+    load = f" Load average when they were measured: {or_dash(timing.load, '.1f')}, with this process."
+    yield f"Times of steps: {_machine(timing.machine, [timing.core])}{load}"
     by_machine: dict[str, tuple[Machine, set[int | None]]] = {}
     for outcome in results.arms:
         for record in outcome.records:

@@ -1,6 +1,7 @@
 """The time of a step at each window: measured once, alone; and the seconds of a run, integrated over it."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -46,11 +47,14 @@ class Timing:
       families: name -> window in tokens -> the median seconds of a step.
       machine: that they were measured on.
       core: that the process was pinned to; None: it was not.
+      load: processes that ran or waited for a core, this one among them, on average over the last minute of the
+        measurement; None: not known. Well above 1 on a pinned core, the times are not those of a quiet machine.
     """
 
     families: Mapping[str, Mapping[int, float]]
     machine: Machine
     core: int | None = None
+    load: float | None = None
 
     def step_seconds(self, curriculum: Curriculum, windows: Float[np.ndarray, " n"]) -> np.ndarray:
         """Seconds of a step at each window: between two that were measured, on the line between them."""
@@ -88,7 +92,12 @@ class Timing:
 
     def to_json(self) -> str:
         """The file `NAME.timing.json`."""
-        saved = {"families": self.families, "machine": vars(self.machine), "core": self.core}
+        saved = {
+            "families": self.families,
+            "machine": vars(self.machine),
+            "core": self.core,
+            "load": self.load,
+        }
         return json.dumps(saved, indent=1) + "\n"
 
 
@@ -105,7 +114,7 @@ def read_timing(path: Path) -> Timing:
             name: {int(window): float(seconds) for window, seconds in times.items()}
             for name, times in saved["families"].items()
         }
-        return Timing(families, Machine(**saved["machine"]), saved["core"])
+        return Timing(families, Machine(**saved["machine"]), saved["core"], saved["load"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no times of steps: {error!r}") from error
 
@@ -132,7 +141,7 @@ def time_steps(experiment: Experiment, path: Path, core: int | None) -> Timing:
     runs = _by_family(experiment)
     for name in lacking(experiment, before):
         known[name] = _timed(runs[name][0], _windows(experiment, runs[name]), experiment.timed_steps)
-    timing = Timing(known, here, core)
+    timing = Timing(known, here, core, round(os.getloadavg()[0], 2))
     write_atomically(path, timing.to_json())
     return timing
 

@@ -84,6 +84,7 @@ def test_the_tables(toy):
     cost = ["20.0% (20.0%…20.0%)", "25.0%", "15.0% (10.0%…20.0%)"]
     assert row(text, "static-then-full", "Cost") == cost
     assert "one process a core, on core 1" in text
+    assert "Load average when they were measured: 1.0, with this process." in text
 
 
 def test_page_and_pictures_by_the_command(tmp_path, capsys):
