@@ -47,8 +47,9 @@ class Timing:
       families: name -> window in tokens -> the median seconds of a step.
       machine: that they were measured on.
       core: that the process was pinned to; None: it was not.
-      load: processes that ran or waited for a core, this one among them, on average over the last minute of the
-        measurement; None: not known. Well above 1 on a pinned core, the times are not those of a quiet machine.
+      load: processes that ran or waited for a core, this one among them, on average over the last minute of
+        the measurement; None: not known. If it is well above 1, the machine had other load, and the times are
+        too long.
     """
 
     families: Mapping[str, Mapping[int, float]]
