@@ -77,7 +77,9 @@ ROOMS = [
     {"step", "pretrained"},
     {"metrics", "checkpoint", "evaluate"},
     {"report", "aot"},
-    {"loop", "commands"},
+    {"loop"},
+    {"compare"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

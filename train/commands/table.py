@@ -1,4 +1,7 @@
-"""The commands of `python -m train`, one row each; each is a file of this folder. None of them trains."""
+"""The commands of `python -m train`, one row each; each is a file of this folder.
+
+Of these `compare` alone trains: runs whose configs an experiment makes.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from train.commands.compare import Compare, compare
 from train.commands.compile import Compile, compile_for, with_preset
 from train.commands.evaluate import Evaluate, evaluate
 from train.commands.export import Export, export
@@ -42,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(Evaluate, evaluate),
     "export": Command(Export, export),
     "tokenizer": Command(TrainTokenizer, train_tokenizer),
+    "compare": Command(Compare, compare),
     "compile": Command(Compile, compile_for, with_preset),
 }
 """By name."""

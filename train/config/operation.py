@@ -26,6 +26,8 @@ class Evaluation:
     old_context: int | None = None
     """Validation also where a token sees its own chunk of so many tokens of its document alone, as in rows of
     that length: the context of a model before its extension. None: at the full mask alone."""
+    recall: bool = False
+    """Score the answers of held-out rows of `train.data.recall`, by the distance to what is asked for."""
     summaries: int = 0
     """Held-out documents summarised after training, for ROUGE beside the lead baseline (task summarize)."""
 

@@ -80,9 +80,19 @@ class Run:
         if self.task != "summarize" and self.evaluation.summaries:
             raise ValueError(f"evaluation.summaries needs the task summarize, got {self.task!r}")
         _check_old_context(self)
+        if self.evaluation.recall and (self.task != "lm" or self.data.tokenizer != "bytes"):
+            raise ValueError(
+                "evaluation.recall needs the task lm and data.tokenizer bytes, got "
+                f"{self.task!r} and {self.data.tokenizer!r}"
+            )
         if self.curriculum.pace == "loss":
             _check_pace(self)
         _check_mesh(self)
+
+    @property
+    def held_out_seed(self) -> int:
+        """The seed that decides what is held out."""
+        return self.seed if self.data.held_out_seed is None else self.data.held_out_seed
 
 
 def _check_old_context(run: Run):
@@ -167,11 +177,15 @@ def from_json(text: str) -> Run:
     saved = json.loads(text)
     if not isinstance(saved, dict):
         raise ValueError(f"it holds {type(saved).__name__}, not an object")
-    return _record(Run(), saved)
+    return with_values(Run(), saved)
 
 
-def _record(default: Any, saved: dict[str, Any]) -> Any:
-    """`default` with the saved values in place, in nested sections too."""
+def with_values(default: Any, saved: dict[str, Any]) -> Any:
+    """A config, or a section of one, with values in place, also those of nested sections, as in JSON.
+
+    Raises:
+      ValueError: it has no such option, or a value is refused.
+    """
     values = {}
     for name, value in saved.items():
         if not hasattr(default, name):
@@ -180,7 +194,7 @@ def _record(default: Any, saved: dict[str, Any]) -> Any:
         if dataclasses.is_dataclass(section):
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must be an object, got {value!r}")
-            value = _record(section, value)
+            value = with_values(section, value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(default, **values)
 

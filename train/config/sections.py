@@ -50,6 +50,9 @@ class Data:
     """The same for validation. Left out: the share held_out of data.paths."""
     held_out: float = 0.05
     """Share of the tokens (of the documents for the task summarize) held out for validation."""
+    held_out_seed: int | None = None
+    """Seed that decides what is held out, so that runs of different seeds share their validation rows. None:
+    the run's seed."""
     columns: dict[str, str] = field(default_factory=dict)
     """The columns of records, where they do not have their usual names: text body, or document article
     summary highlights."""
@@ -78,7 +81,7 @@ class Data:
     """Folder where tokenized texts are cached between runs. None: cache, beside the run folders."""
 
     def __post_init__(self):
-        at_least("data.", self, length=2, batch=1, packing_bins=1)
+        at_least("data.", self, length=2, batch=1, packing_bins=1, held_out_seed=0)
         one_of("data.", self, rows=RowKind)
         if not 0 <= self.unknown <= 1:
             raise ValueError(f"data.unknown must lie in 0…1, got {self.unknown}")

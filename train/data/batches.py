@@ -33,7 +33,7 @@ def batches(cut: Cut, run: Run, byte_count: ByteCount) -> grain.IterDataset:
     is a property of the run, and any number of processes can resume its checkpoints. Reading costs little
     beside training on long rows.
     """
-    seed = _seed(run)
+    seed = _seed(run.seed)
     endless = grain.MapDataset.source(cut).seed(seed).shuffle().repeat()
     rows = _rows(endless, run, run.data.packing_bins, seed)
     loss_from = cut.loss_from
@@ -44,9 +44,10 @@ def batches(cut: Cut, run: Run, byte_count: ByteCount) -> grain.IterDataset:
 def held_out_batches(cut: Cut, run: Run, byte_count: ByteCount) -> list[Batch]:
     """At most evaluation.rows rows, in batches of one shape; the last is padded.
 
-    Rows of a stream are evenly spaced in it; packed rows hold items that the seed chooses.
+    Rows of a stream are evenly spaced in it; packed rows hold items that the seed of what is
+    held out chooses.
     """
-    seed, most = _seed(run), run.evaluation.rows
+    seed, most = _seed(run.held_out_seed), run.evaluation.rows
     if isinstance(cut, Stream):
         count = min(most, len(cut))
         rows = [cut[i * len(cut) // count] for i in range(count)]
@@ -77,6 +78,6 @@ def _rows(items: grain.MapDataset, run: Run, bins: int, seed: int) -> grain.Iter
     )
 
 
-def _seed(run: Run) -> int:
-    """The run's seed in the 32 bits that grain takes."""
-    return int(np.random.SeedSequence(run.seed).generate_state(1)[0])
+def _seed(number: int) -> int:
+    """A seed in the 32 bits that grain takes."""
+    return int(np.random.SeedSequence(number).generate_state(1)[0])

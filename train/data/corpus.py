@@ -164,9 +164,9 @@ def read_corpus(
 
 def _split(run: Run, caches: list[TokenCache]) -> tuple[Split, Split]:
     """The documents to train on, and those held out."""
-    whole = everything(caches[0], run.seed)
+    whole = everything(caches[0], run.held_out_seed)
     if len(caches) > 1:
-        return whole, everything(caches[1], run.seed)
+        return whole, everything(caches[1], run.held_out_seed)
     return hold_out(whole, run.data.held_out, task_of(run).held_out_by)
 
 
@@ -212,6 +212,8 @@ def _fingerprint(run: Run, tokenizer: Tokenizer, caches: list[TokenCache], layou
     texts = [cache.fingerprint for cache in caches]
     rows = [run.data.rows, run.data.length, run.data.packing_bins, run.summarize.truncate]
     split = [run.task, run.seed, run.data.held_out]
+    if run.data.held_out_seed is not None:  # else as before there was this option
+        split.append(run.data.held_out_seed)
     around = []
     if layout is not None and layout.key:
         around = [x.tolist() for x in (layout.before, layout.between, layout.after)]

@@ -6,6 +6,7 @@ from typing import Any
 from train.data.corpus import Corpus
 from train.evaluate.needle import needle_probe
 from train.evaluate.old_context import old_context_loss
+from train.evaluate.recall import recall_score
 from train.step.program import Program
 
 Evaluator = Callable[[Any], dict[str, float]]
@@ -14,6 +15,7 @@ Evaluator = Callable[[Any], dict[str, float]]
 EVALUATORS: dict[str, Callable[[Program, Corpus], Evaluator | None]] = {
     "needle": needle_probe,
     "old_context": old_context_loss,
+    "recall": recall_score,
 }
 """name -> what makes the evaluator of a run; None where the config does not ask for it.
 

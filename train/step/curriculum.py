@@ -48,8 +48,12 @@ class Growth:
     steps: int
 
 
-def growth(run: Run) -> Growth:
+def growth(run: Run, window: Schedule | None = None) -> Growth:
     """The growth of a run's curriculum, over `curriculum.share` of the run's steps.
+
+    Args:
+      run: the config.
+      window: `clock -> tokens` in place of the config's schedule: the identity, to show any window at will.
 
     Of N steps, numbered from 0, it ends at step min(round(share · N), N − 1): the last step of several
     shows the full mask at any share.
@@ -58,7 +62,8 @@ def growth(run: Run) -> Growth:
       ValueError: `multiple_of` does not divide the start or the end.
     """
     steps = max(1, min(round(run.steps * run.curriculum.share), run.steps - 1))
-    window, full = _window(run.curriculum, run.data.length, steps), full_mask(run)
+    window = window or _window(run.curriculum, run.data.length, steps)
+    full = full_mask(run)
     if run.curriculum.kind == "full":
         return Growth(window, lambda clock: full, full, steps)
     boundary = task_of(run).boundary(run)

@@ -156,6 +156,17 @@ def test_the_fingerprint_changes_with_the_text_and_with_its_order(tmp_path, line
     assert len(others | {read_corpus(asked).fingerprint, one}) == 5
 
 
+def test_runs_of_several_seeds_hold_out_the_same_rows(tmp_path, lines):
+    for kind in ("packed", "chunked"):
+        options = {"held_out_seed": 5, "rows": kind, "batch": 2, "evaluation": Evaluation(rows=2)}
+        one, two = (read_corpus(run(tmp_path, lines, seed=seed, **options)) for seed in (1, 2))
+        own = read_corpus(run(tmp_path, lines, seed=1, **(options | {"held_out_seed": None})))
+        assert one.held_out[0].inputs.tolist() == two.held_out[0].inputs.tolist()
+        assert one.held_out[0].inputs.tolist() != own.held_out[0].inputs.tolist()
+        assert [b.inputs.tolist() for b in first(one, 4)] != [b.inputs.tolist() for b in first(two, 4)]
+        assert len({one.fingerprint, two.fingerprint, own.fingerprint}) == 3
+
+
 def test_the_cache_lies_beside_the_run_folders(tmp_path, lines):
     asked = run(tmp_path, lines)
     read_corpus(replace(asked, folder=str(tmp_path / "runs"), data=replace(asked.data, cache=None)))
