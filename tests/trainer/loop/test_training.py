@@ -147,11 +147,11 @@ def test_processes_that_have_not_joined_are_refused(tmp_path, monkeypatch):
 def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(tmp_path, monkeypatch):
     run = run_of(tmp_path)
 
-    def meanwhile(run, tokenizer):
+    def meanwhile(run, tokenizer, conventions):
         with monkeypatch.context() as patch:
             patch.setattr(preparation, "read_corpus", read_corpus)
             train(prepare(run))
-        return read_corpus(run, tokenizer)
+        return read_corpus(run, tokenizer, conventions)
 
     monkeypatch.setattr(preparation, "read_corpus", meanwhile)
     assert int(prepare(run).state.step) == 8
