@@ -1,5 +1,6 @@
 """A Hugging Face folder small enough for a test: a tokenizer with a begin token, and random weights."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 from train_cases import MODEL, small_run, write_text
 
-from dynmask_jax import Causal, Tokens, plan
+from dynmask_jax import Causal, Tokens, Window, plan
 from train.checkpoint.export import Weights
 from train.config.model import Model
 from train.data.bpe import train_bpe
@@ -36,10 +37,11 @@ def tiny_pretrained(folder: Path, **options) -> Path:
     shapes = state_like(program, begin + 1).params
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype("bfloat16"), shapes)
-    tokenizer = f'{{"eos_token": "{END}", "bos_token": {{"content": "{BEGIN}"}}}}'
+    special = {"__type": "AddedToken", "content": BEGIN, "special": True}  # one form of two, which both occur
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": special}
     files = {
         "tokenizer.json": library.to_str(),
-        "tokenizer_config.json": tokenizer,
+        "tokenizer_config.json": json.dumps(about),
         "generation_config.json": f'{{"eos_token_id": [0, {OTHER_END}]}}',
         "chat_template.jinja": CHAT,
     }
@@ -48,11 +50,26 @@ def tiny_pretrained(folder: Path, **options) -> Path:
     return folder / "hub"
 
 
-def losses_by_hand(weights: Weights, tokens: np.ndarray) -> np.ndarray:
-    """The loss of each token of a row but the first, from the logits of a model whose windows are longer."""
+def logits_by_hand(weights: Weights, tokens: np.ndarray) -> np.ndarray:
+    """The logits after each token of a row, by the forward pass of the whole row."""
     model = nnx.merge(program_of(weights.run, weights.vocabulary).graph, weights.params)
-    causal = plan(Causal(), Tokens.sequence(len(tokens) - 1))
-    logits = model.unembed(model(tokens[None, :-1], {"local": causal, "global": causal}))[0]
+    masks = {"local": Causal() & Window(weights.run.model.local_window), "global": Causal()}
+    plans = {reach: plan(mask, Tokens.sequence(len(tokens))) for reach, mask in masks.items()}
+    return np.asarray(model.unembed(model(tokens[None], plans))[0])
+
+
+def greedy_by_hand(weights: Weights, tokens: list[int], count: int) -> list[int]:
+    """The most likely tokens after those of a row, one after another, each by a whole forward pass."""
+    row = np.zeros(len(tokens) + count, np.int32)  # under the causal mask what comes later changes nothing
+    row[: len(tokens)] = tokens
+    for at in range(len(tokens), len(row)):
+        row[at] = logits_by_hand(weights, row)[at - 1].argmax()
+    return row[len(tokens) :].tolist()
+
+
+def losses_by_hand(weights: Weights, tokens: np.ndarray) -> np.ndarray:
+    """The loss of each token of a row but the first."""
+    logits = logits_by_hand(weights, tokens[:-1])
     return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]))
 
 

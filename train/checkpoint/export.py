@@ -26,12 +26,15 @@ class Weights:
       params: all weights, nested dictionaries of arrays.
       vocabulary: size of the vocabulary.
       fingerprint: of the tokenizer, to detect another tokenizer under the same name.
+      origin: the folder, of Hugging Face or of a run that began from one, that holds what a Hugging Face
+        model has beside its weights; None: the model began from random weights.
     """
 
     run: Run
     params: Any
     vocabulary: int
     fingerprint: str
+    origin: str | None = None
 
 
 def check_target(path: Path, *, overwrite: bool = False):
@@ -52,7 +55,7 @@ def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
 
     A tensor's name is its path: `groups.layers.0.attention.query.kernel` is of the first layer of each group,
     stacked over groups. The metadata have the config as JSON, the tokenizer's name and fingerprint, and the
-    vocabulary's size.
+    vocabulary's size; and of a model that came from a Hugging Face folder its origin.
 
     Raises:
       OSError: the file cannot be written, or `check_target` refuses it.
@@ -65,6 +68,8 @@ def export_weights(weights: Weights, path: Path, *, overwrite: bool = False):
         "tokenizer_fingerprint": weights.fingerprint,
         "vocabulary": str(weights.vocabulary),
     }
+    if weights.origin is not None:
+        metadata["origin"] = weights.origin
     fresh = path.with_name(path.name + ".writing")
     with writing(path):
         try:
@@ -103,7 +108,8 @@ def load_weights(path: Path) -> Weights:
     if wrong := _differences(tensors, _by_name(like)):
         raise ValueError(f"{path} does not hold the weights of its config: {'; '.join(wrong)}")
     params = jax.tree_util.tree_map_with_path(lambda path, _: tensors[_name(path)], like)
-    return Weights(run, params, vocabulary, metadata.get("tokenizer_fingerprint", ""))
+    fingerprint, origin = metadata.get("tokenizer_fingerprint", ""), metadata.get("origin")
+    return Weights(run, params, vocabulary, fingerprint, origin)
 
 
 def params_like(run: Run, vocabulary: int) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from train.checkpoint.export import Weights
 from train.checkpoint.folder import pretrained_files
+from train.checkpoint.load import SAFETENSORS
 from train.data.tasks import task_of
 from train.data.tokenizers import Tokenizer
 from train.pretrained.export_config import config_of
@@ -34,7 +35,17 @@ class Origin:
 
     @classmethod
     def of(cls, source: Path, weights: Weights) -> "Origin":
-        """The origin of the weights that `load_model` gave for a path."""
+        """The origin of the weights that `load_model` gave for a path.
+
+        Raises:
+          ValueError: the path is a file, which has the weights alone of a model that came from a folder.
+        """
+        if source.suffix == SAFETENSORS and weights.origin is not None:
+            raise ValueError(
+                f"{source} holds the weights alone of a model that came from a Hugging Face folder, without "
+                "its other files, fields of config.json and dtype, which a folder needs: export from "
+                f"{weights.origin}, which has them"
+            )
         if (folder := PretrainedFolder.at(source)) is not None:
             return cls(folder, stored_config(folder), 0)
         folder = pretrained_files(source)

@@ -54,8 +54,9 @@ def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tok
     name = tokenizer or folder.tokenizer_path(run)
     loaded = folder.load_tokenizer(run, name)
     params = merge_lora(_restore_params(RunFolder.of(run, source), run, loaded.vocabulary), run.lora)
+    origin = None if PretrainedFolder.at(folder.pretrained) is None else str(source)
     merged = _with_tokenizer(replace(run, lora=Lora()), name)
-    return Weights(merged, params, loaded.vocabulary, loaded.fingerprint), loaded
+    return Weights(merged, params, loaded.vocabulary, loaded.fingerprint, origin), loaded
 
 
 def _load_pretrained(folder: PretrainedFolder, tokenizer: str | None) -> tuple[Weights, Tokenizer]:
@@ -66,7 +67,7 @@ def _load_pretrained(folder: PretrainedFolder, tokenizer: str | None) -> tuple[W
     with open_tensors(folder, run.model) as tensors:
         tensors.check(like)
         params = jax.tree.map_with_path(tensors.array, like)
-    return Weights(run, params, loaded.vocabulary, loaded.fingerprint), loaded
+    return Weights(run, params, loaded.vocabulary, loaded.fingerprint, str(folder.path)), loaded
 
 
 def _with_tokenizer(run: Run, name: str) -> Run:

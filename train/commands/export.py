@@ -9,7 +9,7 @@ import tyro
 
 from train.checkpoint.export import check_target, export_weights
 from train.checkpoint.export_folder import Origin, StoredDtype, export_folder
-from train.checkpoint.load import load_model
+from train.checkpoint.load import SAFETENSORS, load_model
 from train.pretrained import write
 
 
@@ -23,7 +23,7 @@ class Export:
     model: tyro.conf.Positional[Path]
     """A run's folder, whose newest checkpoint is used, or a Hugging Face folder."""
     to: Path
-    """The file or folder to write."""
+    """The file to write, whose name ends in .safetensors, or the folder."""
     format: Literal["safetensors", "huggingface"] = "safetensors"
     """safetensors: a file for this trainer; huggingface: a folder that transformers loads."""
     dtype: StoredDtype | None = None
@@ -43,6 +43,7 @@ def export(command: Export):
     """
     if command.dtype is not None and command.format != "huggingface":
         raise ValueError("--dtype needs --format huggingface")
+    _check_name(command)
     check = write.check_target if command.format == "huggingface" else check_target
     check(command.to, overwrite=command.overwrite)  # before a model is read, which may take long
     weights, tokenizer = load_model(command.model, command.tokenizer)
@@ -56,3 +57,18 @@ def export(command: Export):
     count = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
     what = "the tokenizer" if command.format == "huggingface" else "the name of the tokenizer"
     print(f"{command.to}: {count:,} weights, the config, and {what} ({weights.run.data.tokenizer})")
+
+
+def _check_name(command: Export):
+    """Refuses a name by which the other commands would not know what is there."""
+    is_file = command.to.suffix == SAFETENSORS
+    if command.format == "safetensors" and not is_file:
+        raise ValueError(
+            f"--to must end in {SAFETENSORS}, by which generate and the others know the file, got "
+            f"{command.to}; a Hugging Face folder needs --format huggingface"
+        )
+    if command.format == "huggingface" and is_file:
+        raise ValueError(
+            f"--to must not end in {SAFETENSORS}, by which generate and the others know a file, got "
+            f"{command.to}: --format huggingface writes a folder"
+        )

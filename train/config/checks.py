@@ -1,5 +1,6 @@
 """Checks of the fields of a config's records; an error names the option."""
 
+import math
 from typing import Any, get_args
 
 
@@ -17,6 +18,14 @@ def above_zero(section: str, record: Any, *names: str):
         value = getattr(record, name)
         if value is not None and not value > 0:
             raise ValueError(f"{section}{name} must be positive, got {value}")
+
+
+def finite(section: str, record: Any, *names: str):
+    """Refuses fields that are infinite or NaN; None is accepted."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{section}{name} must be finite, got {value}")
 
 
 def one_of(section: str, record: Any, **choices: Any):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dynmask_jax.dispatch import BACKENDS
-from train.config.checks import above_zero, at_least, one_of
+from train.config.checks import above_zero, at_least, finite, one_of
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
@@ -47,6 +47,8 @@ class RopeScaling:
         above_zero(
             "model.rope_scaling.", self, "beta_slow", "beta_fast", "low_freq_factor", "attention_factor"
         )
+        finite("model.rope_scaling.", self, "factor", "beta_slow", "beta_fast", "attention_factor")
+        finite("model.rope_scaling.", self, "low_freq_factor", "high_freq_factor")
         one_of("model.rope_scaling.", self, kind=RopeScalingKind)
         if self.kind in ("yarn", "llama3") and self.original_max_position_embeddings is None:
             raise ValueError(
@@ -140,6 +142,7 @@ class Model:
         at_least("model.", self, head_dim=1, vocab_size=1, max_position_embeddings=1)
         above_zero("model.", self, "rope_theta", "rope_local_theta", "norm_eps", "embedding_scale")
         above_zero("model.", self, "query_scale", "attention_soft_cap", "logits_soft_cap")
+        self._check_rope()
         one_of("model.", self, dtype=Dtype, remat=Remat, bias=BiasName, activation=Activation)
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(
@@ -162,6 +165,14 @@ class Model:
             raise ValueError(
                 f"model.layers must be at least the layers in model.pattern ({len(self.pattern)}), got "
                 f"{self.layers}"
+            )
+
+    def _check_rope(self):
+        finite("model.", self, "rope_theta", "rope_local_theta")
+        if self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(
+                "model.rope_theta must be above 1 with model.rope_scaling.kind yarn, which divides by its "
+                f"logarithm, got {self.rope_theta}"
             )
 
     @property

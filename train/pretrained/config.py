@@ -25,7 +25,9 @@ def model_of(config: Mapping[str, Any]) -> Model:
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
+        raise ValueError(
+            f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}{_text_model_hint(config)}"
+        )
     family = FAMILIES[kind]
     fields = Fields({**family.defaults, **config})
     options = _sizes(fields) | _feed_forward(fields, kind) | dict(family.fixed)
@@ -51,6 +53,18 @@ def pattern_of(reaches: tuple[Reach, ...]) -> tuple[Reach, ...]:
         reaches[:length]
         for length in lengths
         if all(reach == reaches[i % length] for i, reach in enumerate(reaches))
+    )
+
+
+def _text_model_hint(config: Mapping[str, Any]) -> str:
+    """What to do with a model of texts and images; nothing where the config is of none that helps."""
+    text = config.get("text_config")
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        return ""
+    return (
+        f", a model of more than text: its text model alone is read, from a folder of model_type {kind}, "
+        "which transformers writes (docs/training.md, Checkpoints of Hugging Face, says how)"
     )
 
 

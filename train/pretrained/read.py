@@ -12,14 +12,17 @@ from safetensors import SafetensorError, safe_open
 
 from train.config.model import Model
 from train.pretrained.folder import PretrainedFolder
-from train.pretrained.names import layout_of
+from train.pretrained.names import TOP, layout_of
 
+EMBEDDING, LOGITS = TOP["embed.embedding"][0], TOP["logits.kernel"][0]
 TYPES = ("F32", "BF16", "F16")
 """The types of tensors that are read."""
 BUFFERS = ".rotary_emb.inv_freq"
 """The end of the names of tensors that old checkpoints hold though they are not weights."""
 SHOWN = 4
 """Faults that a refusal names; it counts the rest."""
+COMPARED = 2**20
+"""Weights of two tensors that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,22 @@ class Tensors:
       path: of the folder.
       model: its options.
       files: the open file of each tensor, by the tensor's name.
+      paths: of the same files.
     """
 
     path: Path
     model: Model
     files: Mapping[str, Any]
+    paths: Mapping[str, Path]
 
     def check(self, like: Any):
         """Refuses tensors that are not the weights `like`, a tree of arrays or their shapes.
 
         Raises:
           ValueError: tensors are missing, left over, of another shape, or of a type that is not read. The
-            message names them.
+            message names them. Or all are named as in a model that holds this one, or that it holds.
         """
+        self._check_prefix()
         expected = {
             name: layout.shape(leaf.shape)
             for path, leaf in jax.tree_util.tree_leaves_with_path(like)
@@ -51,8 +57,8 @@ class Tensors:
         }
         spare = {name for name in self.files.keys() - expected.keys() if not name.endswith(BUFFERS)}
         faults = [f"{name} is missing" for name in sorted(expected.keys() - self.files.keys())]
-        if self.model.tied_embeddings and "lm_head.weight" in spare and self._is_tied():
-            spare.remove("lm_head.weight")
+        if self.model.tied_embeddings and LOGITS in spare and self._is_tied():
+            spare.remove(LOGITS)
         faults += [f"{name} is left over" for name in sorted(spare)]
         for name in sorted(expected.keys() & self.files.keys()):
             tensor = self.files[name].get_slice(name)
@@ -86,13 +92,46 @@ class Tensors:
 
         return jax.make_array_from_callback(shape, leaf.sharding, read)
 
+    def _check_prefix(self):
+        """Refuses tensors whose names begin otherwise than those of a language model."""
+        if EMBEDDING in self.files:
+            return
+        suffix = EMBEDDING.removeprefix("model.")
+        prefix = next((name.removesuffix(suffix) for name in self.files if name.endswith(suffix)), None)
+        if prefix is None:
+            return
+        load, save = f'dtype="auto", key_mapping={{"^{prefix}": "model."}}', "save_original_format=False"
+        advice = (
+            f"AutoModelForCausalLM.from_pretrained(FOLDER, {load}).save_pretrained(TO, {save}) writes that"
+        )
+        what = f"under {prefix}, as in a model that holds this one"
+        if not prefix:  # transformers adds it, and draws a missing lm_head at random
+            advice = (
+                'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto").save_pretrained(TO) writes that'
+            )
+            what = "without model., as AutoModel saves them"
+            if not self.model.tied_embeddings and LOGITS not in self.files:
+                advice = f"{LOGITS} is missing too"
+        raise ValueError(
+            f"{self.path} has its tensors {what} ({prefix}{suffix}), and {EMBEDDING} is needed: {advice}"
+        )
+
     def _is_tied(self) -> bool:
         """Whether lm_head.weight is the embedding, as some checkpoints of tied embeddings hold it."""
-        names = "model.embed_tokens.weight", "lm_head.weight"
-        if names[0] not in self.files:
+        if EMBEDDING not in self.files:
             return False
-        one, other = (self.files[name].get_tensor(name) for name in names)
-        return one.dtype == other.dtype and np.array_equal(one, other)
+        # Opened anew: pages that were read count as the process's memory until their file is closed.
+        with (
+            safe_open(self.paths[EMBEDDING], "numpy") as first,
+            safe_open(self.paths[LOGITS], "numpy") as second,
+        ):
+            one, other = first.get_slice(EMBEDDING), second.get_slice(LOGITS)
+            shape = one.get_shape()
+            if one.get_dtype() != other.get_dtype() or shape != other.get_shape() or len(shape) != 2:
+                return False
+            rows = max(1, COMPARED // max(1, shape[1]))
+            parts = (slice(begin, min(begin + rows, shape[0])) for begin in range(0, shape[0], rows))
+            return all(np.array_equal(one[part], other[part]) for part in parts)
 
 
 @contextmanager
@@ -106,6 +145,7 @@ def open_tensors(folder: PretrainedFolder, model: Model) -> Iterator[Tensors]:
     """
     with ExitStack() as stack:
         files: dict[str, Any] = {}
+        paths: dict[str, Path] = {}
         for path, listed in folder.weight_files().items():
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, which the index of the weights names")
@@ -117,7 +157,8 @@ def open_tensors(folder: PretrainedFolder, model: Model) -> Iterator[Tensors]:
             if listed is not None:
                 _check_listed(path, names, set(listed))
             files |= dict.fromkeys(names, file)
-        yield Tensors(folder.path, model, files)
+            paths |= dict.fromkeys(names, path)
+        yield Tensors(folder.path, model, files, paths)
 
 
 def _check_listed(path: Path, names: set[str], listed: set[str]):

@@ -225,6 +225,15 @@ def test_a_safetensors_file_does_as_well_as_the_run(summaries, capsys, tmp_path)
     assert texts[0] == texts[1] != ""
 
 
+def test_the_name_of_an_export_is_one_that_is_read(tmp_path, capsys):
+    """Before a model is read: there is none."""
+    said = refused(capsys, "export", tmp_path / "no", "--to", tmp_path / "served")
+    assert "--to must end in .safetensors, by which generate" in said
+    assert "got " + str(tmp_path / "served") in said
+    options = ["--to", tmp_path / "w.safetensors", "--format", "huggingface"]
+    assert "--to must not end in .safetensors" in refused(capsys, "export", tmp_path / "no", *options)
+
+
 def test_a_model_that_reads_ahead_is_no_folder_of_transformers(summaries, capsys, tmp_path):
     options = ["--to", tmp_path / "out", "--format", "huggingface"]
     assert "summarize.prefix: tokens of a document see later" in refused(

@@ -10,7 +10,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from pretrained_cases import BEGIN, END, OTHER_END, losses_by_hand, tiny_pretrained
+from pretrained_cases import BEGIN, END, OTHER_END, greedy_by_hand, losses_by_hand, tiny_pretrained
 from safetensors import safe_open
 from train_cases import write_text
 
@@ -19,6 +19,7 @@ from train.checkpoint.load import load_model
 from train.cli import main, parse
 from train.commands.inference import Source
 from train.config.sections import BASE_TEMPLATE
+from train.evaluate.generation import Generator
 from train.loop.prepare import prepare
 from train.loop.training import train
 from train.pretrained.config import model_of
@@ -132,7 +133,7 @@ def test_documents_begin_with_the_begin_token(place):
     assert (starts == corpus.tokenizer.begin).sum() >= len(starts) - 1 > 2  # the first may be half a document
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(place, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(place, tmp_path, capsys):
     shutil.copytree(place / "hub", tmp_path / "hub")
     first = prepare(parse(words(tmp_path, "tuned")).run)
     expected = load_model(place / "hub")[0].params
@@ -153,6 +154,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(place, tmp_p
     served, gone = PretrainedFolder(tmp_path / "served"), PretrainedFolder(tmp_path / "gone")
     assert served.config() == gone.config()
     assert (served.path / "tokenizer.json").read_bytes() == (gone.path / "tokenizer.json").read_bytes()
+    # The file of its weights lacks all that, and says where it is.
+    main(["export", str(folder.path), "--to", str(tmp_path / "w.safetensors")])
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "export",
+                str(tmp_path / "w.safetensors"),
+                "--to",
+                str(tmp_path / "no"),
+                "--format",
+                "huggingface",
+            ]
+        )
+    assert f"export from {folder.path}, which has them" in capsys.readouterr().err
     # So is the tokenizer that is named, where the run's own copy is gone.
     moved = (folder.pretrained / "tokenizer.json").rename(tmp_path / "moved.json")
     options = ["--format", "huggingface", "--overwrite", "--tokenizer", str(moved)]
@@ -188,9 +203,20 @@ def test_export_of_a_folder_is_the_folder_bit_for_bit(place, tmp_path):
     assert all(tensors[1][name].tobytes() == tensor.tobytes() for name, tensor in tensors[0].items())
 
 
-def test_a_folder_generates(place, capsys):
-    main(["generate", str(place / "hub"), "--prompt", "mask key", "--tokens", "3"])
-    assert capsys.readouterr().out.startswith("> mask key\n")
+def test_a_folder_generates_what_its_forward_pass_gives(place, capsys, monkeypatch):
+    found, generate = [], Generator.generate
+
+    def record(self, *arguments):  # as text, tokens that are not UTF-8 look the same
+        found.extend(texts := generate(self, *arguments))
+        return texts
+
+    monkeypatch.setattr(Generator, "generate", record)
+    main(["generate", str(place / "hub"), "--prompt", "mask key", "--tokens", "4"])
+    weights, tokenizer = load_model(place / "hub")
+    prompt = tokenizer.begun(tokenizer.encode(["mask key"])[0])
+    after = greedy_by_hand(weights, list(prompt), 4)
+    assert [text.tolist() for text in found] == [after]
+    assert capsys.readouterr().out == f"> mask key\n{tokenizer.decode_after(prompt, after)}\n\n"
 
 
 def test_a_folder_summarises_as_it_is(place, capsys, tmp_path):

@@ -59,7 +59,11 @@ MODELS = {
     "qwen2": {
         "model_type": "qwen2",
         "num_hidden_layers": 3,
-        "rope_parameters": rope("yarn", 200.0, factor=4.0, original_max_position_embeddings=ORIGINAL),
+        "head_dim": 8,
+        # A base and a context at which the default beta_fast and beta_slow bound features that there are.
+        "rope_parameters": rope("yarn", 20.0, factor=4.0, original_max_position_embeddings=512),
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-2,
         "use_sliding_window": True,
         "sliding_window": WINDOW,
         "max_window_layers": 1,
@@ -78,6 +82,7 @@ MODELS = {
         ),
         "tie_word_embeddings": True,
         "attention_bias": True,
+        "rms_norm_eps": 1e-2,
     },
     "gemma2": {
         "model_type": "gemma2",
@@ -101,6 +106,7 @@ MODELS = {
             "sliding_attention",
         ],
         "final_logit_softcapping": 4.0,
+        "rms_norm_eps": 1e-2,
         "rope_parameters": {
             "full_attention": rope("linear", 2_000.0, factor=4.0),
             "sliding_attention": rope(theta=100.0),

@@ -157,6 +157,11 @@ def test_fields_of_published_models_that_say_nothing_more(more):
     [
         ({"model_type": "mamba"}, "model_type must be one of llama, mistral, .*, got 'mamba'"),
         ({"model_type": ["llama"]}, r"model_type must be one of .*, got \['llama'\]"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            "got 'gemma3', .*: its text model alone is read, from a folder of model_type gemma3_text, which",
+        ),
+        ({"model_type": "mllama", "text_config": {"model_type": "mllama_text"}}, "got 'mllama'$"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         ({"sliding_window": 8}, "not understood: sliding_window = 8"),
         ({"model_type": "qwen2", "use_mrope": True}, "not understood: use_mrope = True"),
@@ -173,6 +178,11 @@ def test_fields_of_published_models_that_say_nothing_more(more):
             {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}},
             r"rope_parameters\.original_max_position_embeddings must be at least 1, got 0",
         ),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            r"model\.rope_theta must be above 1 with model\.rope_scaling\.kind yarn, .*, got 1\.0",
+        ),
+        ({"rope_theta": float("inf")}, r"model\.rope_theta must be finite, got inf"),
         ({"mlp_bias": True}, "fields that are not understood: mlp_bias = True"),
         ({"partial_rotary_factor": 0.5}, "not understood: partial_rotary_factor = 0.5"),
         (

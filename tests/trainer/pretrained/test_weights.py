@@ -114,14 +114,51 @@ def test_tensors_that_are_not_those_of_the_config(folder, words):
         read(folder)
 
 
-def test_buffers_and_a_copy_of_the_embedding_are_no_weights(folder):
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        (
+            "language_model.model.",
+            r"under language_model\.model\., as in a model that holds this one .*, and "
+            r'model\.embed_tokens\.weight is needed: .*key_mapping={"\^language_model\.model\.": "model\."}',
+        ),
+        (
+            "",
+            r"without model\., as AutoModel saves them \(embed_tokens\.weight\), .*AutoModelForCausalLM",
+        ),
+    ],
+)
+def test_names_that_begin_otherwise(folder, prefix, words):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+
+    change(folder, rename)
+    with pytest.raises(ValueError, match=words):
+        read(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    if not prefix:
+        with pytest.raises(ValueError, match=r"is needed: lm_head\.weight is missing too"):
+            read(folder)
+
+
+def test_buffers_and_a_copy_of_the_embedding_are_no_weights(folder, monkeypatch):
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
 
+    monkeypatch.setattr("train.pretrained.read.COMPARED", 7 * 16)  # of 32 rows of 16, the last fewer
     change(folder, add)
     read(folder)
-    change(folder, lambda tensors: tensors["lm_head.weight"].fill(0))
+
+    def change_last(tensors):
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    change(folder, change_last)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is left over"):
+        read(folder)
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((31, 16), np.float32)}))
     with pytest.raises(ValueError, match=r"lm_head\.weight is left over"):
         read(folder)
 
