@@ -75,7 +75,7 @@ def test_an_unknown_preset_lists_the_valid_ones(capsys):
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "unknown preset or command 'demmo'; the presets are run, demo, lm-8k, lm-32k, lm-128k" in said
-    assert "the commands are generate, summarize, evaluate, export, tokenizer, compile" in said
+    assert "the commands are generate, summarize, evaluate, export, tokenizer, compare, compile" in said
 
 
 @pytest.mark.parametrize(
