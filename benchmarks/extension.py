@@ -1,6 +1,6 @@
 """Context extension shown small: a model of rows of 1,024 bytes goes on at 8,192 by the preset `extend`.
 
-python -m benchmarks.extension peps.jsonl.gz --columns text document --json docs/benchmarks/extension.json
+python -m benchmarks.extension peps.jsonl.gz --columns text document --json docs/extension.json
 
 It trains the small model, times the step of its extension along the growth, and extends it twice: under
 chunks that grow, and under the full mask from the first step on. Both have as many steps as fit into the same

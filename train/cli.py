@@ -14,12 +14,11 @@ from train.config.command_line import PROGRAM
 from train.config.presets import PRESETS
 from train.config.run import Run, option_values, to_json
 from train.loop.prepare import prepare
-from train.loop.source import find_source, length_of
+from train.loop.source import preset_run
 from train.loop.training import NotFinite, train
 from train.parallel.initialize import join
 from train.parallel.processes import Processes
-from train.pretrained.extend import extended
-from train.pretrained.run import check_agreement, with_source
+from train.pretrained.run import check_agreement
 from train.report.outcome import Outcome
 
 PRINT_ONLY = {"-h", "--help", "--print-config", "--print_config"}
@@ -74,8 +73,8 @@ def parse(arguments: Sequence[str]) -> Training:
 
     Raises:
       ValueError: a preset or option does not exist, and the message lists those that do; or the config
-        contradicts itself, or the folder that it begins from.
-      OSError: the folder that it begins from cannot be read.
+        contradicts itself, or what it begins from.
+      OSError: the folder or file that it begins from cannot be read.
       SystemExit: after `--help`, or after tyro printed which value has the wrong type.
     """
     preset, *words = arguments if not arguments[0].startswith("-") else ["run", *arguments]
@@ -84,11 +83,7 @@ def parse(arguments: Sequence[str]) -> Training:
             f"unknown preset or command {preset!r}; the presets are {', '.join(PRESETS)}; the commands are "
             f"{', '.join(COMMANDS)}"
         )
-    run = PRESETS[preset]()
-    source = find_source(run, words)
-    if source is not None:
-        run = with_source(run, source.run)
-        run = extended(run, source, length_of(words)) if preset == "extend" else run
+    run, source = preset_run(preset, words)
     command, unknown = tyro.cli(
         Training,
         prog=f"{PROGRAM} {preset}",
@@ -103,8 +98,8 @@ def parse(arguments: Sequence[str]) -> Training:
         check_agreement(command.run.model, source.run.model, source.name)
     elif preset == "extend":
         raise ValueError(
-            "init_from must name a Hugging Face folder or a run's folder, whose context the preset extend "
-            f"makes longer, got {command.run.init_from!r}"
+            "init_from must name a Hugging Face folder, a run's folder or a file of export, whose context "
+            f"the preset extend makes longer, got {command.run.init_from!r}"
         )
     return command
 

@@ -87,12 +87,33 @@ def load_weights(path: Path) -> Weights:
       ValueError: the file is not a safetensors file of `export_weights`; or its tensors do not fit its
         config, and the message names each that is missing, unknown or of another shape.
     """
+    run, vocabulary, metadata = _read_metadata(path)
+    with safe_open(path, "flax") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    like = params_like(run, vocabulary)
+    if wrong := _differences(tensors, _by_name(like)):
+        raise ValueError(f"{path} does not hold the weights of its config: {'; '.join(wrong)}")
+    params = jax.tree_util.tree_map_with_path(lambda path, _: tensors[_name(path)], like)
+    fingerprint, origin = metadata.get("tokenizer_fingerprint", ""), metadata.get("origin")
+    return Weights(run, params, vocabulary, fingerprint, origin)
+
+
+def load_config(path: Path) -> Run:
+    """The config in a file of `export_weights`, whose tensors are not read.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_weights`.
+    """
+    return _read_metadata(path)[0]
+
+
+def _read_metadata(path: Path) -> tuple[Run, int, dict[str, str]]:
+    """The config and the size of the vocabulary in a file, and all its metadata."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, "flax") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
@@ -101,15 +122,9 @@ def load_weights(path: Path) -> Weights:
             f"{metadata.get('format')!r}, needed {FORMAT!r}"
         )
     try:
-        run, vocabulary = from_json(metadata["config"]), int(metadata["vocabulary"])
+        return from_json(metadata["config"]), int(metadata["vocabulary"]), metadata
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} holds a config that cannot be read: {error}") from error
-    like = params_like(run, vocabulary)
-    if wrong := _differences(tensors, _by_name(like)):
-        raise ValueError(f"{path} does not hold the weights of its config: {'; '.join(wrong)}")
-    params = jax.tree_util.tree_map_with_path(lambda path, _: tensors[_name(path)], like)
-    fingerprint, origin = metadata.get("tokenizer_fingerprint", ""), metadata.get("origin")
-    return Weights(run, params, vocabulary, fingerprint, origin)
 
 
 def params_like(run: Run, vocabulary: int) -> Any:

@@ -28,7 +28,7 @@ def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tok
     """A model and its tokenizer, on this process's first device.
 
     Writes nothing, so that the run may be in training meanwhile. The run of the weights names the tokenizer
-    that was loaded. LoRA is merged: the model is one without.
+    that was loaded. LoRA is merged: the model is one without, of which no weights are frozen.
 
     Args:
       source: a run's folder, whose newest intact checkpoint is loaded; a file of `python -m train export`;
@@ -55,7 +55,9 @@ def load_model(source: Path, tokenizer: str | None = None) -> tuple[Weights, Tok
     loaded = folder.load_tokenizer(run, name)
     params = merge_lora(_restore_params(RunFolder.of(run, source), run, loaded.vocabulary), run.lora)
     origin = None if PretrainedFolder.at(folder.pretrained) is None else str(source)
-    merged = _with_tokenizer(replace(run, lora=Lora()), name)
+    # Of the merged model all weights may train: what stood still in the run says nothing of it.
+    optimizer = replace(run.optimizer, train=None, frozen=())
+    merged = _with_tokenizer(replace(run, lora=Lora(), optimizer=optimizer), name)
     return Weights(merged, params, loaded.vocabulary, loaded.fingerprint, origin), loaded
 
 

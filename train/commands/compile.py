@@ -15,6 +15,7 @@ from train.config.presets import PRESETS, TOPOLOGIES
 from train.config.run import Run
 from train.data.tokenizers import load_tokenizer
 from train.disk import write_atomically
+from train.loop.source import preset_run
 from train.parallel.mesh import AXES
 
 SHARE = 0.002
@@ -38,10 +39,11 @@ class Compile:
 def with_preset(arguments: Sequence[str]) -> tuple[Compile, list[str]]:
     """The preset that the first word names, as options, and the words after it.
 
-    Without one, that for the topology if there is one, else `run`.
+    Without one, that for the topology if there is one, else `run`. With `--init-from` the model is that of
+    the source.
 
     Raises:
-      ValueError: there is no such preset.
+      OSError, ValueError: there is no such preset, or the source cannot be read.
     """
     words = list(arguments)
     if words and not words[0].startswith("-"):
@@ -49,9 +51,10 @@ def with_preset(arguments: Sequence[str]) -> tuple[Compile, list[str]]:
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         topology = next((place for place, preset in TOPOLOGIES.items() if preset == name), None)
-        return Compile(PRESETS[name](), topology), words
+        return Compile(preset_run(name, words)[0], topology), words
     named = [word.split("=", 1)[-1] for word in words]  # --topology NAME and --topology=NAME
-    return Compile(PRESETS[next((TOPOLOGIES[word] for word in named if word in TOPOLOGIES), "run")]()), words
+    name = next((TOPOLOGIES[word] for word in named if word in TOPOLOGIES), "run")
+    return Compile(preset_run(name, words)[0]), words
 
 
 def compile_for(command: Compile):
@@ -66,8 +69,10 @@ def compile_for(command: Compile):
         raise ValueError(f"compile needs --topology: a generation of TPU and its chips, as {EXAMPLES}")
     vocabulary = command.vocabulary
     if vocabulary is None:
-        tokenizer = command.run.data.tokenizer
-        vocabulary = 32_768 if tokenizer == "bytes" else load_tokenizer(tokenizer).vocabulary
+        data = command.run.data
+        vocabulary = 32_768
+        if data.tokenizer != "bytes":
+            vocabulary = load_tokenizer(data.tokenizer, data.end_token, data.begin_token).vocabulary
     found = compile_step(command.run, command.topology, vocabulary)
     if command.json is not None:
         write_atomically(command.json, found.to_json())

@@ -81,7 +81,7 @@ def evaluate(command: Evaluate):
     at_least("", command.texts, limit_bytes=1, limit_tokens=2)
     _check_target(command)
     texts = command.texts.read()
-    loaded = command.source.load("generate", length=command.length)
+    loaded = command.source.load(None, length=command.length)
     rows, shown = command.texts.tokens(loaded.tokenizer, texts), Shown(command.window, command.chunk)
     length, batch = loaded.run.data.length, command.batch
     found = text_loss(loaded.run, loaded.params, loaded.tokenizer, rows, length, batch=batch, shown=shown)

@@ -12,7 +12,7 @@ import tyro
 from train.checkpoint.folder import pretrained_files
 from train.checkpoint.load import load_model
 from train.config.command_line import PROGRAM
-from train.config.operation import Generation, Mesh
+from train.config.operation import Evaluation, Generation, Mesh
 from train.config.run import Run
 from train.config.sections import Curriculum
 from train.data.pair_layout import Conventions
@@ -58,13 +58,13 @@ class Source:
     tokenizer: str | None = None
     """Path of the tokenizer. None: the path in the run's config."""
 
-    def load(self, command: CommandName, *, length: int | None = None) -> Loaded:
+    def load(self, command: CommandName | None, *, length: int | None = None) -> Loaded:
         """The model, for a command that a model of its task is used by.
 
         A Hugging Face folder was trained for no task of ours: any command takes it.
 
         Args:
-          command: its name.
+          command: its name; None: one that takes models of any task.
           length: data.length to use in place of the config's.
 
         Raises:
@@ -76,8 +76,11 @@ class Source:
             run = replace(run, task="summarize" if command == "summarize" else "lm")
         if length is not None:
             data = replace(run.data, length=length)
-            run = replace(run, data=data, curriculum=Curriculum(kind="full", start=1), mesh=Mesh())
-        check_task(run, command, self.model)
+            # What speaks of the rows of training would not fit.
+            own = {"evaluation": Evaluation(), "curriculum": Curriculum(kind="full", start=1), "mesh": Mesh()}
+            run = replace(run, data=data, **own)
+        if command is not None:
+            check_task(run, command, self.model)
         return Loaded(run, weights.params, tokenizer, files.conventions() if files else Conventions())
 
 

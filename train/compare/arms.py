@@ -13,9 +13,15 @@ from train.config.sections import Curriculum, Kind
 ArmCurriculum = Callable[[Curriculum], Curriculum]
 SHARED = (
     *("name", "folder", "task", "steps", "seed", "init_from", "data", "summarize", "loss", "evaluation"),
-    *("checkpoints", "generation", "mesh", "watch"),
+    *("checkpoints", "generation", "mesh", "watch", "lora", "block"),
 )
 """What all arms have in common: options that an arm may not change."""
+FREE = {
+    "model": ("rope_theta", "rope_local_theta", "rope_scaling"),
+    "optimizer": ("warmup", "final", "weight_decay", "beta2", "clip", "give_up"),
+}
+"""What an arm may change of these sections: not what decides how long a step takes, which is measured once
+for all arms whose masks are of one kind."""
 
 
 def _full(base: Curriculum) -> Curriculum:
@@ -84,6 +90,12 @@ class Arm:
                 f"arms: {self.name} may not change optimizer.learning_rate, which is chosen from the grid "
                 "learning_rates for every arm"
             )
+        for section, free in FREE.items():
+            if fixed := [name for name in self.options.get(section, {}) if name not in free]:
+                raise ValueError(
+                    f"arms: {self.name} may not change {section}.{fixed[0]}, but of {section} only "
+                    f"{', '.join(free)}: the time of a step is measured for all arms alike"
+                )
 
     def apply(self, run: Run) -> Run:
         """The run with the arm's curriculum and options.

@@ -8,7 +8,7 @@ from pathlib import Path
 from train.compare.cores import Cores, Job
 from train.compare.experiment import FOLDER, Experiment, Trial
 from train.compare.records import Evidence
-from train.compare.timing import Timing, lacking, time_steps
+from train.compare.timing import Timing, check_run, lacking, time_steps
 from train.compare.train_trial import train_trial
 from train.compare.trials import Plan
 from train.compare.worker import words
@@ -59,9 +59,10 @@ class Comparison:
         """The runs of the experiment.
 
         Raises:
-          ValueError: the times of steps are not measured yet.
+          ValueError: the times of steps are not measured yet, or of another run.
         """
         timing = self.evidence.timing()
+        check_run(self.experiment, timing)
         if timing is None or lacking(self.experiment, timing):
             raise ValueError(f"{self.evidence.timing_path} has not the times of all arms' steps yet")
         return Plan(self.experiment, timing)

@@ -108,6 +108,8 @@ class Experiment:
             raise ValueError(f"budgets must be of 'steps' and 'seconds', got {min(unknown)!r}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.preset == "extend":
+            raise ValueError("preset must not be extend, whose options follow from the model it extends")
         if not all(1 <= context < self.base.data.length for context in self.contexts):
             raise ValueError(
                 f"contexts must lie in 1…{self.base.data.length - 1}, below data.length, got "
@@ -182,6 +184,8 @@ def read_experiment(path: Path) -> Experiment:
         return experiment_of(saved)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (TypeError, AttributeError) as error:  # of a number where a list is needed, and the like
+        raise ValueError(f"{path}: an entry has a value of the wrong type: {error}") from error
 
 
 def experiment_of(saved: Any) -> Experiment:

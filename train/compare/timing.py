@@ -16,6 +16,7 @@ import numpy as np
 from dynmask_jax.array_typing import Float
 from train.compare.experiment import Experiment
 from train.compare.machine import Machine
+from train.config.command_line import command
 from train.config.run import Run
 from train.config.sections import Curriculum
 from train.data.corpus import read_corpus
@@ -50,12 +51,14 @@ class Timing:
       load: processes that ran or waited for a core, this one among them, on average over the last minute of
         the measurement; None: not known. If it is well above 1, the machine had other load, and the times are
         too long.
+      run: the command of the run that was timed, without curriculum and steps; empty: not known.
     """
 
     families: Mapping[str, Mapping[int, float]]
     machine: Machine
     core: int | None = None
     load: float | None = None
+    run: str = ""
 
     def step_seconds(self, curriculum: Curriculum, windows: Float[np.ndarray, " n"]) -> np.ndarray:
         """Seconds of a step at each window: between two that were measured, on the line between them."""
@@ -98,6 +101,7 @@ class Timing:
             "machine": vars(self.machine),
             "core": self.core,
             "load": self.load,
+            "run": self.run,
         }
         return json.dumps(saved, indent=1) + "\n"
 
@@ -115,7 +119,8 @@ def read_timing(path: Path) -> Timing:
             name: {int(window): float(seconds) for window, seconds in times.items()}
             for name, times in saved["families"].items()
         }
-        return Timing(families, Machine(**saved["machine"]), saved["core"], saved["load"])
+        machine, run = Machine(**saved["machine"]), saved.get("run", "")
+        return Timing(families, machine, saved["core"], saved["load"], run)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no times of steps: {error!r}") from error
 
@@ -132,9 +137,10 @@ def time_steps(experiment: Experiment, path: Path, core: int | None) -> Timing:
       core: that this process is pinned to.
 
     Raises:
-      ValueError: the file has times of another machine.
+      ValueError: the file has times of another machine, or of another run.
     """
     before = read_timing(path) if path.exists() else None
+    check_run(experiment, before)
     here = Machine.here()
     if before is not None and before.machine != here:
         raise ValueError(f"{path} has times of another machine: {before.machine}, and this is {here}")
@@ -142,9 +148,30 @@ def time_steps(experiment: Experiment, path: Path, core: int | None) -> Timing:
     runs = _by_family(experiment)
     for name in lacking(experiment, before):
         known[name] = _timed(runs[name][0], _windows(experiment, runs[name]), experiment.timed_steps)
-    timing = Timing(known, here, core, round(os.getloadavg()[0], 2))
+    timing = Timing(known, here, core, round(os.getloadavg()[0], 2), _timed_run(experiment))
     write_atomically(path, timing.to_json())
     return timing
+
+
+def check_run(experiment: Experiment, timing: Timing | None):
+    """Refuses times of another run than the experiment asks for now.
+
+    Raises:
+      ValueError: with the commands of both.
+    """
+    asked = _timed_run(experiment)
+    if timing is not None and timing.run not in ("", asked):
+        raise ValueError(
+            f"the times of steps are of another run than the experiment asks for: give it another name, or "
+            f"remove {experiment.name}.timing.json. They were of {timing.run}; it would be {asked}"
+        )
+
+
+def _timed_run(experiment: Experiment) -> str:
+    """The command of the experiment's run, with the defaults of what changes no step's time at a window."""
+    default = Run(curriculum=Curriculum(kind="full", start=1))
+    names = ("name", "folder", "steps", "curriculum", "evaluation", "generation", "checkpoints", "watch")
+    return command(replace(experiment.base, **{name: getattr(default, name) for name in names}))
 
 
 def lacking(experiment: Experiment, timing: Timing | None) -> list[str]:

@@ -12,7 +12,7 @@ from train.compare.experiment import Experiment, Trial
 from train.compare.machine import Machine
 from train.compare.records import ArmRecord, Curve, Exposure, Restricted
 from train.config.command_line import command
-from train.evaluate.validation import by_position, total
+from train.evaluate.totals import by_position, total
 from train.loop.prepare import Session, prepare
 from train.loop.training import Interrupted, NotFinite, train
 from train.metrics import log

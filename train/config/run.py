@@ -36,7 +36,7 @@ class Run:
     """Training steps, each of data.batch rows. With more of them the same command extends a run, finished or
     not, with the learning rate and the curriculum of the new number."""
     init_from: str | None = None
-    """A Hugging Face folder, a run's folder or a file of `export`, whose weights are the first. A folder
+    """A Hugging Face folder, a run's folder or a file of `export`, whose weights are the first. It
     decides the options of model and tokenizer, too. Optimizer, learning rate, curriculum and data begin anew.
     None: random weights."""
     seed: int = 0

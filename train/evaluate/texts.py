@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from dynmask_jax import Chunks, Mask, Window
-from train.config.operation import Mesh
+from train.config.operation import Evaluation, Mesh
 from train.config.run import Run
 from train.config.sections import Curriculum
 from train.data.batch import Batch
@@ -72,7 +72,7 @@ def text_loss(
     """The loss of the texts' tokens, each text cut into rows.
 
     Args:
-      run, params: of a language model, its config and its weights.
+      run, params: of a model, its config and its weights. Whatever its task, a token sees those before it.
       tokenizer: that of the model.
       texts: the tokens of each.
       length: T, tokens of context in a row. Consecutive rows of a text share no context.
@@ -101,11 +101,13 @@ def text_loss(
 
 
 def _evaluated(run: Run, length: int, batch: int) -> Run:
-    """The run, for rows of this length on one device."""
+    """The run, for rows of this length on one device: a language model, whatever it was trained for."""
     return replace(
         run,
+        task="lm",
         data=replace(run.data, length=length, batch=batch, rows="packed"),
         optimizer=replace(run.optimizer, accumulate=1),
+        evaluation=Evaluation(),
         curriculum=Curriculum(kind="full", start=1),
         mesh=Mesh(),
     )

@@ -215,6 +215,7 @@ def _given_weights(source: str, base: Any, tokenizer: Tokenizer, run: Run) -> An
             f"init_from: {source} is of another model than this run's, as {different[0]} shows: "
             f"{given.get(different[0], 'nothing')} there, {ours.get(different[0], 'nothing')} here"
         )
+    check_agreement(run.model, weights.run.model, source)
 
     def placed(new, old):
         whole = np.asarray(new)

@@ -90,6 +90,7 @@ def write_folder(contents: Contents, to: Path, *, overwrite: bool = False, large
             if to.is_symlink():
                 to.unlink()
             elif to.exists():
+                shutil.rmtree(old, ignore_errors=True)  # left by one that was killed
                 to.rename(old)
             fresh.rename(to)
             shutil.rmtree(old, ignore_errors=True)

@@ -77,7 +77,7 @@ def split_weights(run: Run, params: Any) -> tuple[Any, Any]:
 
     trained = {path: leaf for path, leaf in flat.items() if trains(path)}
     if not trained:
-        raise ValueError("no weights train: optimizer.frozen names all that optimizer.train does")
+        raise ValueError("no weights train: optimizer.train names none that optimizer.frozen does not")
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     return unflatten_dict(trained), unflatten_dict(frozen)
 

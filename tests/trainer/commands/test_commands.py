@@ -19,7 +19,7 @@ from train.cli import main
 from train.commands.evaluate import to_json as to_json_of
 from train.commands.inference import SamplingOptions
 from train.commands.table import COMMANDS, run_command
-from train.config.operation import Generation
+from train.config.operation import Evaluation, Generation
 from train.config.run import Run, to_json
 from train.config.sections import Data, Optimizer
 from train.data.corpus import read_corpus
@@ -53,7 +53,9 @@ def randomised(state, step: int):
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory) -> Path:
-    run = small_run(tmp_path_factory.mktemp("lm"), generation=Generation(tokens=7))
+    # An old context, as a run of extend has: commands take rows that are no longer than it.
+    evaluation = Evaluation(rows=2, old_context=16)
+    run = small_run(tmp_path_factory.mktemp("lm"), generation=Generation(tokens=7), evaluation=evaluation)
     return saved_run(run, steps=(0, 2))
 
 
@@ -149,13 +151,12 @@ def test_evaluate_under_a_narrower_mask(lm, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_evaluate_refuses(lm, summaries, tmp_path, capsys):
+def test_evaluate_refuses(lm, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("a")
     (tmp_path / "is.json").write_text("{}")
     (tmp_path / "two.txt").write_text("ab")
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     assert "no text has two tokens" in refused(capsys, "evaluate", lm, one)
-    assert "was trained to summarise" in refused(capsys, "evaluate", summaries, two)
     assert "--overwrite replaces it" in refused(capsys, "evaluate", lm, two, "--json", tmp_path / "is.json")
     assert "limit_tokens must be at least 2, got 1" in refused(
         capsys, "evaluate", lm, two, "--limit-tokens", 1
@@ -171,6 +172,17 @@ def test_evaluate_of_two_tokens_predicts_one(lm, tmp_path, capsys):
     (tmp_path / "two.txt").write_text("ab")
     run_command("evaluate", [str(lm), str(tmp_path / "two.txt")])
     assert capsys.readouterr().out.startswith("1 tokens: ")
+
+
+def test_evaluate_reads_texts_with_a_model_of_any_task(summaries, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("mask key")
+    to = tmp_path / "found.json"
+    run_command("evaluate", [str(summaries), str(tmp_path / "a.txt"), "--length", "16", "--json", str(to)])
+    weights, tokenizer = load_model(summaries)
+    as_lm = replace(weights, run=replace(weights.run, task="lm"))
+    nats = losses_by_hand(as_lm, tokenizer.encode(["mask key"])[0])
+    np.testing.assert_allclose(json.loads(to.read_text())["nats_per_token"], nats.mean(), rtol=1e-5)
+    assert capsys.readouterr().out.startswith("7 tokens: ")
 
 
 def test_what_is_not_finite_is_null_in_json():

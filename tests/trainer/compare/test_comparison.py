@@ -113,6 +113,8 @@ def test_every_arm_has_its_record_at_both_budgets(evidence):
     timing = evidence.timing()
     assert timing is not None
     assert timing.families == {"full": {32: 1.0}, "chunks": {8: 1.0, 32: 1.0}}
+    assert "--model.layers 1" in timing.run
+    assert "curriculum.chunk" not in timing.run
     # As steps take equally long, those of equal seconds are those of equal steps, and one run serves both.
     trials = Plan(evidence.experiment, timing).trials(evidence.record)
     assert [record_of(evidence, trial).trial for trial in trials] == [FULL, STATIC]

@@ -72,6 +72,15 @@ def test_all_seeds_share_what_is_held_out():
         ({"arms": ["full", {"name": "A b", "like": "full"}]}, "small letters, digits and hyphens"),
         ({"arms": ["full", {"name": "x", "like": "full", "steps": 5}]}, "x may not change steps"),
         ({"arms": ["full", {"name": "x", "like": "full", "data": {}}]}, "x may not change data"),
+        ({"arms": ["full", {"name": "x", "like": "full", "lora": {"rank": 2}}]}, "x may not change lora"),
+        (
+            {"arms": ["full", {"name": "x", "like": "full", "model": {"layers": 1}}]},
+            "x may not change model.layers, but of model only rope_theta",
+        ),
+        (
+            {"arms": ["full", {"name": "x", "like": "full", "optimizer": {"accumulate": 2}}]},
+            "x may not change optimizer.accumulate, but of optimizer only warmup",
+        ),
         (
             {"arms": ["full", {"name": "x", "like": "full", "optimizer": {"learning_rate": 1.0}}]},
             "x may not change optimizer.learning_rate",
@@ -90,6 +99,7 @@ def test_all_seeds_share_what_is_held_out():
         ({"seeds": []}, "seeds, learning_rates and budgets must not be empty"),
         ({"contexts": [64]}, "contexts must lie in 1…63"),
         ({"preset": "lm-9k"}, "preset must be one of run, demo"),
+        ({"preset": "extend"}, "preset must not be extend"),
         ({"options": {"task": "summarize"}}, "options.task must be lm"),
         ({"options": {"data": {"len": 3}}}, "Data has no option 'len'"),
         ({"recall": {"keys": 99}}, "recall.keys must be at most 63, got 99"),
@@ -107,6 +117,8 @@ def test_the_file_is_named_in_the_refusal(tmp_path):
         ("a.toml", "name = 3 4", "a.toml: "),
         ("b.json", '{"name": "b", "arms": []}', "b.json: it has no steps"),
         ("c.json", "[]", "c.json: an experiment is a table, got list"),
+        ("d.toml", 'name = "d"\narms = ["full", "static"]\nsteps = "9"', "d.toml: an entry has a value"),
+        ("e.toml", 'name = "e"\narms = ["full", "static"]\nsteps = 9\nseeds = 0', "e.toml: an entry has a"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=words):

@@ -15,7 +15,7 @@ from train.compare.machine import Machine
 from train.compare.outcome import Results
 from train.compare.records import ArmRecord, Curve, Evidence, Restricted
 from train.compare.tables import page
-from train.compare.timing import Timing, family, lacking, read_timing
+from train.compare.timing import Timing, check_run, family, lacking, read_timing
 from train.compare.trials import Plan, learning_rate
 
 HERE = Path(__file__).parent
@@ -58,6 +58,13 @@ def test_every_run_is_there_once_and_in_order(toy):
     names = [(trial.arm, trial.steps, trial.seed) for trial in toy.plan.trials(TOY.record)]
     arms = [("full", 10), ("static-then-full", 10), ("static-then-full", 13)]
     assert names == [(*arm, seed) for seed in (0, 1) for arm in arms]
+
+
+def test_times_of_another_run_are_refused(toy):
+    check_run(TOY.experiment, toy.plan.timing)  # of a file that does not say
+    timing = replace(toy.plan.timing, run="python -m train run --model.layers 1")
+    with pytest.raises(ValueError, match=r"remove toy\.timing\.json\. They were of .* --model\.layers 1; it"):
+        check_run(TOY.experiment, timing)
 
 
 def test_the_tables(toy):

@@ -123,6 +123,7 @@ def test_a_run_begins_from_another_runs_weights(finished, tmp_path):
             {"model": replace(MODEL, width=32)},
             r"another model than this run's, .* there, .* here",
         ),
+        ({"model": replace(MODEL, norm_eps=1e-3)}, "model.norm_eps is 1e-06 there, 0.001 asked for"),
         ({"init_from": "nowhere"}, "nowhere holds no run"),
     ],
 )

@@ -17,6 +17,7 @@ from train_cases import write_text
 from train.checkpoint.folder import RunFolder, pretrained_files
 from train.checkpoint.load import load_model
 from train.cli import main, parse
+from train.commands.compile import with_preset
 from train.commands.inference import Source
 from train.config.sections import BASE_TEMPLATE
 from train.evaluate.generation import Generator
@@ -61,6 +62,9 @@ def test_the_folder_decides_the_options_of_model_and_tokenizer(place):
         words(place, "scaled", "--model.rope-scaling.kind", "linear", "--model.rope-scaling.factor", "4")
     )
     assert scaled.run.model.rope_scaling.factor == 4.0
+    compiled, _ = with_preset(["run", "--topology", "v5e:2x2", "--init-from", str(place / "hub")])
+    assert compiled.run.model.pattern == model.pattern
+    assert compiled.run.data.tokenizer == run.data.tokenizer
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(place, tmp_p
     assert (served.path / "tokenizer.json").read_bytes() == (gone.path / "tokenizer.json").read_bytes()
     # The file of its weights lacks all that, and says where it is.
     main(["export", str(folder.path), "--to", str(tmp_path / "w.safetensors")])
+    from_file = ["demo", "--init-from", str(tmp_path / "w.safetensors"), *words(tmp_path, "child")[3:]]
+    child = parse(from_file).run
+    assert child.model == first.run.model
+    assert child.data.tokenizer == str(folder.pretrained / "tokenizer.json")
+    chex.assert_trees_all_equal(prepare(child).state.params, uninterrupted)
+    with pytest.raises(ValueError, match=r"model\.norm_eps is 1e-06 there, 1e-05 asked for"):
+        parse([*from_file, "--model.norm-eps", "1e-5"])
     with pytest.raises(SystemExit):
         main(
             [

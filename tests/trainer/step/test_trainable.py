@@ -80,7 +80,7 @@ def test_every_weight_is_in_a_group_and_lora_in_none(tmp_path):
             r"optimizer\.train: the model has no weights of logits; it has attention, down, .*, value",
         ),
         ({"frozen": ("local",)}, r"optimizer\.frozen: the model has no weights of local; it has"),
-        ({"train": ("query",), "frozen": ("attention",)}, r"no weights train: optimizer\.frozen names all"),
+        ({"train": ("query",), "frozen": ("attention",)}, r"no weights train: optimizer\.train names none"),
         ({"train": ()}, r"no weights train"),
     ],
 )
