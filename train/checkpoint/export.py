@@ -107,6 +107,12 @@ def load_config(path: Path) -> Run:
     return _read_metadata(path)[0]
 
 
+def origin_of(source: Path) -> Path:
+    """Where the files beside the weights are: the source, or the origin of a file of `export_weights`."""
+    origin = _read_metadata(source)[2].get("origin") if source.is_file() else None
+    return source if origin is None else Path(origin)
+
+
 def _read_metadata(path: Path) -> tuple[Run, int, dict[str, str]]:
     """The config and the size of the vocabulary in a file, and all its metadata."""
     if not path.is_file():

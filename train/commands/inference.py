@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from train.checkpoint.export import origin_of
 from train.checkpoint.folder import pretrained_files
 from train.checkpoint.load import load_model
 from train.config.command_line import PROGRAM
@@ -71,7 +72,7 @@ class Source:
           OSError, ValueError: as `load_model`; or the model was trained for the task of another command.
         """
         weights, tokenizer = load_model(self.model, self.tokenizer)
-        files, run = pretrained_files(self.model), weights.run
+        files, run = pretrained_files(origin_of(self.model)), weights.run
         if PretrainedFolder.at(self.model) is not None:
             run = replace(run, task="summarize" if command == "summarize" else "lm")
         if length is not None:

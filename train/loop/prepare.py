@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.checksums import shapes
+from train.checkpoint.export import origin_of
 from train.checkpoint.folder import RunFolder, pretrained_files
 from train.checkpoint.load import load_model
 from train.checkpoint.restore import FROZEN
@@ -129,7 +130,7 @@ def _conventions(folder: RunFolder, run: Run, overwrite: bool) -> Conventions:
     """What the Hugging Face folder that the run begins from says of texts, by the files that it keeps."""
     kept = None if overwrite else pretrained_files(folder.path)
     if kept is None and run.init_from is not None:
-        kept = pretrained_files(Path(run.init_from))
+        kept = pretrained_files(origin_of(Path(run.init_from)))
     return Conventions() if kept is None else kept.conventions()
 
 
@@ -156,7 +157,8 @@ def _begin(folder: RunFolder, run: Run, done: int | None):
 
 
 def _keep_companions(source: Path, folder: RunFolder):
-    """Copies config and tokenizer of a Hugging Face folder, or of the one that the run there began from."""
+    """Copies config and tokenizer of a Hugging Face folder, or of the one that a run or file came from."""
+    source = origin_of(source)
     if (files := pretrained_files(source)) is not None:
         config = stored_config(files) if files.path == source else files.config()
         files.copy_companions(folder.pretrained, config)

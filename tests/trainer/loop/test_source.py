@@ -165,6 +165,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_needs_no_folder(place, tmp_p
     assert child.model == first.run.model
     assert child.data.tokenizer == str(folder.pretrained / "tokenizer.json")
     chex.assert_trees_all_equal(prepare(child).state.params, uninterrupted)
+    kept = pretrained_files(RunFolder.of(child).path)
+    assert kept is not None
+    assert kept.config() == PretrainedFolder(folder.pretrained).config()
+    assert Source(tmp_path / "w.safetensors").load("generate").ends == (0, OTHER_END)
     with pytest.raises(ValueError, match=r"model\.norm_eps is 1e-06 there, 1e-05 asked for"):
         parse([*from_file, "--model.norm-eps", "1e-5"])
     with pytest.raises(SystemExit):
