@@ -123,6 +123,11 @@ def _check_folder(folder: RunFolder, run: Run, overwrite: bool):
         check_writable(folder.elsewhere, "checkpoints.folder")
     if not overwrite:
         folder.holds(run)
+    elif run.init_from is not None and Path(run.init_from).resolve().is_relative_to(folder.path.resolve()):
+        raise ValueError(
+            f"init_from: {run.init_from} lies in the run's own folder, which --overwrite removes: give the "
+            "new run another --name"
+        )
     writers.check(run)
 
 

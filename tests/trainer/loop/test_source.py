@@ -203,6 +203,10 @@ def test_a_run_begins_from_a_run_that_began_from_a_folder(place):
     assert session.run.data.tokenizer == f"{run.folder}/{run.name}/pretrained/tokenizer.json"
     chex.assert_trees_all_equal(session.state.params, params(run))
     assert (RunFolder.of(session.run).pretrained / "tokenizer.json").is_file()
+    itself = ["demo", "--init-from", f"{run.folder}/{run.name}", *words(place, "parent")[3:]]
+    with pytest.raises(ValueError, match=r"lies in the run's own folder, which --overwrite removes"):
+        prepare(parse(itself).run, overwrite=True)
+    assert RunFolder.of(run).saved_steps, "nothing was removed"
 
 
 def test_export_of_a_folder_is_the_folder_bit_for_bit(place, tmp_path):
