@@ -18,9 +18,10 @@ def as_they_are(rows: Array) -> Array:
 
 
 def as_summed(scores: Scores, gradients: tuple, saved: tuple) -> tuple:
-    """Gradients as they came, for a backend that sums them in the shapes of their arrays."""
-    del scores, saved
-    return gradients
+    """Gradients in the types of their arrays, for a backend that sums them in their shapes."""
+    del scores
+    *found, d_bias = gradients
+    return *(x.astype(of.dtype) for x, of in zip(found, saved[:3], strict=True)), d_bias
 
 
 @dataclass(frozen=True)

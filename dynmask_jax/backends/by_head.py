@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynmask_jax.array_typing import Array
-from dynmask_jax.backends.backend import Backend
+from dynmask_jax.backends.backend import Backend, as_summed
 from dynmask_jax.bias_algebra import learnable
 from dynmask_jax.block_codes import TEST
 from dynmask_jax.mask_algebra import head_count
@@ -80,8 +80,8 @@ class _Shaped:
     shaped: Callable
 
     def __call__(self, scores: Scores, gradients: tuple, saved: tuple):
-        plan = saved[3]
-        return gradients if head_count(plan.mask) is not None else self.shaped(scores, gradients, saved)
+        shaped = self.shaped if head_count(saved[3].mask) is None else as_summed
+        return shaped(scores, gradients, saved)
 
 
 class _Group(NamedTuple):

@@ -114,8 +114,7 @@ def _gradients(sequence: SequenceAxis, scores: Scores, saved, kept, cotangents):
     behind_keys, (d_q, d_bias) = arc(BEHIND, behind, (kept[1], behind_keys, staying))
     d_k, d_v = _sum(_sum(ahead_keys, behind_keys), at_home)
     saved = q, k, v, visible(0), out, lse
-    *found, d_bias = sequence.backend.shaped(scores, (d_q, d_k, d_v, d_bias), saved)
-    return *(x.astype(like.dtype) for x, like in zip(found, (q, k, v), strict=True)), d_bias
+    return sequence.backend.shaped(scores, (d_q, d_k, d_v, d_bias), saved)
 
 
 def _sum(total, more):
